@@ -1,0 +1,354 @@
+"""Optimise gates at tapped layers, one set per pair, until little but what the score needs gets through.
+
+Per pair the loss is ``beta * mean(information over the pair's real elements) - mean over noise draws(score)``. Losses
+are summed over pairs and Adam works element by element, so pairs never influence each other. Noise is common to all
+pairs and comes from a generator of the call's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_m2ib.bottleneck import NATS_PER_BIT, information, mean_information, sample
+from captum_m2ib.layers import Layer
+from captum_m2ib.layouts import Layout, real_elements
+from captum_m2ib.statistics import ChannelStatistics, floor_std
+from captum_m2ib.suffix import BatchAxis, Suffix, Tap, borrowing
+
+Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
+
+INITIAL_ALPHA = 5.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How gates are optimised; ``beta``, ``variance`` and ``lr`` hold one number per layer."""
+
+    beta: tuple[float, ...]
+    variance: tuple[float, ...]
+    lr: tuple[float, ...]
+    n_steps: int
+    n_samples: int
+    seed: int
+    joint: bool = False
+    internal_batch_size: int | None = None
+    show_progress: bool = False
+
+
+@dataclass
+class LayerRecord:
+    r"""What the optimisation of one layer's gates did.
+
+    Attributes:
+
+        layer (str): The layer's name.
+        score (Tensor): Mean score over the noise draws at each step, (n_steps, N).
+        information (Tensor): Total information over the pair's real elements at each step, in bits, (n_steps, N).
+        bits (Tensor): The same for the final gates, (N,).
+        score_before (Tensor): Score of the untouched pair, (N,).
+        score_after (Tensor): Mean score through the final gates, over fresh noise draws, (N,).
+    """
+
+    layer: str
+    score: Tensor
+    information: Tensor
+    bits: Tensor
+    score_before: Tensor
+    score_after: Tensor
+
+
+@dataclass
+class Gated:
+    """The result at one layer: bits per element, pairs first, and how the model holds that tensor."""
+
+    bits: Tensor
+    axis: BatchAxis
+    real: Tensor | None
+    record: LayerRecord | None = None
+
+
+def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int]) -> Tensor:
+    r"""Standard normal draws for one step, (draws, \*shape), the same on every device.
+
+    The first units do not depend on how many follow, so padding a batch further changes nothing.
+
+    Args:
+
+        seed (int): The call's seed.
+        layer (int): Position of the layer.
+        step (int): Step of the optimisation.
+        draws (int): Number of draws.
+        shape (sequence of int): Shape of one pair's hidden state.
+
+    Returns:
+        Tensor: float32, on the CPU.
+    """
+    generator = np.random.default_rng((seed, layer, step))
+    drawn = generator.standard_normal((shape[0], draws, *shape[1:]), dtype=np.float32)
+    return torch.from_numpy(drawn).movedim(1, 0)
+
+
+@dataclass
+class _Gates:
+    """The gates of one layer for a batch of pairs, with everything that stays fixed during optimisation."""
+
+    index: int
+    hidden: Tensor
+    mean: Tensor | float
+    std: Tensor | float
+    real: Tensor | None
+    beta: float
+    dtype: torch.dtype
+    alpha: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.alpha = torch.full_like(self.hidden, INITIAL_ALPHA, requires_grad=True)
+
+    def information(self) -> Tensor:
+        elements = information(self.alpha, self.hidden, self.mean, self.std)
+        return elements if self.real is None else torch.where(self.real, elements, 0.0)
+
+    def sample(self, drawn: Tensor) -> Tensor:
+        """Values for the suffix, (N * draws, ...); padding passes unchanged."""
+        hidden = self.hidden.unsqueeze(1)
+        mean, std = (part.unsqueeze(1) if isinstance(part, Tensor) else part for part in (self.mean, self.std))
+        drawn = drawn.to(hidden.device, hidden.dtype).unsqueeze(0)
+        mixed = sample(self.alpha.unsqueeze(1), hidden, drawn, mean, std)
+        if self.real is not None:
+            mixed = torch.where(self.real.unsqueeze(1), mixed, hidden)
+        return mixed.flatten(0, 1).to(self.dtype)
+
+
+def optimise(
+    forward: Callable[[tuple[Any, ...]], Any],
+    arguments: tuple[Any, ...],
+    taps: Sequence[Tap],
+    priors: Sequence[Prior],
+    layouts: Sequence[Layout | None],
+    settings: Settings,
+    roots: Sequence[Any] = (),
+    with_record: bool = False,
+) -> list[Gated]:
+    r"""Optimise the gates of every tap for every pair.
+
+    Args:
+
+        forward (Callable): Maps the tuple of all arguments to scores, (N,).
+        arguments (tuple): All arguments; the first is a batch of N.
+        taps (sequence of Tap): The layers; tap ``i`` explains argument ``i``.
+        priors (sequence): Per tap its statistics, ``"pair"`` for those of the pair's own hidden state, or None for
+            N(0, variance).
+        layouts (sequence): Per tap its layout or None.
+        settings (Settings): The optimisation's settings.
+        roots (sequence, optional): Modules known to be used. Default: ()
+        with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
+
+    Returns:
+        list[Gated]: one per tap.
+
+    Raises:
+        ValueError: if the score, a hidden state or a gradient is not finite.
+    """
+    pairs = arguments[0].shape[0]
+    rows = settings.internal_batch_size or pairs * settings.n_samples
+    at_once = max(1, min(pairs, rows // settings.n_samples))
+    parts = -(-pairs // at_once)
+    objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
+    results: list[list[Gated]] = [[] for _ in taps]
+    with (
+        borrowing(*roots),
+        tqdm(
+            total=parts * len(objectives) * settings.n_steps,
+            desc="Information bottleneck",
+            unit="step",
+            disable=not settings.show_progress,
+        ) as bar,
+    ):
+        for start in range(0, pairs, at_once):
+            chunk = tuple(_slice(argument, pairs, start, at_once) for argument in arguments)
+            suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
+            _check_finite("score of the untouched pairs", suffix.score, start)
+            gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings, start) for i in range(len(taps))]
+            for objective in objectives:
+                chosen = [gates[i] for i in objective]
+                steps = _descend(suffix, chosen, settings, start, bar.update)
+                after = _score_after(suffix, chosen, settings) if with_record else None
+                for gate in chosen:
+                    results[gate.index].append(_result(suffix, gate, taps[gate.index].layer, steps, after))
+    return [_join(parts_of) for parts_of in results]
+
+
+def _gates(
+    suffix: Suffix, arguments: tuple[Any, ...], index: int, prior: Prior, layout: Layout | None, settings: Settings,
+    start: int,
+) -> _Gates:
+    held = suffix.hidden[index]
+    _check_finite(f"hidden state of layer {index}", held, start)
+    hidden = held.to(torch.promote_types(held.dtype, torch.float32))
+    real = real_elements(layout, hidden, index, arguments)
+    mean, std = _prior(prior, hidden, real, settings.variance[index])
+    return _Gates(index, hidden, mean, std, real, settings.beta[index], held.dtype)
+
+
+def _prior(
+    prior: Prior, hidden: Tensor, real: Tensor | None, variance: float
+) -> tuple[Tensor | float, Tensor | float]:
+    scale = variance**0.5
+    if prior is None:
+        return 0.0, scale
+    channels = 1 if hidden.ndim == 4 else hidden.ndim - 1
+    if prior == "pair":
+        mean, std = _own_statistics(hidden, real)
+        return mean, std * scale
+    if prior.mean.shape[0] != hidden.shape[channels]:
+        raise ValueError(
+            f"statistics: expected one value for each of the layer's {hidden.shape[channels]} channels, got "
+            f"{prior.mean.shape[0]}; estimate them at the layer and side (input or output) that is explained."
+        )
+    shape = [-1 if dim == channels else 1 for dim in range(hidden.ndim)]
+    mean, std = (part.to(hidden.device, hidden.dtype).view(shape) for part in (prior.mean, prior.std))
+    return mean, std * scale
+
+
+def _own_statistics(hidden: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over one pair's own real positions."""
+    positions = (2, 3) if hidden.ndim == 4 else tuple(range(1, hidden.ndim - 1))
+    if not positions:
+        raise ValueError(
+            f"statistics: 'pair' needs several positions per pair, got a hidden state of shape {tuple(hidden.shape)}; "
+            "pass ChannelStatistics or None."
+        )
+    weight = torch.ones_like(hidden[..., :1] if hidden.ndim != 4 else hidden[:, :1])
+    weight = weight if real is None else weight * real
+    count = weight.sum(positions, keepdim=True).clamp(min=1)
+    mean = (hidden * weight).sum(positions, keepdim=True) / count
+    std = (((hidden - mean).square() * weight).sum(positions, keepdim=True) / count).sqrt()
+    floored = floor_std(std.squeeze((2, 3))).view_as(std) if hidden.ndim == 4 else floor_std(std)
+    return mean, floored
+
+
+def _descend(
+    suffix: Suffix, gates: list[_Gates], settings: Settings, start: int, advance: Callable[[], Any]
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """Adam on the gates; returns per step the mean scores and the total information per pair."""
+    adam = torch.optim.Adam([{"params": [gate.alpha], "lr": settings.lr[gate.index]} for gate in gates])
+    history = []
+    for step in range(settings.n_steps):
+        drawn = [_draw(gate, settings, step) for gate in gates]
+        scores = []
+        for gate in gates:
+            gate.alpha.grad = torch.zeros_like(gate.alpha)
+        for part in _parts(settings):
+            score = _through(suffix, gates, [noise_[part] for noise_ in drawn])
+            _accumulate(gates, score, settings.n_samples)
+            scores.append(score.detach())
+        totals = [_add_information(gate) for gate in gates]
+        score = torch.cat(scores, 1).mean(1)
+        _check_finite(f"score at step {step}", score, start)
+        for gate in gates:
+            _check_finite(f"gradient at step {step}", gate.alpha.grad, start)
+        adam.step()
+        history.append((score, totals))
+        advance()
+    return history
+
+
+def _draw(gate: _Gates, settings: Settings, step: int) -> Tensor:
+    return noise(settings.seed, gate.index, step, settings.n_samples, gate.hidden.shape[1:])
+
+
+def _parts(settings: Settings) -> Iterator[slice]:
+    """Draws that go through the model together."""
+    at_once = min(settings.n_samples, settings.internal_batch_size or settings.n_samples)
+    return (slice(i, min(i + at_once, settings.n_samples)) for i in range(0, settings.n_samples, at_once))
+
+
+def _through(suffix: Suffix, gates: list[_Gates], drawn: list[Tensor]) -> Tensor:
+    """Scores through the gates for some draws, (N, draws)."""
+    draws = len(drawn[0])
+    values = {gate.index: gate.sample(part) for gate, part in zip(gates, drawn, strict=True)}
+    return suffix.run(values, draws).unflatten(0, (-1, draws))
+
+
+def _accumulate(gates: list[_Gates], score: Tensor, n_samples: int) -> None:
+    # A gradient of 1e-5 per element has few digits left in half precision and none after another layer.
+    scale = 2.0**12 if any(gate.dtype == torch.float16 for gate in gates) else 1.0
+    gradients = torch.autograd.grad(score.sum() * (scale / n_samples), [gate.alpha for gate in gates])
+    for gate, gradient in zip(gates, gradients, strict=True):
+        gate.alpha.grad -= gradient / scale  # type: ignore[operator]
+
+
+def _add_information(gate: _Gates) -> Tensor:
+    elements = gate.information()
+    loss = gate.beta * mean_information(elements, gate.real).sum()
+    gate.alpha.grad += torch.autograd.grad(loss, gate.alpha)[0]  # type: ignore[operator]
+    return elements.detach().flatten(1).sum(1) / NATS_PER_BIT
+
+
+@torch.no_grad()
+def _score_after(suffix: Suffix, gates: list[_Gates], settings: Settings) -> Tensor:
+    drawn = [_draw(gate, settings, settings.n_steps) for gate in gates]
+    scores = [_through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in _parts(settings)]
+    return torch.cat(scores, 1).mean(1)
+
+
+def _result(
+    suffix: Suffix, gate: _Gates, layer: Layer, steps: list[tuple[Tensor, list[Tensor]]], after: Tensor | None
+) -> Gated:
+    bits = (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
+    real = gate.real
+    result = Gated(bits, suffix.axes[gate.index], real)
+    if after is not None:
+        position = gate.index if len(steps[0][1]) > 1 else 0
+        result.record = LayerRecord(
+            layer.name,
+            torch.stack([score for score, _ in steps]),
+            torch.stack([totals[position] for _, totals in steps]),
+            bits.flatten(1).sum(1),
+            suffix.score,
+            after,
+        )
+    return result
+
+
+def _join(parts: list[Gated]) -> Gated:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    records = [part.record for part in parts if part.record is not None]
+    record = None
+    if records:
+        record = LayerRecord(
+            records[0].layer,
+            torch.cat([r.score for r in records], 1),
+            torch.cat([r.information for r in records], 1),
+            *(torch.cat([getattr(r, name) for r in records]) for name in ("bits", "score_before", "score_after")),
+        )
+    real = None if first.real is None else torch.cat([part.real for part in parts if part.real is not None])
+    return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
+
+
+def _slice(argument: Any, pairs: int, start: int, count: int) -> Any:
+    if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] == pairs:
+        return argument[start : start + count]
+    return argument
+
+
+def _check_finite(what: str, tensor: Tensor | None, start: int) -> None:
+    if tensor is None:
+        return
+    bad = ~tensor.isfinite().flatten(1 if tensor.ndim > 1 else 0)
+    if bool(bad.any()):
+        rows = bad.any(1) if bad.ndim > 1 else bad
+        which = ", ".join(str(start + int(i)) for i in rows.nonzero().flatten()[:5])
+        raise ValueError(
+            f"inputs: the {what} is NaN or infinite for pair {which}; check the pair's pixels and tokens, and the "
+            "model's precision (half precision overflows where bfloat16 or float32 does not)."
+        )

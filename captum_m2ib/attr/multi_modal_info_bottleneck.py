@@ -1,0 +1,518 @@
+"""M2IB: the least information in each modality that keeps the pair's similarity (arXiv 2312.17174)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from captum_m2ib import _captum
+from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
+from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
+from captum_m2ib.layers import Layer, LayerLike, resolve_layer
+from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, image_grid, to_pixels, to_tokens
+from captum_m2ib.statistics import ChannelStatistics
+from captum_m2ib.suffix import Tap
+
+PUBLISHED_BETA = 0.1
+STANDARDISED_BETA = 1.0
+
+PerModality = float | Sequence[float]
+Statistics = Mapping[str, ChannelStatistics] | Sequence[Prior]
+
+
+@dataclass
+class OptimizationRecord:
+    r"""What an attribution's optimisation did, one :class:`LayerRecord` per modality."""
+
+    modalities: tuple[LayerRecord, ...]
+
+
+class MultiModalInfoBottleneck(_captum.Attribution):
+    r"""Multi-modal information bottleneck attribution (M2IB).
+
+    For each pair and modality, a bottleneck at one layer of the modality's tower mixes the hidden state with noise.
+    Its gates are optimised to let through as little information as possible while the pair's similarity stays high;
+    the information, in bits, that still passes at a position is the attribution of the input unit it stands for.
+
+    Wang, Rudner and Wilson, "Visual Explanations of Image-Text Representations via Multi-Modal Information Bottleneck
+    Attribution", NeurIPS 2023, https://arxiv.org/abs/2312.17174
+
+    Args:
+
+        forward_func (Callable or nn.Module): A :class:`DualEncoder`, a model that one can wrap, or any callable
+                    ``forward_func(*inputs, *additional_forward_args)`` that returns one score per pair, (N,).
+        layers (sequence, optional): Per modality, in the order of the inputs, the layer whose hidden state is gated:
+                    a module, a dotted name, or a pair (module or name, index of the call) where one pass calls it
+                    more than once. Default: None (the layers that measured best, see
+                    :meth:`DualEncoder.recommended_layers`, with the standardised prior)
+        layouts (sequence, optional): Per modality how hidden-state units map onto input units. Default: None
+                    (derived from the encoder)
+        statistics (mapping or sequence, optional): Per layer its :class:`ChannelStatistics` for the standardised
+                    prior, ``"pair"`` for those of the pair's own hidden state, or None for the prior N(0, variance);
+                    or a mapping from layer names. Default: None (N(0, variance) for layers that are given)
+
+    Raises:
+        ValueError: if a layer is unknown, or cannot be recommended for this model.
+        TypeError: if ``forward_func`` cannot be called.
+
+    Examples::
+
+        >>> # pixel_values (2, 3, 224, 224), input_ids and attention_mask (2, 12)
+        >>> encoder = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
+        >>> pairs = encoder.prepare(images, captions)
+        >>> m2ib = MultiModalInfoBottleneck(encoder)
+        >>> image_bits, token_bits = m2ib.attribute(
+        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> # image_bits (2, 3, 224, 224), token_bits (2, 12)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Sequence[LayerLike] | LayerLike | None = None,
+        layouts: Sequence[Layout | None] | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        forward_func = _as_forward_func(forward_func)
+        _captum.Attribution.__init__(self, forward_func)
+        if layers is None:
+            layers, recommended = _recommended(forward_func)
+            statistics = recommended if statistics is None else statistics
+        elif isinstance(layers, (nn.Module, str)) or (
+            isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], int)
+        ):
+            layers = [layers]
+        self.layers: tuple[Layer, ...] = tuple(_resolve(forward_func, layer) for layer in layers)
+        derived = forward_func.layouts if isinstance(forward_func, DualEncoder) else ()
+        given = tuple(derived if layouts is None else layouts)
+        self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
+        self.priors: tuple[Prior, ...] = _priors(self.layers, statistics)
+
+    @classmethod
+    def published(cls, forward_func: Callable[..., Any]) -> MultiModalInfoBottleneck:
+        r"""The method as published: output of the block at three quarters of each tower's depth, prior N(0, variance).
+
+        Args:
+
+            forward_func (DualEncoder or nn.Module): The dual encoder.
+
+        Returns:
+            MultiModalInfoBottleneck: with the paper's layers and prior, for comparison.
+        """
+        forward_func = _as_forward_func(forward_func)
+        if not isinstance(forward_func, DualEncoder):
+            raise ValueError(
+                f"forward_func: expected a DualEncoder or a model that it can wrap, got {type(forward_func).__name__}; "
+                "pass MultiModalInfoBottleneck(forward_func, layers=...) instead."
+            )
+        return cls(forward_func, layers=forward_func.published_layers())
+
+    @_captum.log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        beta: PerModality | None = None,
+        variance: PerModality = 1.0,
+        n_steps: int = 10,
+        n_samples: int = 10,
+        lr: PerModality = 1.0,
+        seed: int = 0,
+        joint: bool = False,
+        internal_batch_size: int | None = None,
+        attribute_to_layer_input: bool = False,
+        show_progress: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        r"""Attribute each pair's score to its inputs, in bits.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor, ...]): The inputs to explain, batch first; input ``i`` is explained at
+                        layer ``i``.
+            target (int, tuple, Tensor or list, optional): Selects one output per example where ``forward_func``
+                        returns several, as everywhere in Captum. Prefer a ``forward_func`` that returns one score per
+                        pair. Default: None
+            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``: inputs that are
+                        not explained, attention masks. Tensors whose first dimension is N are taken as one entry per
+                        pair. Default: None
+            beta (float or sequence, optional): Weight of the information per element against the score; one number
+                        or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
+                        N(0, variance), 1.0 for the standardised prior)
+            variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
+                        standardised prior's own where there is one. Default: 1.0
+            n_steps (int, optional): Steps of the optimisation (not of an integral). Default: 10
+            n_samples (int, optional): Noise draws per step. Default: 10
+            lr (float or sequence, optional): Adam's learning rate. Default: 1.0
+            seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
+            joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
+                        other's noise, instead of one modality at a time. Default: False
+            internal_batch_size (int, optional): Most rows (pairs times draws) in one forward pass; bounds memory and
+                        changes no result. Default: None (all at once)
+            attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
+                        Default: False
+            show_progress (bool, optional): Show a progress bar. Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
+                        Bits, of the inputs' shapes, non-negative. An image's channels share its pixels' bits equally;
+                        tokens at padding are exactly 0. What prefix tokens (a class token) carry is not included.
+
+        Raises:
+            ValueError: if an argument is out of range, batch sizes differ, there are more inputs than layers, a
+                layout does not fit, or a score, hidden state or gradient is NaN or infinite.
+            RuntimeError: if a layer is not reached, or the score does not depend on it.
+
+        Examples::
+
+            >>> m2ib = MultiModalInfoBottleneck(encoder)
+            >>> # one modality: tensor in, tensor out
+            >>> image_bits = m2ib.attribute(pixel_values, additional_forward_args=(input_ids, attention_mask))
+        """
+        is_tuple = _captum.is_tuple(inputs)
+        attributions, _ = self._run(
+            inputs, target, additional_forward_args, beta, variance, n_steps, n_samples, lr, seed, joint,
+            internal_batch_size, attribute_to_layer_input, show_progress, with_record=False,
+        )
+        return _captum.format_output(is_tuple, attributions)
+
+    def attribute_with_record(
+        self, inputs: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any
+    ) -> tuple[Tensor | tuple[Tensor, ...], OptimizationRecord]:
+        r"""Like :meth:`attribute`, and also what the optimisation did, at the cost of one more run of the suffix.
+
+        Args:
+
+            inputs, *args, **kwargs: As for :meth:`attribute`.
+
+        Returns:
+            tuple: what :meth:`attribute` returns, and an :class:`OptimizationRecord` with, per modality, score and
+            information at each step, the score before and after, and the bits in all.
+        """
+        bound = inspect.signature(type(self).attribute).bind(self, inputs, *args, **kwargs)
+        bound.apply_defaults()
+        attributions, gated = self._run(*list(bound.arguments.values())[1:], with_record=True)
+        records = tuple(gate.record for gate in gated if gate.record is not None)
+        return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records)
+
+    def attribute_future(self) -> None:
+        """Not offered, as for most of Captum's methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def patch_bits(self, bits: Tensor, inputs: Tensor, modality: int = 0) -> Tensor:
+        r"""Put pixel attributions back on the patch grid they came from.
+
+        Args:
+
+            bits (Tensor): An image attribution, (N, C, H, W).
+            inputs (Tensor): The pictures, (N, C, H, W).
+            modality (int, optional): Position of the image among the inputs. Default: 0
+
+        Returns:
+            Tensor: (N, grid height, grid width), the bits of all pixels of each patch.
+        """
+        layout = self.layouts[modality]
+        if not isinstance(layout, PatchLayout):
+            raise ValueError(f"modality: expected an image with a patch layout at {modality}, got {layout}.")
+        rows, columns = (side // patch for side, patch in zip(inputs.shape[-2:], layout.patch_size, strict=True))
+        covered = bits.sum(1)[:, : rows * layout.patch_size[0], : columns * layout.patch_size[1]]
+        return covered.unflatten(2, (columns, -1)).sum(3).unflatten(1, (rows, -1)).sum(2)
+
+    def _run(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any,
+        additional_forward_args: Any,
+        beta: PerModality | None,
+        variance: PerModality,
+        n_steps: int,
+        n_samples: int,
+        lr: PerModality,
+        seed: int,
+        joint: bool,
+        internal_batch_size: int | None,
+        attribute_to_layer_input: bool,
+        show_progress: bool,
+        with_record: bool,
+    ) -> tuple[tuple[Tensor, ...], list[Gated]]:
+        tensors = _format_inputs(inputs, len(self.layers))
+        additional = _captum.format_additional_forward_args(additional_forward_args) or ()
+        layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
+        settings = make_settings(
+            priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
+        )
+        gated = optimise(
+            _scorer(self.forward_func, len(tensors), target),
+            (*tensors, *additional),
+            [Tap(layer, attribute_to_layer_input) for layer in layers],
+            priors,
+            self.layouts,
+            settings,
+            _roots(self.forward_func, layers),
+            with_record,
+        )
+        attributions = tuple(
+            _to_input(layout, gate, tensor)
+            for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False)
+        )
+        return attributions, gated
+
+
+class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
+    r"""M2IB at a layer: bits per element of its hidden state, prefix tokens included.
+
+    Args:
+
+        forward_func (Callable or nn.Module): As for :class:`MultiModalInfoBottleneck`.
+        layer (nn.Module, str, tuple or list): The layer, or a list of layers. A pair (layer, index of the call)
+                    chooses among several calls.
+        device_ids (list[int], optional): Accepted as everywhere in Captum; not used. Default: None
+        statistics (sequence or mapping, optional): As for :class:`MultiModalInfoBottleneck`. Default: None
+        layouts (sequence, optional): Layouts of the inputs, so that padding is left out. Default: None (derived from
+                    a :class:`DualEncoder`)
+
+    Examples::
+
+        >>> layer_bits = LayerMultiModalInfoBottleneck(encoder, model.vision_model.encoder.layers[9])
+        >>> bits = layer_bits.attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> # bits (N, 50, 768)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layer: Any,
+        device_ids: list[int] | None = None,
+        statistics: Statistics | None = None,
+        layouts: Sequence[Layout | None] | None = None,
+    ) -> None:
+        _captum.LayerAttribution.__init__(self, _as_forward_func(forward_func), layer, device_ids)
+        self.statistics = statistics
+        self.layouts = layouts
+
+    @_captum.log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        beta: PerModality | None = None,
+        variance: PerModality = 1.0,
+        n_steps: int = 10,
+        n_samples: int = 10,
+        lr: PerModality = 1.0,
+        seed: int = 0,
+        joint: bool = False,
+        internal_batch_size: int | None = None,
+        attribute_to_layer_input: bool = False,
+        show_progress: bool = False,
+    ) -> Tensor | list[Tensor]:
+        r"""Bits per element of the layer's hidden state.
+
+        Args:
+
+            inputs, target, additional_forward_args, beta, variance, n_steps, n_samples, lr, seed, joint,
+                internal_batch_size, attribute_to_layer_input, show_progress: As for
+                :meth:`MultiModalInfoBottleneck.attribute`; ``beta``, ``variance`` and ``lr`` per layer.
+
+        Returns:
+            *Tensor* or *list[Tensor]* of **attributions**:
+            - **attributions** (*Tensor* or *list[Tensor]*):
+                        Bits, of the shape of the layer's output (or input); a list if a list of layers was given.
+        """
+        tensors = _format_inputs(inputs, None)
+        additional = _captum.format_additional_forward_args(additional_forward_args) or ()
+        several = isinstance(self.layer, list)
+        layers = [_resolve(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
+        priors = _priors(layers, self.statistics)
+        settings = make_settings(
+            priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
+        )
+        gated = optimise(
+            _scorer(self.forward_func, len(tensors), target),
+            (*tensors, *additional),
+            [Tap(layer, attribute_to_layer_input) for layer in layers],
+            priors,
+            self._layouts_of(layers),
+            settings,
+            _roots(self.forward_func, layers),
+        )
+        bits = [gate.axis.merge(gate.bits).contiguous() for gate in gated]
+        return bits if several else bits[0]
+
+    def attribute_future(self) -> None:
+        """Not offered, as for most of Captum's methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def _layouts_of(self, layers: Sequence[Layer]) -> Sequence[Layout | None]:
+        if self.layouts is not None:
+            return [*self.layouts, *[None] * len(layers)]
+        if isinstance(self.forward_func, DualEncoder):
+            return [self.forward_func.layouts[self.forward_func.owner(layer.module)] for layer in layers]
+        return [None] * len(layers)
+
+
+def make_settings(
+    priors: Sequence[Prior],
+    beta: PerModality | None,
+    variance: PerModality,
+    lr: PerModality,
+    n_steps: int,
+    n_samples: int,
+    seed: int,
+    joint: bool,
+    internal_batch_size: int | None,
+    show_progress: bool,
+) -> Settings:
+    """Check an attribution's settings and give each modality its own."""
+    for name, number in (("n_steps", n_steps), ("n_samples", n_samples), ("internal_batch_size", internal_batch_size)):
+        if name == "internal_batch_size" and number is None:
+            continue
+        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
+    if not isinstance(seed, int) or seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}.")
+    count = len(priors)
+    betas = (
+        tuple(PUBLISHED_BETA if prior is None else STANDARDISED_BETA for prior in priors)
+        if beta is None
+        else _per_modality("beta", beta, count, least=0.0, inclusive=True)
+    )
+    return Settings(
+        betas,
+        _per_modality("variance", variance, count),
+        _per_modality("lr", lr, count),
+        n_steps,
+        n_samples,
+        seed,
+        joint,
+        internal_batch_size,
+        show_progress,
+    )
+
+
+def _per_modality(
+    name: str, value: PerModality, count: int, least: float = 0.0, inclusive: bool = False
+) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(values) < count:
+        raise ValueError(f"{name}: expected a number or one per modality ({count}), got {len(values)}.")
+    for number in values:
+        fits = isinstance(number, (int, float)) and (number >= least if inclusive else number > least)
+        if not fits or number == float("inf"):
+            bound = "of at least" if inclusive else "above"
+            raise ValueError(f"{name}: expected a finite number {bound} {least:g}, got {number!r}.")
+    return tuple(float(number) for number in values[:count])
+
+
+def _format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
+    if not isinstance(inputs, Tensor) and not (
+        isinstance(inputs, tuple) and inputs and all(isinstance(tensor, Tensor) for tensor in inputs)
+    ):
+        raise ValueError(
+            f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}; prepare pictures and "
+            "captions with DualEncoder.prepare first."
+        )
+    tensors: tuple[Tensor, ...] = _captum.format_tensor_into_tuples(inputs)
+    if most is not None and len(tensors) > most:
+        raise ValueError(
+            f"inputs: expected at most {most} inputs, one per layer, got {len(tensors)}; pass what is not explained "
+            "as additional_forward_args, or name one layer per input."
+        )
+    sizes = [tensor.shape[0] if tensor.ndim else 0 for tensor in tensors]
+    if len(set(sizes)) > 1 or not sizes[0]:
+        raise ValueError(f"inputs: expected the same number of examples in each, at least one, got {sizes}.")
+    for index, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"inputs[{index}]: expected finite numbers, got NaN or infinity; check the preprocessing.")
+    return tensors
+
+
+def _as_forward_func(forward_func: Any) -> Any:
+    """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
+    if isinstance(forward_func, nn.Module) and not isinstance(forward_func, DualEncoder):
+        if is_dual_encoder(forward_func):
+            return DualEncoder(forward_func)
+    if not callable(forward_func):
+        raise TypeError(f"forward_func: expected a model or a callable, got {type(forward_func).__name__}.")
+    return forward_func
+
+
+def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike], Sequence[Prior]]:
+    if not isinstance(forward_func, DualEncoder):
+        raise ValueError(
+            f"layers: layers can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
+            "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
+        )
+    layers = forward_func.recommended_layers()
+    return layers, [forward_func.statistics_of(layer) or "pair" for layer in layers]
+
+
+def _resolve(forward_func: Any, layer: LayerLike) -> Layer:
+    if isinstance(forward_func, DualEncoder):
+        *first, last = forward_func.roots()
+        for root in first:
+            try:
+                return resolve_layer(layer, root)
+            except ValueError:
+                name = layer[0] if isinstance(layer, tuple) else layer
+                if not isinstance(name, str) or name not in dict(last.named_modules(remove_duplicate=False)):
+                    raise
+        return resolve_layer(layer, last)
+    return resolve_layer(layer, forward_func if isinstance(forward_func, nn.Module) else None)
+
+
+def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
+    if statistics is None:
+        return (None,) * len(layers)
+    if isinstance(statistics, Mapping):
+        missing = [layer.name for layer in layers if layer.name not in statistics]
+        if missing:
+            raise ValueError(
+                f"statistics: expected an entry for each layer, none for {', '.join(missing)}; it has "
+                f"{', '.join(statistics) or 'none'}."
+            )
+        return tuple(statistics[layer.name] for layer in layers)
+    if len(statistics) != len(layers):
+        raise ValueError(f"statistics: expected one entry per layer ({len(layers)}), got {len(statistics)}.")
+    for prior in statistics:
+        if prior is not None and prior != "pair" and not isinstance(prior, ChannelStatistics):
+            raise ValueError(f"statistics: expected ChannelStatistics, 'pair' or None, got {prior!r}.")
+    return tuple(statistics)
+
+
+def _roots(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
+    owners = (forward_func, getattr(forward_func, "__self__", None), *(layer.module for layer in layers))
+    return [owner for owner in owners if isinstance(owner, nn.Module)]
+
+
+def _scorer(forward_func: Any, n_inputs: int, target: Any) -> Callable[[tuple[Any, ...]], Any]:
+    def score(arguments: tuple[Any, ...]) -> Any:
+        if target is None:
+            return forward_func(*arguments)
+        return _captum.run_forward(forward_func, arguments[:n_inputs], target, arguments[n_inputs:])
+
+    return score
+
+
+def _to_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:
+    """Bits per element as an attribution of the input's shape."""
+    bits = gate.bits
+    if isinstance(layout, PatchLayout) and tensor.ndim == 4:
+        return to_pixels(layout, image_grid(layout, bits, tensor.shape[-2:]), tensor)
+    if isinstance(layout, TextLayout):
+        return to_tokens(bits, gate.real, tensor)
+    if bits.shape == tensor.shape:
+        return bits.contiguous()
+    if bits.shape[:-1] == tensor.shape:
+        return bits.sum(-1).contiguous()
+    raise ValueError(
+        f"layouts: cannot tell how a hidden state of shape {tuple(bits.shape)} maps onto an input of shape "
+        f"{tuple(tensor.shape)}; pass layouts=(PatchLayout(patch_size=(16, 16), prefix=1), TextLayout()) or use "
+        "LayerMultiModalInfoBottleneck for bits per element."
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks, each one command: ``captum-m2ib benchmark NAME``."""

@@ -1,0 +1,179 @@
+"""Find a layer, and read or replace the hidden state in what it returns or receives.
+
+A model hands its hidden state around as a tensor, in a tuple, in a dictionary-like output object or as a keyword
+argument. A path of keys says where it sits, so that it can be replaced while everything around it stays as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+Path: TypeAlias = tuple[Any, ...]
+LayerLike: TypeAlias = "nn.Module | str | tuple[nn.Module | str, int]"
+
+_HIDDEN_NAMES = ("hidden_states", "inputs_embeds", "last_hidden_state", "x", "input")
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
+
+
+class Layer(NamedTuple):
+    """A module, the name people know it by, and which of its calls in one forward pass is meant (None: the only)."""
+
+    module: nn.Module
+    name: str
+    call: int | None = None
+
+
+def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
+    r"""Turn a module, a dotted name or a pair (module or name, call index) into a :class:`Layer`.
+
+    Args:
+
+        layer (nn.Module, str or tuple): The layer; a tuple adds which call of it is meant, counted from 0.
+        root (nn.Module, optional): Where names are looked up.
+
+    Returns:
+        Layer: the module found.
+
+    Raises:
+        ValueError: if a name is not found below ``root`` (near matches are listed), or there is no root.
+        TypeError: if ``layer`` is none of the forms above.
+    """
+    if isinstance(layer, tuple) and len(layer) == 2 and isinstance(layer[1], int):
+        return resolve_layer(layer[0], root)._replace(call=layer[1])
+    if isinstance(layer, nn.Module):
+        return Layer(layer, _name_of(layer, root))
+    if not isinstance(layer, str):
+        raise TypeError(
+            f"layers: expected a module, a dotted name or (layer, call index), got {type(layer).__name__}; "
+            "pass e.g. model.vision_model.encoder.layers[9] or 'vision_model.encoder.layers.9'."
+        )
+    if root is None:
+        raise ValueError(
+            f"layers: cannot look up the name {layer!r} because forward_func is not a module; pass the module itself."
+        )
+    modules = dict(root.named_modules(remove_duplicate=False))
+    if layer in modules and layer:
+        return Layer(modules[layer], layer)
+    near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
+    hint = (
+        f"near matches: {', '.join(near)}"
+        if near
+        else f"it has: {', '.join(n for n, _ in root.named_children())}"
+    )
+    raise ValueError(f"layers: no layer named {layer!r} in {type(root).__name__}; {hint}.")
+
+
+def _name_of(module: nn.Module, root: nn.Module | None) -> str:
+    names = (
+        (name for name, found in root.named_modules() if found is module) if root is not None else iter(())
+    )
+    return next(names, "") or type(module).__name__
+
+
+def map_leaves(structure: Any, function: Callable[[Any], Any], kind: type = Tensor) -> Any:
+    """Copy a nested structure, with ``function`` applied to each leaf of a kind; other leaves are shared."""
+    if isinstance(structure, kind):
+        return function(structure)
+    children = _children(structure)
+    if not children:
+        return structure
+    return _rebuild(structure, {key: map_leaves(child, function, kind) for key, child in children})
+
+
+def tensors_in(structure: Any) -> list[Tensor]:
+    """The tensors of a nested structure, depth first."""
+    return [tensor for _, tensor in _walk(structure)]
+
+
+def is_transparent(structure: Any) -> bool:
+    """Whether every tensor in the structure can be seen (no leaf is an object of an unknown kind)."""
+    if isinstance(structure, (Tensor, *_PLAIN)):
+        return True
+    children = _children(structure)
+    return (bool(children) or _is_container(structure)) and all(
+        is_transparent(child) for _, child in children
+    )
+
+
+def find_hidden(structure: Any) -> Path | None:
+    r"""Where the hidden state sits: a tensor under a usual name, else the first of at least three dimensions.
+
+    Args:
+
+        structure (Any): A layer's output, or ``(args, kwargs)`` of its call.
+
+    Returns:
+        tuple or None: the path of keys, or None if there is no floating-point tensor of two dimensions or more.
+    """
+    candidates = [(path, tensor) for path, tensor in _walk(structure) if tensor.is_floating_point()]
+    for least in (3, 2):
+        deep = [path for path, tensor in candidates if tensor.ndim >= least]
+        positional = [path for path in deep if not any(isinstance(key, str) for key in path)]
+        named = [path for name in _HIDDEN_NAMES for path in deep if path and path[-1] == name]
+        for choice in (positional, named, deep):
+            if choice:
+                return choice[0]
+    return None
+
+
+def get_at(structure: Any, path: Path) -> Any:
+    """What sits at ``path``."""
+    for key in path:
+        structure = dict(_children(structure))[key]
+    return structure
+
+
+def replace_at(structure: Any, path: Path, value: Any) -> Any:
+    """A copy of ``structure`` with ``value`` at ``path``; everything else is shared."""
+    if not path:
+        return value
+    child = dict(_children(structure))[path[0]]
+    return _rebuild(structure, {path[0]: replace_at(child, path[1:], value)})
+
+
+def _walk(structure: Any, path: Path = ()) -> list[tuple[Path, Tensor]]:
+    if isinstance(structure, Tensor):
+        return [(path, structure)]
+    return [found for key, child in _children(structure) for found in _walk(child, (*path, key))]
+
+
+def _is_container(structure: Any) -> bool:
+    is_record = dataclasses.is_dataclass(structure) and not isinstance(structure, type)
+    return isinstance(structure, (tuple, list, Mapping)) or is_record
+
+
+def _children(structure: Any) -> list[tuple[Any, Any]]:
+    # Mappings first: the output classes of transformers are dictionaries and dataclasses at once.
+    if isinstance(structure, torch.Size):
+        return []
+    if isinstance(structure, Mapping):
+        return list(structure.items())
+    if isinstance(structure, (tuple, list)):
+        return list(enumerate(structure))
+    if dataclasses.is_dataclass(structure) and not isinstance(structure, type):
+        return [(field.name, getattr(structure, field.name)) for field in dataclasses.fields(structure)]
+    return []
+
+
+def _rebuild(structure: Any, changes: Mapping[Any, Any]) -> Any:
+    if isinstance(structure, MutableMapping):
+        rebuilt: Any = copy.copy(structure)
+        for key, value in changes.items():
+            rebuilt[key] = value
+        return rebuilt
+    if isinstance(structure, Mapping):
+        return type(structure)({**structure, **changes})  # type: ignore[call-arg]
+    if isinstance(structure, (tuple, list)):
+        items = [changes.get(index, item) for index, item in enumerate(structure)]
+        return type(structure)(*items) if hasattr(structure, "_fields") else type(structure)(items)
+    rebuilt = copy.copy(structure)
+    for key, value in changes.items():
+        object.__setattr__(rebuilt, key, value)
+    return rebuilt

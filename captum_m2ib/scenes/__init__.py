@@ -1,0 +1,45 @@
+"""Scenes with exact ground truth, and the compact dual encoder that learns to match them with their captions.
+
+Drawing and probes need NumPy only; transformers is imported when a model is built, loaded or trained.
+"""
+
+from pathlib import Path
+
+from captum_m2ib.scenes.captions import COLOURS, SHAPES
+from captum_m2ib.scenes.drawing import Scene, SceneObject, draw_batch, draw_scene
+from captum_m2ib.scenes.model import build_model, build_tokenizer, load_checkpoint, save_checkpoint
+from captum_m2ib.scenes.probes import (
+    ImageProbe,
+    NamingTrial,
+    TokenProbe,
+    image_probes,
+    naming_trials,
+    token_probes,
+)
+from captum_m2ib.scenes.training import evaluate_naming, evaluate_retrieval, train
+
+CHECKPOINT = Path(__file__).parent / "checkpoint"
+"""Directory of the trained compact dual encoder that comes with the package."""
+
+__all__ = [
+    "CHECKPOINT",
+    "COLOURS",
+    "SHAPES",
+    "ImageProbe",
+    "NamingTrial",
+    "Scene",
+    "SceneObject",
+    "TokenProbe",
+    "build_model",
+    "build_tokenizer",
+    "draw_batch",
+    "draw_scene",
+    "evaluate_naming",
+    "evaluate_retrieval",
+    "image_probes",
+    "load_checkpoint",
+    "naming_trials",
+    "save_checkpoint",
+    "token_probes",
+    "train",
+]

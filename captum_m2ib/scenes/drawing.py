@@ -1,0 +1,559 @@
+"""Procedurally drawn scenes with exact ground truth.
+
+A scene is a muted background with one to four objects, each a shape of one colour. All geometry is in units
+of the image side, so ``size`` only says how finely the same picture is sampled. With ``d`` the signed
+distance of a pixel's centre to an object's outline (negative inside), the object's opacity there is
+``clip(1/2 - d * size, 0, 1)``: an edge one pixel wide, centred on the outline. A pixel belongs to an object's
+mask where that opacity is at least one half and no later object's is.
+
+Everything is drawn from :func:`generator`, which keeps the purposes in :data:`PURPOSES` apart: scenes for
+training and scenes for evaluation never come from the same random stream, whatever the seeds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from captum_m2ib.scenes.captions import COLOURS, SHAPES, Caption, describe
+
+PURPOSES = (
+    "scenes",
+    "training",
+    "validation",
+    "held_out",
+    "image_probes",
+    "token_probes",
+    "naming_trials",
+)
+"""The random streams. Their order is part of every drawing: append, never reorder."""
+
+OBJECT_COUNTS = {1: 0.05, 2: 0.25, 3: 0.35, 4: 0.35}
+"""Number of objects in a scene, with probabilities."""
+
+RADIUS = (0.12, 0.205)
+"""Smallest and largest radius of an object's bounding circle."""
+
+VISIBLE_SHARE = 0.6
+"""Of every object at least this share of its area stays visible."""
+
+_MARGIN = 0.01
+_RIM = 0.014
+_MAX_OBJECTS = max(OBJECT_COUNTS)
+# Coverage is estimated from interior points, with later objects' bounding circles as covers. The circles err
+# on the safe side; the distance between this limit and 1 - VISIBLE_SHARE pays for the finite number of
+# points.
+_COVERED_LIMIT = 0.3
+_INTERIOR_POINTS = 64
+_CANDIDATES = 6
+
+_RGB = {
+    "red": (212, 36, 40),
+    "orange": (247, 134, 20),
+    "yellow": (248, 220, 48),
+    "green": (40, 160, 62),
+    "blue": (42, 96, 220),
+    "purple": (126, 52, 176),
+    "pink": (247, 142, 190),
+    "white": (246, 246, 246),
+}
+_RGB_TABLE = np.array([_RGB[colour] for colour in COLOURS], dtype=np.float32)
+
+# Background waves: cycles per image side and amplitude (of 255), from broad light and shade to a fabric-like
+# grain.
+_WAVE_FREQUENCIES = np.array([0.4, 0.7, 1.1, 2.0, 3.2, 4.5, 9.0, 12.0], dtype=np.float32)
+_WAVE_AMPLITUDES = np.array([13, 11, 9, 5, 4, 3.5, 2.5, 2], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    """One object of a scene.
+
+    Args:
+        shape (str): One of :data:`captum_m2ib.scenes.SHAPES`.
+        colour (str): One of :data:`captum_m2ib.scenes.COLOURS`.
+        x (float): Centre, from the left edge, in units of the image side.
+        y (float): Centre, from the top edge, in units of the image side.
+        radius (float): Radius of the bounding circle, in units of the image side.
+        angle (float): Rotation, clockwise, in radians; at 0 the shape stands upright.
+    """
+
+    shape: str
+    colour: str
+    x: float
+    y: float
+    radius: float
+    angle: float
+
+
+@dataclass(frozen=True, eq=False)
+class Scene:
+    """A picture, its caption, and where everything is.
+
+    Args:
+        image (numpy.ndarray): RGB picture, uint8 (H, W, 3).
+        objects (tuple[SceneObject, ...]): The k objects; later ones are drawn over earlier ones.
+        masks (numpy.ndarray): What is visible of each object, bool (k, H, W); disjoint.
+        caption (str): The caption, lower case.
+        words (tuple[str, ...]): Its words, as ``caption.split()`` gives them.
+        word_objects (tuple[int | None, ...]): Per word, the index of the object that it names, or None.
+    """
+
+    image: np.ndarray
+    objects: tuple[SceneObject, ...]
+    masks: np.ndarray
+    caption: str
+    words: tuple[str, ...]
+    word_objects: tuple[int | None, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layouts:
+    """What n scenes contain, as arrays, independent of any resolution. Slots from ``count`` on have radius 0.
+
+    Args:
+        count (numpy.ndarray): Number of objects, int (n,).
+        shape (numpy.ndarray): Index into ``SHAPES``, int (n, 4).
+        colour (numpy.ndarray): Index into ``COLOURS``, int (n, 4).
+        x, y, radius, angle (numpy.ndarray): As in :class:`SceneObject`, float32 (n, 4).
+        rgb (numpy.ndarray): Each object's own shade of its colour, 0 to 255, float32 (n, 4, 3).
+        base (numpy.ndarray): Background colour, 0 to 255, float32 (n, 3).
+        waves (numpy.ndarray): Horizontal and vertical angular frequency and phase of each wave, float32 (n,
+            waves, 3).
+        tints (numpy.ndarray): Amplitude of each wave per channel, float32 (n, waves, 3).
+    """
+
+    count: np.ndarray
+    shape: np.ndarray
+    colour: np.ndarray
+    x: np.ndarray
+    y: np.ndarray
+    radius: np.ndarray
+    angle: np.ndarray
+    rgb: np.ndarray
+    base: np.ndarray
+    waves: np.ndarray
+    tints: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class _Stamps:
+    """Square cut-outs around the m objects of a batch: P pixels a side, each wholly inside its picture."""
+
+    scene: np.ndarray  # (m,)
+    slot: np.ndarray  # (m,)
+    pixels: np.ndarray  # (m, P, P), flat index into the batch's pixels
+    opacity: np.ndarray  # (m, P, P)
+    shade: np.ndarray  # (m, P, P)
+
+
+def draw_scene(
+    seed: int,
+    size: int = 64,
+    *,
+    counts: Mapping[int, float] = OBJECT_COUNTS,
+    purpose: str = "scenes",
+    index: int = 0,
+) -> Scene:
+    """Draws one scene.
+
+    Args:
+        seed (int): Not negative. The same seed gives the same scene, whatever ``size``.
+        size (int): Side of the picture in pixels, at least 16. Default: 64.
+        counts (Mapping[int, float]): Probability of each number of objects, 1 to 4. Default:
+            :data:`OBJECT_COUNTS`.
+        purpose (str): The random stream, one of :data:`PURPOSES`. Default: ``"scenes"``.
+        index (int): Position in that stream, not negative. Default: 0.
+
+    Returns:
+        Scene: The scene.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    return draw_scenes(generator(purpose, seed, index), 1, size, counts=counts)[0]
+
+
+def draw_batch(
+    n: int,
+    seed: int,
+    size: int = 64,
+    *,
+    counts: Mapping[int, float] = OBJECT_COUNTS,
+    single_share: float = 0.0,
+    purpose: str = "scenes",
+    index: int = 0,
+) -> tuple[np.ndarray, list[str]]:
+    """Draws pictures and captions only: the fast path for training.
+
+    Args:
+        n (int): Number of scenes, at least 1.
+        seed (int): Not negative.
+        size (int): Side of the pictures in pixels, at least 16. Default: 64.
+        counts (Mapping[int, float]): Probability of each number of objects. Default: :data:`OBJECT_COUNTS`.
+        single_share (float): Share of the captions, besides the usual ones, that name one object only.
+            Default: 0.
+        purpose (str): The random stream, one of :data:`PURPOSES`. Default: ``"scenes"``.
+        index (int): Position in that stream, for example the training step. Default: 0.
+
+    Returns:
+        tuple[numpy.ndarray, list[str]]: Pictures, uint8 (n, size, size, 3), and n captions. With n = 1, those
+        of :func:`draw_scene`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    rng = generator(purpose, seed, index)
+    layouts = sample_layouts(rng, n, counts)
+    captions = _captions(rng, layouts, single_share)
+    return render(layouts, size), [caption.text for caption in captions]
+
+
+def draw_scenes(
+    rng: np.random.Generator, n: int, size: int = 64, *, counts: Mapping[int, float] = OBJECT_COUNTS
+) -> list[Scene]:
+    """Draws n scenes with their ground truth.
+
+    Args:
+        rng (numpy.random.Generator): From :func:`generator`.
+        n (int): Number of scenes, at least 1.
+        size (int): Side of the pictures in pixels, at least 16. Default: 64.
+        counts (Mapping[int, float]): Probability of each number of objects. Default: :data:`OBJECT_COUNTS`.
+
+    Returns:
+        list[Scene]: The scenes.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    layouts = sample_layouts(rng, n, counts)
+    captions = _captions(rng, layouts, 0.0)
+    images, masks = render(layouts, size), visible_masks(layouts, size)
+    return [
+        Scene(
+            images[i], _objects(layouts, i), masks[i, :k], caption.text, caption.words, caption.word_objects
+        )
+        for i, (k, caption) in enumerate(zip(layouts.count.tolist(), captions, strict=True))
+    ]
+
+
+def generator(purpose: str, seed: int, index: int = 0) -> np.random.Generator:
+    """The random generator of one purpose, seed and index; no two of them share a stream.
+
+    Args:
+        purpose (str): One of :data:`PURPOSES`.
+        seed (int): Not negative.
+        index (int): Not negative. Default: 0.
+
+    Returns:
+        numpy.random.Generator: A fresh generator.
+
+    Raises:
+        ValueError: If the purpose is unknown, or ``seed`` or ``index`` is negative.
+    """
+    if purpose not in PURPOSES:
+        raise ValueError(
+            f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose!r}; choose one of these."
+        )
+    for name, value in (("seed", seed), ("index", index)):
+        if value < 0:
+            raise ValueError(
+                f"{name}: expected an integer of 0 or more, got {value}; give one that is not negative."
+            )
+    return np.random.default_rng(
+        np.random.SeedSequence(int(seed), spawn_key=(PURPOSES.index(purpose), int(index)))
+    )
+
+
+def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float] = OBJECT_COUNTS) -> Layouts:
+    """Samples what n scenes contain, without drawing them.
+
+    Args:
+        rng (numpy.random.Generator): Where the randomness comes from.
+        n (int): Number of scenes, at least 1.
+        counts (Mapping[int, float]): Probability of each number of objects, 1 to 4. Default:
+            :data:`OBJECT_COUNTS`.
+
+    Returns:
+        Layouts: Shape-and-colour pairs are distinct within a scene, objects lie fully inside the picture, and
+            of each at least
+        :data:`VISIBLE_SHARE` is visible.
+
+    Raises:
+        ValueError: If n is below 1, or ``counts`` is not a distribution over 1 to 4.
+    """
+    if n < 1:
+        raise ValueError(f"n: expected 1 scene or more, got {n}; ask for at least one.")
+    if (
+        not counts
+        or not set(counts) <= set(range(1, _MAX_OBJECTS + 1))
+        or abs(sum(counts.values()) - 1) > 1e-6
+    ):
+        raise ValueError(
+            f"counts: expected probabilities that sum to 1 for numbers of objects from 1 to {_MAX_OBJECTS}, "
+            f"got {dict(counts)}; for example {OBJECT_COUNTS}."
+        )
+    count = rng.choice(list(counts), size=n, p=list(counts.values()))
+    present = np.arange(_MAX_OBJECTS) < count[:, None]
+    pairs = rng.random((n, len(SHAPES) * len(COLOURS)), dtype=np.float32).argsort(axis=1)[:, :_MAX_OBJECTS]
+    shape, colour = np.divmod(pairs, len(COLOURS))
+    low, high = RADIUS
+    radius = np.where(present, low + (high - low) * rng.random((n, _MAX_OBJECTS), dtype=np.float32), 0)
+    radius = radius.astype(np.float32)
+    angle = 2 * np.pi * rng.random((n, _MAX_OBJECTS), dtype=np.float32)
+    x, y = _place(rng, shape, radius, angle)
+    brightness = 0.94 + 0.08 * rng.random((n, _MAX_OBJECTS, 1), dtype=np.float32)
+    shift = 20 * rng.random((n, _MAX_OBJECTS, 3), dtype=np.float32) - 10
+    rgb = np.clip(_RGB_TABLE[colour] * brightness + shift, 0, 255)
+    return Layouts(count, shape, colour, x, y, radius, angle, rgb, *_sample_backgrounds(rng, n))
+
+
+def render(layouts: Layouts, size: int) -> np.ndarray:
+    """Draws pictures.
+
+    Args:
+        layouts (Layouts): What the n scenes contain.
+        size (int): Side of the pictures in pixels, at least 16.
+
+    Returns:
+        numpy.ndarray: RGB pictures, uint8 (n, size, size, 3).
+
+    Raises:
+        ValueError: If ``size`` is below 16.
+    """
+    stamps = _stamps(layouts, size)
+    images = _backgrounds(layouts, size)
+    canvas = images.reshape(-1, 3)
+    for slot in range(_MAX_OBJECTS):
+        rows = np.flatnonzero(stamps.slot == slot)
+        if rows.size:
+            pixels = stamps.pixels[rows]
+            paint = stamps.shade[rows][..., None] * layouts.rgb[stamps.scene[rows], slot][:, None, None]
+            below = canvas[pixels]
+            paint -= below
+            paint *= stamps.opacity[rows][..., None]
+            paint += below
+            canvas[pixels] = paint
+    np.clip(images, 0, 255, out=images)
+    images += 0.5
+    return images.astype(np.uint8)
+
+
+def visible_masks(layouts: Layouts, size: int) -> np.ndarray:
+    """What is visible of each object.
+
+    Args:
+        layouts (Layouts): What the n scenes contain.
+        size (int): Side of the pictures in pixels, at least 16.
+
+    Returns:
+        numpy.ndarray: bool (n, 4, size, size); disjoint within a scene, all False in slots without an object.
+    """
+    stamps = _stamps(layouts, size)
+    masks = np.zeros((_MAX_OBJECTS, len(layouts.count) * size * size), dtype=bool)
+    for slot in range(_MAX_OBJECTS):
+        rows = np.flatnonzero(stamps.slot == slot)
+        inside = stamps.pixels[rows][stamps.opacity[rows] >= 0.5]
+        masks[:slot, inside] = False
+        masks[slot, inside] = True
+    return masks.reshape(_MAX_OBJECTS, -1, size, size).swapaxes(0, 1)
+
+
+def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.sqrt(u * u + v * v) - np.float32(0.9)
+
+
+def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.7)
+
+
+def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.maximum(v, np.float32(np.sqrt(3) / 2) * np.abs(u) - np.float32(0.5) * v) - np.float32(0.5)
+
+
+def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # Folded into the half sector between a tip (1, 0) and the notch at 36 degrees, the outline is one
+    # straight edge.
+    sector = np.float32(2 * np.pi / 5)
+    theta = np.arctan2(u, -v)
+    theta = np.abs(theta - sector * np.rint(theta / sector))
+    notch = 0.46 * np.exp(1j * np.pi / 5)
+    normal = np.array([notch.imag, 1 - notch.real]) / abs(1 - notch)
+    distance = np.sqrt(u * u + v * v)
+    along, across = distance * np.cos(theta), distance * np.sin(theta)
+    return (along - 1) * np.float32(normal[0]) + across * np.float32(normal[1])
+
+
+def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    u, v = np.abs(u), np.abs(v)
+    return np.maximum(np.maximum(u, v) - np.float32(0.95), np.minimum(u, v) - np.float32(0.29))
+
+
+def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    # A square standing on its corner, with half discs on its two upper edges; h is half its diagonal.
+    h = np.float32(0.785)
+    u, v = np.abs(u), np.float32(0.25) * h - v
+    corner = (u + np.abs(v) - h) * np.float32(np.sqrt(0.5))
+    lobe = np.sqrt((u - h / 2) ** 2 + (v - h / 2) ** 2) - h * np.float32(np.sqrt(0.5))
+    return np.minimum(corner, lobe)
+
+
+def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    return np.abs(np.sqrt(u * u + v * v) - np.float32(0.71)) - np.float32(0.23)
+
+
+def _moon(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    bite = np.float32(0.74) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v)
+    return np.maximum(np.sqrt(u * u + v * v) - np.float32(0.96), bite)
+
+
+_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
+    "circle": _circle,
+    "square": _square,
+    "triangle": _triangle,
+    "star": _star,
+    "cross": _cross,
+    "heart": _heart,
+    "ring": _ring,
+    "moon": _moon,
+}
+"""Signed distance to each outline, in the shape's own frame: it fits the unit circle, v points down."""
+
+
+@lru_cache(maxsize=1)
+def _interior_points() -> np.ndarray:
+    """Points spread evenly over each shape's area, in its own frame: float32 (shapes, points, 2)."""
+    # The additive recurrence with the plastic number covers the square evenly, and so every part of it.
+    plastic = 1.32471795724474602596
+    steps = np.arange(1, 16 * _INTERIOR_POINTS + 1)[:, None] * np.array([1 / plastic, 1 / plastic**2])
+    grid = (2 * (steps % 1) - 1).astype(np.float32)
+    inside = [grid[_DISTANCES[shape](grid[:, 0], grid[:, 1]) < 0][:_INTERIOR_POINTS] for shape in SHAPES]
+    return np.stack(inside)
+
+
+def _place(
+    rng: np.random.Generator, shape: np.ndarray, radius: np.ndarray, angle: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Centres x and y, float32 (n, 4): whole scenes are proposed, the first acceptable one is kept."""
+    points = _interior_points()[shape] * radius[..., None, None]
+    cosine, sine = np.cos(angle)[..., None], np.sin(angle)[..., None]
+    reach_x = cosine * points[..., 0] - sine * points[..., 1]
+    reach_y = sine * points[..., 0] + cosine * points[..., 1]
+    centres = np.empty((len(shape), 2, radius.shape[1]), dtype=np.float32)
+    pending = np.arange(len(shape))
+    while pending.size:
+        inset = (radius[pending] + np.float32(_MARGIN))[:, None, None]
+        draws = rng.random((pending.size, _CANDIDATES, 2, radius.shape[1]), dtype=np.float32)
+        proposals = inset + (1 - 2 * inset) * draws
+        acceptable = _acceptable(proposals, reach_x[pending], reach_y[pending], radius[pending])
+        solved = acceptable.any(axis=1)
+        first = acceptable.argmax(axis=1)
+        centres[pending[solved]] = proposals[solved, first[solved]]
+        pending = pending[~solved]
+    return centres[:, 0], centres[:, 1]
+
+
+def _acceptable(
+    centres: np.ndarray, reach_x: np.ndarray, reach_y: np.ndarray, radius: np.ndarray
+) -> np.ndarray:
+    """Which proposals stay visible enough: centres (m, c, 2, 4), reaches (m, 4, points) -> (m, c)."""
+    x, y = centres[:, :, 0], centres[:, :, 1]
+    acceptable = np.ones(x.shape[:2], dtype=bool)
+    for below in range(radius.shape[1] - 1):
+        covered = np.zeros((*x.shape[:2], reach_x.shape[-1]), dtype=bool)
+        for above in range(below + 1, radius.shape[1]):
+            dx = (x[:, :, below] - x[:, :, above])[..., None] + reach_x[:, None, below]
+            dy = (y[:, :, below] - y[:, :, above])[..., None] + reach_y[:, None, below]
+            covered |= dx * dx + dy * dy < (radius[:, above] ** 2)[:, None, None]
+        acceptable &= covered.mean(axis=-1) <= _COVERED_LIMIT
+    return acceptable
+
+
+def _sample_backgrounds(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Base colours, waves and tints as in :class:`Layouts`: greys and browns."""
+    n_waves = len(_WAVE_FREQUENCIES)
+    grey = 62 + 78 * rng.random((n, 1), dtype=np.float32)
+    warmth = rng.random((n, 1), dtype=np.float32)
+    base = grey * (1 + warmth * np.array([0.16, 0, -0.26], dtype=np.float32))
+    frequency = 2 * np.pi * _WAVE_FREQUENCIES * (0.75 + 0.5 * rng.random((n, n_waves), dtype=np.float32))
+    direction, phase = 2 * np.pi * rng.random((2, n, n_waves), dtype=np.float32)
+    waves = np.stack([frequency * np.cos(direction), frequency * np.sin(direction), phase], axis=-1)
+    amplitude = _WAVE_AMPLITUDES * (0.3 + rng.random((n, n_waves), dtype=np.float32))
+    tints = amplitude[..., None] * (0.85 + 0.3 * rng.random((n, n_waves, 3), dtype=np.float32))
+    return base, waves, tints
+
+
+def _backgrounds(layouts: Layouts, size: int) -> np.ndarray:
+    """Backgrounds, float32 (n, size, size, 3)."""
+    # cos(a x + b y + c) = cos(a x) cos(b y + c) - sin(a x) sin(b y + c): the sum over waves is one matrix
+    # product per scene.
+    n = len(layouts.count)
+    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
+    across, down, phase = np.moveaxis(layouts.waves, -1, 0)
+    columns = across[..., None] * centres
+    rows = down[:, None, :] * centres[:, None] + phase[:, None, :]
+    left = np.concatenate([np.cos(rows), -np.sin(rows), np.ones((n, size, 1), np.float32)], axis=2)
+    tints = layouts.tints[:, :, None, :]
+    flat = np.broadcast_to(layouts.base[:, None, None], (n, 1, size, 3))
+    right = np.concatenate(
+        [np.cos(columns)[..., None] * tints, np.sin(columns)[..., None] * tints, flat], axis=1
+    )
+    return np.matmul(left, right.reshape(n, -1, size * 3)).reshape(n, size, size, 3)
+
+
+def _stamps(layouts: Layouts, size: int) -> _Stamps:
+    if size < 16:
+        raise ValueError(
+            f"size: expected 16 pixels or more, got {size}; smaller objects cannot be told apart."
+        )
+    side = int(np.ceil(2 * RADIUS[1] * size)) + 3
+    scene, slot = np.nonzero(np.arange(_MAX_OBJECTS) < layouts.count[:, None])
+    x, y, radius = layouts.x[scene, slot], layouts.y[scene, slot], layouts.radius[scene, slot]
+    offsets = np.arange(side)
+    left = np.clip(np.floor((x - radius) * size).astype(np.int64) - 1, 0, size - side)[:, None] + offsets
+    top = np.clip(np.floor((y - radius) * size).astype(np.int64) - 1, 0, size - side)[:, None] + offsets
+    pixels = scene[:, None, None] * (size * size) + top[:, :, None] * size + left[:, None, :]
+    across = ((left + 0.5) / size - x[:, None]).astype(np.float32) / radius[:, None]
+    down = ((top + 0.5) / size - y[:, None]).astype(np.float32) / radius[:, None]
+    cosine, sine = np.cos(layouts.angle[scene, slot])[:, None], np.sin(layouts.angle[scene, slot])[:, None]
+    distance = np.empty(pixels.shape, dtype=np.float32)
+    shapes = layouts.shape[scene, slot]
+    for index, name in enumerate(SHAPES):
+        rows = np.flatnonzero(shapes == index)
+        u = (cosine * across)[rows, None, :] + (sine * down)[rows, :, None]
+        v = (cosine * down)[rows, :, None] - (sine * across)[rows, None, :]
+        distance[rows] = _DISTANCES[name](u, v)
+    opacity = np.clip(0.5 - distance * (radius * size)[:, None, None], 0, 1)
+    # A light from the upper left, and a darker rim that keeps touching objects of one colour apart.
+    shade = 1 - np.float32(0.09) * (across[:, None, :] + down[:, :, None])
+    shade -= np.float32(0.28) * np.clip(1 + distance * (radius / np.float32(_RIM))[:, None, None], 0, 1)
+    return _Stamps(scene, slot, pixels, opacity, shade)
+
+
+def _captions(rng: np.random.Generator, layouts: Layouts, single_share: float) -> list[Caption]:
+    if not 0 <= single_share <= 1:
+        raise ValueError(
+            f"single_share: expected a share from 0 to 1, got {single_share}; 0 leaves captions as they are."
+        )
+    single = rng.random(len(layouts.count)) < single_share
+    names = zip(
+        layouts.count.tolist(), layouts.shape.tolist(), layouts.colour.tolist(), single.tolist(), strict=True
+    )
+    return [
+        describe(rng, [(SHAPES[shapes[i]], COLOURS[colours[i]]) for i in range(count)], only)
+        for count, shapes, colours, only in names
+    ]
+
+
+def _objects(layouts: Layouts, scene: int) -> tuple[SceneObject, ...]:
+    return tuple(
+        SceneObject(
+            SHAPES[layouts.shape[scene, slot]],
+            COLOURS[layouts.colour[scene, slot]],
+            *(float(values[scene, slot]) for values in (layouts.x, layouts.y, layouts.radius, layouts.angle)),
+        )
+        for slot in range(int(layouts.count[scene]))
+    )

@@ -1,0 +1,479 @@
+"""Training of the compact dual encoder on scenes drawn afresh at every step, and its held-out report.
+
+The loss is CLIP's: with unit embeddings ``u`` of the pictures and ``v`` of their captions and a learned
+temperature ``t``, the mean of the cross entropies of ``u v^T / t`` along its rows and along its columns,
+against the diagonal. Batch ``i`` is determined by the seed and ``i`` alone, the rate by the step alone, so an
+interrupted run that resumes ends where an uninterrupted one ends.
+
+    python -c "from captum_m2ib.scenes import train; train('checkpoint')"
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+
+from captum_m2ib.scenes.drawing import draw_batch
+from captum_m2ib.scenes.model import (
+    build_model,
+    build_tokenizer,
+    embed_images,
+    embed_texts,
+    image_side,
+    normalize_images,
+    save_checkpoint,
+    tokenize,
+)
+from captum_m2ib.scenes.probes import naming_trials
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import CLIPModel
+
+_MAX_LOGIT_SCALE = math.log(100)
+_READ_EVERY = 50
+
+
+def train(
+    output: str | os.PathLike[str],
+    *,
+    steps: int | None = None,
+    batch_size: int = 256,
+    lr: float = 2e-3,
+    weight_decay: float = 0.1,
+    warmup_steps: int = 400,
+    clip_norm: float = 1.0,
+    single_share: float = 0.15,
+    model_options: Mapping[str, int] | None = None,
+    seed: int = 0,
+    device: str | torch.device | None = None,
+    bf16: bool | None = None,
+    compile: bool = False,
+    workers: int | None = None,
+    resume: bool = True,
+    overwrite: bool = False,
+    save_every: int = 500,
+    evaluate_every: int = 500,
+    report_sets: int = 8,
+    report_trials: int = 2048,
+    show_progress: bool = True,
+) -> dict[str, Any]:
+    """Trains the compact dual encoder and writes it as a checkpoint directory with a ``report.json``.
+
+    Every ``save_every`` steps the state of the training goes into ``<output>.training.safetensors`` beside
+    the output; it is removed when the output is complete.
+
+    Args:
+        output (str or path): The checkpoint directory to write.
+        steps (int, optional): Number of updates. Default: 9000 on CUDA, 4800 on the CPU, where that is less
+            than 90 minutes on two cores.
+        batch_size (int): Scenes per update, at least 2. Default: 256.
+        lr (float): Highest learning rate of AdamW: reached linearly, left along a cosine to 0. Default: 2e-3.
+        weight_decay (float): On matrices only. Default: 0.1.
+        warmup_steps (int): Updates until the highest rate. Default: 400.
+        clip_norm (float): Largest norm of the gradient. Default: 1.
+        single_share (float): Share of the training captions, besides the usual ones, that name one object
+            only, so that the model learns to name objects. Default: 0.15.
+        model_options (Mapping[str, int], optional): Sizes, as arguments of
+            :func:`captum_m2ib.scenes.build_model`.
+        seed (int): Seed of the weights and of the scenes. Default: 0.
+        device (str or torch.device, optional): Default: CUDA where there is one, else the CPU.
+        bf16 (bool, optional): Compute in bfloat16 (autocast); CUDA only. Default: on CUDA yes.
+        compile (bool): Compile the image tower; CUDA only. Default: False.
+        workers (int, optional): Processes that draw scenes; 0 draws in this one. Default: 1 on the CPU, up to
+            8 on CUDA.
+        resume (bool): Go on from the saved state if there is one. Default: True.
+        overwrite (bool): Replace an output that is already there. Default: False.
+        save_every (int): Updates between saved states. Default: 500.
+        evaluate_every (int): Updates between the retrieval figures in the progress bar. Default: 500.
+        report_sets (int): Sets of 256 held-out pairs in the report. Default: 8.
+        report_trials (int): Naming trials in the report. Default: 2048.
+        show_progress (bool): Show a progress bar and print the report. Default: True.
+
+    Returns:
+        dict[str, Any]: What ``report.json`` holds: ``retrieval`` (see :func:`evaluate_retrieval`) and
+        ``naming`` (see :func:`evaluate_naming`), both measured with the float16 weights as written, ``loss``,
+        ``settings``, ``seconds``, ``device`` and ``versions``.
+
+    Raises:
+        FileExistsError: If ``output`` is there and ``overwrite`` is False.
+        FloatingPointError: If the loss is not finite.
+        ValueError: If a number is out of range, or a saved state was made with other settings.
+    """
+    target, place = Path(output), _device(device)
+    if steps is None:
+        steps = 9000 if place.type == "cuda" else 4800
+    _check_counts(
+        steps=(steps, 1),
+        batch_size=(batch_size, 2),
+        warmup_steps=(warmup_steps, 0),
+        save_every=(save_every, 1),
+        evaluate_every=(evaluate_every, 1),
+        report_sets=(report_sets, 1),
+        report_trials=(report_trials, 1),
+    )
+    if place.type != "cuda" and (bf16 or compile):
+        raise ValueError(
+            f"bf16, compile: expected False on {place}, got {bf16} and {compile}; both need device='cuda'."
+        )
+    if target.exists() and not overwrite:
+        raise FileExistsError(
+            f"output: expected a path that does not exist, got {str(target)!r}; "
+            "choose another or pass overwrite=True."
+        )
+    settings: dict[str, Any] = {
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "weight_decay": weight_decay,
+        "warmup_steps": warmup_steps,
+        "clip_norm": clip_norm,
+        "single_share": single_share,
+        "model_options": dict(model_options or {}),
+        "seed": seed,
+        "bf16": place.type == "cuda" if bf16 is None else bf16,
+    }
+    began = time.monotonic()
+    model: Any = build_model(seed=seed, **settings["model_options"])
+    model.to(place)
+    optimizer = _optimizer(model, lr, weight_decay)
+    state = target.with_name(target.name + ".training.safetensors")
+    progress: dict[str, Any] = {"step": 0, "seconds": 0.0}
+    if resume and state.exists():
+        progress = _load_state(state, model, optimizer, settings)
+    if compile:
+        model.vision_model.compile()
+
+    losses = _Losses(progress.get("loss"))
+    batches = _batches(settings, image_side(model), progress["step"], place, workers)
+    bar = _progress_bar(steps, progress["step"], show_progress)
+    with bar:
+        for step, (images, input_ids) in enumerate(batches, start=progress["step"]):
+            for group in optimizer.param_groups:
+                group["lr"] = lr * _rate(step, steps, warmup_steps)
+            images, input_ids = images.to(place, non_blocking=True), input_ids.to(place, non_blocking=True)
+            with torch.autocast(place.type, torch.bfloat16, enabled=settings["bf16"]):
+                image_embeddings = embed_images(model, normalize_images(images))
+                text_embeddings = embed_texts(model, input_ids)
+            loss = contrastive_loss(image_embeddings.float(), text_embeddings.float(), model.logit_scale)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
+            optimizer.step()
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
+            losses.add(loss.detach())
+            done = step + 1
+            saving = done % save_every == 0 and done < steps
+            # Only here does the host wait for the device.
+            if done % _READ_EVERY == 0 or done == steps or saving:
+                bar.set_postfix(losses.read(done), refresh=False)
+            if show_progress and (done % evaluate_every == 0 or done == steps):
+                held_out = evaluate_retrieval(model, sets=1, seed=seed, purpose="validation")
+                losses.shown.update(top1=f"{held_out['top1']:.3f}")
+                bar.set_postfix(losses.shown, refresh=False)
+            if saving:
+                seconds = progress["seconds"] + time.monotonic() - began
+                _save_state(
+                    state, model, optimizer, {"step": done, "seconds": seconds, "loss": losses.mean}, settings
+                )
+            bar.update()
+
+    _round_to_half(model)
+    report = {
+        "retrieval": evaluate_retrieval(model, sets=report_sets, seed=seed),
+        "naming": evaluate_naming(model, report_trials, seed),
+        "loss": losses.mean,
+        "settings": settings,
+        "seconds": round(progress["seconds"] + time.monotonic() - began, 1),
+        "device": torch.cuda.get_device_name(place) if place.type == "cuda" else place.type,
+        "versions": _versions(),
+    }
+    _write_output(model, report, target)
+    state.unlink(missing_ok=True)
+    if show_progress:
+        print(_readable(report))
+    return report
+
+
+def contrastive_loss(
+    image_embeddings: torch.Tensor, text_embeddings: torch.Tensor, logit_scale: torch.Tensor
+) -> torch.Tensor:
+    """CLIP's symmetric loss.
+
+    Args:
+        image_embeddings (torch.Tensor): Unit vectors, (N, D).
+        text_embeddings (torch.Tensor): Unit vectors, (N, D); row i belongs to picture i.
+        logit_scale (torch.Tensor): Logarithm of the inverse temperature, a scalar.
+
+    Returns:
+        torch.Tensor: The loss in nats, a scalar; log N when nothing is known.
+    """
+    logits = logit_scale.exp() * image_embeddings @ text_embeddings.T
+    labels = torch.arange(len(logits), device=logits.device)
+    return (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
+
+
+def evaluate_retrieval(
+    model: CLIPModel, *, sets: int = 8, size: int = 256, seed: int = 0, purpose: str = "held_out"
+) -> dict[str, float]:
+    """How often a picture finds its own caption among those of a set of held-out scenes.
+
+    Args:
+        model (transformers.CLIPModel): The compact dual encoder, on any device.
+        sets (int): Disjoint sets of scenes. Default: 8.
+        size (int): Scenes, and so captions, in a set. Default: 256.
+        seed (int): Which held-out scenes. Default: 0.
+        purpose (str): Their random stream; training draws from another one. Default: ``"held_out"``.
+
+    Returns:
+        dict[str, float]: ``top1`` and ``top5``, shares of pictures averaged over the sets; ``top1_std`` and
+            ``top5_std``, standard
+        deviations over the sets (0 for one set); ``sets`` and ``size``.
+    """
+    tokenizer, pixels = build_tokenizer(), image_side(model)
+    shares = []
+    for index in range(sets):
+        images, captions = draw_batch(size, seed, pixels, purpose=purpose, index=index)
+        scores = _similarities(model, tokenizer, images, captions)
+        better = (scores > scores.diagonal()[:, None]).sum(dim=1)
+        shares.append([float((better < k).double().mean()) for k in (1, 5)])
+    mean, spread = np.mean(shares, axis=0).tolist(), np.std(shares, axis=0, ddof=min(1, sets - 1)).tolist()
+    return {
+        "top1": mean[0],
+        "top1_std": spread[0],
+        "top5": mean[1],
+        "top5_std": spread[1],
+        "sets": sets,
+        "size": size,
+    }
+
+
+def evaluate_naming(model: CLIPModel, n: int = 2048, seed: int = 0) -> dict[str, float]:
+    """How often the true one of eight captions of one object scores highest (chance: 1/8).
+
+    Args:
+        model (transformers.CLIPModel): The compact dual encoder, on any device.
+        n (int): Number of trials (see :func:`captum_m2ib.scenes.naming_trials`). Default: 2048.
+        seed (int): Which trials. Default: 0.
+
+    Returns:
+        dict[str, float]: ``accuracy``, its ``standard_error``, and ``n``.
+    """
+    tokenizer, chunk, right = build_tokenizer(), 256, 0
+    trials = naming_trials(n, seed, image_side(model))
+    for start in range(0, n, chunk):
+        part = trials[start : start + chunk]
+        captions = [caption for trial in part for caption in trial.captions]
+        scores = _similarities(model, tokenizer, np.stack([trial.image for trial in part]), captions)
+        choices = scores.reshape(len(part), len(part), -1).diagonal(dim1=0, dim2=1).argmax(dim=0)
+        right += int((choices == torch.tensor([trial.correct for trial in part])).sum())
+    accuracy = right / n
+    return {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / n), "n": n}
+
+
+class _Steps(Dataset[tuple[torch.Tensor, torch.Tensor]]):
+    """Item i is the batch of step i: pictures, uint8 (N, H, W, 3), and token ids, int64 (N, longest)."""
+
+    def __init__(self, settings: Mapping[str, Any], image_size: int, tokenizer: Tokenizer) -> None:
+        self.settings, self.image_size, self.tokenizer = settings, image_size, tokenizer
+
+    def __len__(self) -> int:
+        return self.settings["steps"]
+
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        images, captions = draw_batch(
+            self.settings["batch_size"],
+            self.settings["seed"],
+            self.image_size,
+            single_share=self.settings["single_share"],
+            purpose="training",
+            index=step,
+        )
+        return torch.from_numpy(images), tokenize(self.tokenizer, captions)
+
+
+class _Losses:
+    """Sums losses where they are, and moves them to the host only when read."""
+
+    def __init__(self, mean: float | None) -> None:
+        self.mean, self.shown = mean, dict[str, str]()
+        self._total: torch.Tensor | None = None
+        self._count = 0
+
+    def add(self, loss: torch.Tensor) -> None:
+        self._total = loss if self._total is None else self._total + loss
+        self._count += 1
+
+    def read(self, step: int) -> dict[str, str]:
+        """The mean since the last reading, for the progress bar."""
+        if self._total is not None:
+            self.mean = float(self._total) / self._count
+            if not math.isfinite(self.mean):
+                raise FloatingPointError(
+                    f"lr: expected training to stay finite, got a loss of {self.mean} at step {step}; "
+                    "pass a lower lr, a longer warm-up, or resume=False if it began from a saved state."
+                )
+        self._total, self._count = None, 0
+        self.shown.update(loss=f"{self.mean:.3f}")
+        return self.shown
+
+
+def _batches(
+    settings: Mapping[str, Any], image_size: int, start: int, device: torch.device, workers: int | None
+) -> DataLoader:
+    if workers is None:
+        spare = max(1, (os.cpu_count() or 1) - 1)
+        workers = min(8, spare) if device.type == "cuda" else 1
+    _check_counts(workers=(workers, 0))
+    return DataLoader(
+        _Steps(settings, image_size, build_tokenizer()),
+        batch_size=None,
+        sampler=range(start, settings["steps"]),
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+    )
+
+
+def _optimizer(model: CLIPModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda")
+
+
+def _rate(step: int, steps: int, warmup_steps: int) -> float:
+    """Share of the highest learning rate at an update, counted from 0."""
+    warmup_steps = min(warmup_steps, steps // 2)
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
+
+
+@torch.no_grad()
+def _similarities(
+    model: CLIPModel, tokenizer: Tokenizer, images: np.ndarray, captions: list[str]
+) -> torch.Tensor:
+    """Cosine similarities of every picture with every caption, on the CPU."""
+    device = model.logit_scale.device
+    image_embeddings = embed_images(model, normalize_images(torch.from_numpy(images).to(device)))
+    text_embeddings = embed_texts(model, tokenize(tokenizer, captions).to(device))
+    return (image_embeddings @ text_embeddings.T).cpu()
+
+
+def _save_state(
+    path: Path,
+    model: CLIPModel,
+    optimizer: torch.optim.Optimizer,
+    progress: Mapping[str, Any],
+    settings: Mapping[str, Any],
+) -> None:
+    from safetensors.torch import save_file
+
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors.update({f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()})
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    # Settings and step travel in the file's JSON header, so that one replacement renews everything at once.
+    save_file(tensors, partial, metadata={"progress": json.dumps(progress), "settings": json.dumps(settings)})
+    os.replace(partial, path)
+
+
+def _load_state(
+    path: Path, model: CLIPModel, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        saved = json.loads(metadata["settings"])
+        changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
+        if changed:
+            was = ", ".join(f"{name}={saved.get(name)!r}" for name in changed)
+            now = ", ".join(f"{name}={settings.get(name)!r}" for name in changed)
+            raise ValueError(
+                f"settings: expected those of the saved state {str(path)!r}, {was}; got {now}; "
+                "pass the saved values to go on, or resume=False to start again."
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    prefix = "model."
+    model.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
+    content = optimizer.state_dict()
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "optimizer":
+            index, _, entry = rest.partition(".")
+            content["state"].setdefault(int(index), {})[entry] = tensor
+    optimizer.load_state_dict(content)
+    return json.loads(metadata["progress"])
+
+
+def _write_output(model: CLIPModel, report: Mapping[str, Any], target: Path) -> None:
+    """Writes a directory beside the target and moves it into place when it is complete."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    save_checkpoint(model, partial)
+    (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if target.exists():
+        replaced = target.with_name(target.name + ".replaced")
+        os.replace(target, replaced)
+        os.replace(partial, target)
+        shutil.rmtree(replaced)
+    else:
+        os.replace(partial, target)
+
+
+@torch.no_grad()
+def _round_to_half(model: CLIPModel) -> None:
+    for parameter in model.parameters():
+        parameter.copy_(parameter.half())
+
+
+def _progress_bar(steps: int, start: int, show_progress: bool) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(
+        total=steps, initial=start, desc="training", unit="step", mininterval=2, disable=not show_progress
+    )
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _check_counts(**values: tuple[int, int]) -> None:
+    for name, (value, least) in values.items():
+        if value < least:
+            raise ValueError(f"{name}: expected {least} or more, got {value}; raise it.")
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {"torch": torch.__version__, "transformers": transformers.__version__, "numpy": np.__version__}
+
+
+def _readable(report: Mapping[str, Any]) -> str:
+    retrieval, naming = report["retrieval"], report["naming"]
+    return (
+        f"held-out retrieval among {retrieval['size']} captions, {retrieval['sets']} sets: "
+        f"top-1 {retrieval['top1']:.3f} +- {retrieval['top1_std']:.3f}, "
+        f"top-5 {retrieval['top5']:.3f} +- {retrieval['top5_std']:.3f}\n"
+        f"naming, one of 8 captions, {naming['n']} trials: "
+        f"{naming['accuracy']:.3f} +- {naming['standard_error']:.3f}"
+    )

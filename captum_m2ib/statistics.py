@@ -1,0 +1,132 @@
+"""Per-channel mean and standard deviation of a hidden state: what the standardised prior needs.
+
+Estimated over a data set in one batched pass; batches are merged by the pairwise update of Chan et al. (1979), which
+keeps its digits where a sum of squares does not. Kept as safetensors.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Channels that hardly vary would make any deviation infinitely surprising.
+MINIMUM_STD = 1e-2
+
+
+@dataclass(frozen=True)
+class ChannelStatistics:
+    r"""Mean and standard deviation of each channel of a hidden state.
+
+    Args:
+
+        mean (Tensor): (channels,).
+        std (Tensor): (channels,), positive.
+        count (int, optional): Positions the estimate rests on. Default: 0 (unknown)
+    """
+
+    mean: Tensor
+    std: Tensor
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        if self.mean.ndim != 1 or self.mean.shape != self.std.shape:
+            raise ValueError(
+                "statistics: expected mean and std of one shape (channels,), got "
+                f"{tuple(self.mean.shape)} and {tuple(self.std.shape)}."
+            )
+        if not (self.mean.isfinite().all() and self.std.isfinite().all() and (self.std > 0).all()):
+            raise ValueError("statistics: expected finite means and positive, finite standard deviations.")
+
+
+class RunningStatistics:
+    """Count, mean and sum of squared deviations per channel, in float64, over any number of batches."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.mean: Tensor | None = None
+        self.squares: Tensor | None = None
+
+    def update(self, units: Tensor) -> None:
+        """Merge in a batch of units, (n, channels)."""
+        if not len(units):
+            return
+        units = units.detach().double()
+        count, mean = len(units), units.mean(0)
+        squares = (units - mean).square().sum(0)
+        if self.mean is None or self.squares is None:
+            self.count, self.mean, self.squares = count, mean, squares
+            return
+        total, delta = self.count + count, mean - self.mean
+        self.squares += squares + delta.square() * (self.count * count / total)
+        self.mean += delta * (count / total)
+        self.count = total
+
+    def result(self) -> ChannelStatistics:
+        """Mean and sample standard deviation, floored at ``MINIMUM_STD`` times their largest value."""
+        if self.mean is None or self.squares is None or self.count < 2:
+            raise ValueError(f"statistics: expected at least 2 positions to estimate from, got {self.count}.")
+        std = (self.squares / (self.count - 1)).sqrt()
+        return ChannelStatistics(self.mean.float().cpu(), floor_std(std).float().cpu(), self.count)
+
+
+def floor_std(std: Tensor) -> Tensor:
+    """Raise standard deviations to a small share of the largest one along the last dimension."""
+    largest = std.amax(-1, keepdim=True)
+    return torch.where(largest > 0, std.maximum(MINIMUM_STD * largest), 1.0)
+
+
+def units_of(hidden: Tensor, real: Tensor | None = None) -> Tensor:
+    """The positions of a hidden state as rows of channels, (n, channels), padding left out."""
+    if hidden.ndim == 4:
+        hidden = hidden.flatten(2).transpose(1, 2)
+    if real is not None and hidden.ndim == 3:
+        return hidden[real.squeeze(-1).expand(hidden.shape[:2])]
+    return hidden.flatten(0, -2)
+
+
+def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, ChannelStatistics]) -> None:
+    r"""Write statistics of named layers to one safetensors file.
+
+    Args:
+
+        path (str or PathLike): The file; replaced if it exists.
+        statistics (mapping): Layer name to :class:`ChannelStatistics`.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, channel in statistics.items():
+        tensors[f"{name}.mean"] = channel.mean.contiguous()
+        tensors[f"{name}.std"] = channel.std.contiguous()
+        tensors[f"{name}.count"] = torch.tensor(channel.count)
+    temporary = Path(f"{path}.part")
+    save_file(tensors, temporary, metadata={"format": "pt"})
+    os.replace(temporary, path)
+
+
+def load_statistics(path: str | os.PathLike[str]) -> dict[str, ChannelStatistics]:
+    r"""Read what :func:`save_statistics` wrote.
+
+    Args:
+
+        path (str or PathLike): The file.
+
+    Returns:
+        dict: Layer name to :class:`ChannelStatistics`.
+    """
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    names = [key.removesuffix(".mean") for key in tensors if key.endswith(".mean")]
+    return {
+        name: ChannelStatistics(
+            tensors[f"{name}.mean"], tensors[f"{name}.std"], int(tensors[f"{name}.count"])
+        )
+        for name in names
+    }

@@ -1,0 +1,547 @@
+"""Pictures of explanations: heat over a picture, captions coloured by tokens, and both as one figure.
+
+Everything takes plain NumPy arrays and draws without pyplot: no window, backend or global state is touched.
+Bits are shown on their own scale from zero; nothing here changes an attribution.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+import unicodedata
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "at_display_size",
+    "clean_token",
+    "format_bits",
+    "heat_colors",
+    "overlay",
+    "pair_figure",
+    "token_colors",
+    "token_html",
+]
+
+# Where the heat is zero, the picture shows through dimmed and half grey, so that the hottest places are the
+# brightest on white and on black pictures alike.
+_DIM, _GREY = 0.55, 0.5
+
+_INK, _QUIET, _EDGE = "#1b1b1f", "#5c5c66", "#b8b8c2"
+
+
+def overlay(
+    image: ArrayLike,
+    bits: ArrayLike,
+    *,
+    maximum: float | None = None,
+    percentile: float = 100.0,
+    strength: float = 0.85,
+) -> NDArray[np.uint8]:
+    """Lay a map of bits over a picture as heat.
+
+    Args:
+        image: the picture, uint8, shape (H, W, 3).
+        bits: the map, shape (h, w); its first row is the picture's top. Any resolution: it is resized to the
+            picture bilinearly. Negative values count as zero.
+        maximum: the value drawn in the hottest colour. Default: the map's own, see ``percentile``.
+        percentile: which percentile of the map is drawn in the hottest colour when ``maximum`` is not given;
+            below 100, a few extreme values do not hide the rest.
+        strength: the opacity of the hottest colour, in (0, 1].
+
+    Returns:
+        uint8 array, shape (H, W, 3). A map that is zero everywhere gives the dimmed picture.
+
+    Raises:
+        ValueError: for a picture or a map of another shape, or a map with NaN or infinity.
+    """
+    from PIL import Image
+
+    picture, values = _checked_picture(image), _checked_map(bits)
+    top = _hottest(values, percentile) if maximum is None else float(maximum)
+    size = (picture.shape[1], picture.shape[0])
+    resized = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    level = np.clip(resized / top, 0.0, 1.0) if top > 0 else np.zeros_like(resized)
+
+    colors, opacity = _heat_ramp(strength)
+    index = np.rint(level * (len(colors) - 1)).astype(np.intp)
+    base = picture.astype(np.float32) / 255
+    base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
+    mixed = base + opacity[index][..., None] * (colors[index] - base)
+    return np.rint(mixed * 255).astype(np.uint8)
+
+
+def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
+    """The colours of :func:`overlay` from zero to the maximum on a mid-grey picture, (n, 3) in [0, 1]."""
+    colors, opacity = _heat_ramp(strength)
+    seen = _DIM * 0.5 + opacity[:, None] * (colors - _DIM * 0.5)
+    return seen[np.rint(np.linspace(0, len(seen) - 1, n)).astype(np.intp)].astype(np.float32)
+
+
+def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The picture at about the resolution it is drawn at, so that heat over a small one is smooth."""
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    scale = 720 / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # A tiny picture is shown as the pixels it has; smoothing would draw halos around them.
+    kernel = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(picture).resize(size, kernel))
+
+
+def clean_token(token: str) -> str:
+    """Turn a tokenizer's piece into what a reader expects to see.
+
+    Marks of word boundaries (``</w>``, ``▁``, ``Ġ``, ``##``) are dropped, control tokens are named in
+    brackets (``<|startoftext|>`` becomes ``[startoftext]``, ``</s>`` becomes ``[/s]``), byte-level pieces are
+    decoded where they hold whole characters, and invisible characters are removed. A blank piece becomes
+    ``␣``. The result is plain text; whoever puts it into HTML must escape it, as :func:`token_html` does.
+    """
+    if token.startswith("<|") and token.endswith("|>") and len(token) > 4:
+        return f"[{_visible(token[2:-2])}]"
+    if token != "</w>" and token.startswith("<") and token.endswith(">") and token[1:-1].strip("/").isalnum():
+        return f"[{_visible(token[1:-1])}]"
+    text = _decode_bytes(token.removesuffix("</w>"))
+    if text.startswith("##") and len(text) > 2:
+        text = text[2:]
+    text = _visible(text.replace("▁", " ").replace("\n", "⏎")).strip()
+    return text or "␣"
+
+
+def format_bits(value: float) -> str:
+    """A number of bits in at most about five characters: ``0``, ``<0.01``, ``0.42``, ``31.4``, ``1280``."""
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 0.005:
+        return "<0.01" if value > 0 else ">-0.01"
+    return f"{value:.2f}" if size < 9.995 else f"{value:.1f}" if size < 99.95 else f"{value:.0f}"
+
+
+def _format_score(score: float) -> str:
+    return f"{score:.3f}".replace("-", "−")
+
+
+def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple[str, str]]:
+    """For each token the colours of its background and its text, as ``#rrggbb``.
+
+    Backgrounds go from white to deep blue with the bits; texts are black or white, whichever contrasts more.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    values = _checked_row(bits)
+    top = float(values.max(initial=0.0)) if maximum is None else float(maximum)
+    level = np.clip(values / top, 0.0, 1.0) if top > 0 else np.zeros_like(values)
+    backgrounds = colormaps["Blues"](0.9 * level)[:, :3]
+    backgrounds[level == 0] = 1.0
+    return [(to_hex(color), "#000000" if _luminance(color) > 0.179 else "#ffffff") for color in backgrounds]
+
+
+def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None = None) -> str:
+    """The tokens as HTML: one ``<span>`` each, coloured by its bits, with the bits below it.
+
+    Args:
+        tokens: display tokens (see :func:`clean_token`); each is escaped.
+        bits: one number per token.
+        special: which tokens are the model's own (start, end, ...) rather than words; they get a dashed edge.
+
+    Returns:
+        A fragment with inline styles only, safe to place inside any page.
+
+    Raises:
+        ValueError: if the lengths differ, or bits hold NaN or infinity.
+    """
+    values, flags = _checked_tokens(tokens, bits, special)
+    spans = []
+    for token, value, flag, (background, ink) in zip(
+        tokens, values, flags, token_colors(values), strict=True
+    ):
+        style = (
+            "display:inline-block;margin:2px;padding:3px 7px;border-radius:5px;text-align:center;"
+            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {_EDGE};"
+            f"background:{background};color:{ink}"
+        )
+        kind = ", special token" if flag else ""
+        spans.append(
+            f'<span style="{style}" title="{value:.6g} bits{kind}"><bdi>{html.escape(_visible(token))}</bdi>'
+            f'<span style="display:block;font-size:0.72em">{html.escape(format_bits(value))}</span></span>'
+        )
+    return "\n".join(spans)
+
+
+def pair_figure(
+    image: ArrayLike,
+    image_bits: ArrayLike,
+    tokens: Sequence[str],
+    token_bits: ArrayLike,
+    *,
+    score: float,
+    caption: str | None = None,
+    special: Sequence[bool] | None = None,
+    patch_bits: ArrayLike | None = None,
+    score_name: str = "cosine similarity",
+) -> Figure:
+    """One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
+
+    Args:
+        image: the picture, uint8, shape (H, W, 3).
+        image_bits: bits per pixel position of the model's input, shape (h, w); its sum is the image's total.
+        tokens: display tokens (see :func:`clean_token`).
+        token_bits: one number per token.
+        score: the model's similarity for the pair.
+        caption: the caption as it was given, shown above its tokens.
+        special: which tokens are the model's own (start, end, ...) rather than words; they get a dashed edge.
+        patch_bits: bits per patch, shape (gh, gw). When given, heat and colour bar show these.
+        score_name: what the score is called in the title.
+
+    Returns:
+        A :class:`matplotlib.figure.Figure` outside pyplot; save it with ``figure.savefig(path)``.
+        Characters that no installed font can draw appear as ``□``.
+
+    Raises:
+        ValueError: for shapes that do not fit, or values with NaN or infinity.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
+    values, flags = _checked_tokens(tokens, token_bits, special)
+    if patch_bits is None:
+        heat, unit = _per_pixels(pixels)
+    else:
+        heat = _checked_map(patch_bits, "patch_bits")
+        unit = f"bits per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
+
+    # All lengths in inches, from the top left, turned into figure fractions by `axes_at`.
+    width, margin, gap, bar_width, bar_room = 9.0, 0.35, 0.3, 0.16, 0.85
+    room = width - 2 * margin
+    aspect = picture.shape[0] / picture.shape[1]
+    panel_width = min((room - 2 * gap - bar_width - bar_room) / 2, 4.6 / aspect)
+    panel_height = panel_width * aspect
+    bar_height = max(panel_height, 1.5)
+    left = (width - (2 * panel_width + 2 * gap + bar_width + bar_room)) / 2
+    top = 1.12
+    heading = [] if caption is None else _caption_lines(caption, room)
+    caption_top = top + bar_height + 0.42
+    tokens_top = caption_top + 0.3 + 0.24 * len(heading)
+    rows = _token_rows([_visible(token) for token in tokens], values, room)
+    height = tokens_top + _ROW_PITCH * len(rows) + 0.2
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def axes_at(x: float, y: float, w: float, h: float) -> Any:
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    page = axes_at(0, 0, width, height)
+    page.set(xlim=(0, width), ylim=(height, 0))
+    page.set_axis_off()
+    _write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
+    totals = f"image {format_bits(pixels.sum())} bits   ·   text {format_bits(values.sum())} bits"
+    _write(page, width - margin, 0.36, totals, size=11.5, ha="right")
+    page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
+
+    shown = at_display_size(picture)
+    first_top = top + (bar_height - panel_height) / 2
+    found = "where its information is" if heat.max() > 0 else "no information anywhere"
+    panels = (("picture", shown), (found, overlay(shown, heat)))
+    for column, (name, panel) in enumerate(panels):
+        x = left + column * (panel_width + gap)
+        _write(page, x, first_top - 0.16, _elide(name, panel_width, 10), size=10, color=_QUIET)
+        axes = axes_at(x, first_top, panel_width, panel_height)
+        axes.imshow(panel, aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=_EDGE, linewidth=0.6)
+    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), float(heat.max()), unit)
+
+    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, bits below each"
+    _write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
+    for line, text in enumerate(heading):
+        _write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
+    colors = token_colors(values)
+    for line, row in enumerate(rows):
+        y = tokens_top + _ROW_PITCH * line
+        for index, x, box_width, text in row:
+            _token_box(page, margin + x, y, box_width, text, values[index], colors[index], flags[index])
+    return figure
+
+
+_TOKEN_SIZE, _BITS_SIZE = 10.5, 8.0
+_BOX_HEIGHT, _BOX_GAP, _ROW_PITCH = 0.3, 0.07, 0.62
+
+
+def _token_rows(
+    tokens: Sequence[str], values: NDArray[np.float64], room: float
+) -> list[list[tuple[int, float, float, str]]]:
+    """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
+    rows: list[list[tuple[int, float, float, str]]] = []
+    x = room + 1
+    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        text = _elide(token, room - 0.2, _TOKEN_SIZE)
+        needed = max(
+            _text_width(text, _TOKEN_SIZE) + 0.18, _text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36
+        )
+        if x + needed > room:
+            rows.append([])
+            x = 0.0
+        rows[-1].append((index, x, needed, text))
+        x += needed + _BOX_GAP
+    return rows
+
+
+def _token_box(
+    page: Any,
+    x: float,
+    y: float,
+    width: float,
+    text: str,
+    value: float,
+    colors: tuple[str, str],
+    special: bool,
+) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    background, ink = colors
+    edge = {"edgecolor": _QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": _EDGE}
+    style = "round,pad=0,rounding_size=0.05"
+    page.add_patch(
+        FancyBboxPatch(
+            (x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge
+        )
+    )
+    _write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
+    below = y + _BOX_HEIGHT + 0.1
+    _write(page, x + width / 2, below, format_bits(value), size=_BITS_SIZE, color=_QUIET, ha="center")
+
+
+def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    top = maximum if maximum > 0 else 1.0
+    axes.imshow(heat_colors()[:, None], origin="lower", aspect="auto", extent=(0, 1, 0, top))
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    if maximum <= 0:
+        axes.set_yticks([0.0], ["0"])
+    axes.tick_params(labelsize=9, colors=_INK, width=0.6, length=3)
+    axes.set_ylabel(unit, fontsize=9.5, color=_INK, labelpad=6)
+    axes.spines[:].set(color=_EDGE, linewidth=0.6)
+
+
+def _caption_lines(caption: str, room: float) -> list[str]:
+    """The caption on at most two lines that fit into room."""
+    size = 11.5
+    text = " ".join(_visible(caption).split())
+    if not text:
+        return []
+    text = f"“{text}”"
+    if _text_width(text, size) <= room:
+        return [text]
+    columns = max(1, int(len(text) * room / _text_width(text, size) * 0.96))
+    lines = textwrap.wrap(text, columns)
+    first, rest = lines[0], " ".join(lines[1:])
+    return [_elide(first, room, size), *([_elide(rest, room, size)] if rest else [])]
+
+
+def _write(page: Any, x: float, y: float, text: str, *, size: float, color: str = _INK, **style: Any) -> None:
+    drawn, families = _drawable(text)
+    style = {"ha": "left", "va": "center_baseline", **style}
+    page.text(x, y, drawn, fontsize=size, color=color, family=families, parse_math=False, **style)
+
+
+def _elide(text: str, room: float, size: float) -> str:
+    """The longest beginning of text, with an ellipsis if it is cut, that fits into room (inches)."""
+    if _text_width(text, size) <= room:
+        return text
+    fits, too_long = 0, len(text)
+    while too_long - fits > 1:
+        middle = (fits + too_long) // 2
+        if _text_width(text[:middle].rstrip() + "…", size) <= room:
+            fits = middle
+        else:
+            too_long = middle
+    return text[:fits].rstrip() + "…"
+
+
+def _text_width(text: str, size: float) -> float:
+    """Inches that text takes when drawn at this font size."""
+    from matplotlib.backends.backend_agg import RendererAgg
+    from matplotlib.font_manager import FontProperties
+
+    drawn, families = _drawable(text)
+    dots, _, _ = RendererAgg(8, 8, 150).get_text_width_height_descent(
+        drawn, FontProperties(family=families, size=size), False
+    )
+    return float(dots) / 150
+
+
+_FIRST_FONT = "DejaVu Sans"  # comes with matplotlib
+_OTHER_FONTS = (
+    *(
+        "Noto Sans",
+        "Noto Sans CJK SC",
+        "Noto Sans CJK JP",
+        "Noto Sans CJK KR",
+        "Noto Sans SC",
+        "Noto Sans JP",
+    ),
+    *(
+        "Noto Sans KR",
+        "Source Han Sans SC",
+        "WenQuanYi Zen Hei",
+        "WenQuanYi Micro Hei",
+        "Droid Sans Fallback",
+    ),
+    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
+    *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai", "Nirmala UI"),
+    *("Arial Unicode MS", "Noto Sans Symbols2", "Segoe UI Symbol", "Noto Emoji", "Symbola"),
+)
+
+
+def _drawable(text: str) -> tuple[str, list[str]]:
+    """The text with ``□`` for what no installed font has, and the font families that together draw it."""
+    families, missing = [_FIRST_FONT], set(text) - _glyphs(_FIRST_FONT)
+    for family in _OTHER_FONTS if missing else ():
+        found = missing & _glyphs(family)
+        if found:
+            families.append(family)
+            missing -= found
+        if not missing:
+            break
+    return "".join("□" if character in missing else character for character in text), families
+
+
+@cache
+def _glyphs(family: str) -> frozenset[str]:
+    """The characters that an installed font family can draw; none if it is not installed."""
+    from matplotlib.font_manager import fontManager, get_font
+
+    if all(entry.name != family for entry in fontManager.ttflist):
+        return frozenset()
+    return frozenset(map(chr, get_font(fontManager.findfont(family)).get_charmap()))
+
+
+def _visible(text: str) -> str:
+    """Text without what changes how other text is shown: controls, direction marks, lone surrogates."""
+    kept = []
+    for character in text:
+        if character.isprintable():
+            kept.append(character)
+        elif character.isspace():
+            kept.append(" ")
+        elif unicodedata.category(character) != "Cf":
+            kept.append("\N{REPLACEMENT CHARACTER}")
+    return "".join(kept)
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """How byte-level tokenizers write bytes: printable Latin-1 as itself, the rest from U+0100 on."""
+    alphabet, spare = {}, 0x100
+    for byte in range(256):
+        if chr(byte).isprintable() and byte != 0x20:
+            alphabet[chr(byte)] = byte
+        else:
+            alphabet[chr(spare)] = byte
+            spare += 1
+    return alphabet
+
+
+def _decode_bytes(token: str) -> str:
+    """The text that a byte-level piece stands for; other pieces, and parts of a character, stay."""
+    alphabet = _byte_alphabet()
+    try:
+        return bytes(alphabet[character] for character in token).decode("utf-8")
+    except (KeyError, UnicodeDecodeError):
+        return token.removeprefix("Ġ")
+
+
+def _heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Colours and opacities from no bits to the most; the colours' lightness rises throughout."""
+    from matplotlib import colormaps
+
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1], got {strength}")
+    level = np.linspace(0, 1, 256)
+    colors = colormaps["inferno"](0.38 + 0.6 * level)[:, :3]
+    return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
+
+
+def _luminance(color: NDArray[np.float64]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2): black text contrasts more above 0.179, white below."""
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def _hottest(values: NDArray[np.float64], percentile: float) -> float:
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+    top = float(np.percentile(values, percentile))
+    # A map with few hot spots can have a percentile of zero and still not be empty.
+    return top if top > 0 else float(values.max())
+
+
+def _per_pixels(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
+    """The map counted per 1, 100, 10,000 ... pixels, so that its maximum is readable, and the unit."""
+    top, count = float(values.max()), 1
+    while 0 < top * count < 0.1 and count < 1_000_000:
+        count *= 100
+    return values * count, "bits per pixel" if count == 1 else f"bits per {count:,} pixels"
+
+
+def _checked_picture(image: ArrayLike) -> NDArray[np.uint8]:
+    picture = np.asarray(image)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise ValueError(
+            f"image must be a uint8 array of shape (H, W, 3), got {picture.dtype} of shape {picture.shape}; "
+            "for a PIL picture pass numpy.asarray(picture.convert('RGB'))"
+        )
+    return np.ascontiguousarray(picture)
+
+
+def _checked_map(bits: ArrayLike, name: str = "bits") -> NDArray[np.float64]:
+    values = np.asarray(bits, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(
+            f"{name} must be a map of shape (h, w), got shape {values.shape}; sum over channels first"
+        )
+    return _finite(values, name)
+
+
+def _checked_row(bits: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(bits, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"token bits must have shape (tokens,), got shape {values.shape}")
+    return _finite(values, "token bits")
+
+
+def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    wrong = int(np.count_nonzero(~np.isfinite(values)))
+    if wrong:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {wrong} of {values.size} values")
+    return values
+
+
+def _checked_tokens(
+    tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None
+) -> tuple[NDArray[np.float64], list[bool]]:
+    values = _checked_row(bits)
+    flags = [False] * len(tokens) if special is None else [bool(flag) for flag in special]
+    if not len(tokens) == len(values) == len(flags):
+        raise ValueError(
+            "tokens, bits and special must have one length, "
+            f"got {len(tokens)}, {len(values)} and {len(flags)}"
+        )
+    return values, flags
