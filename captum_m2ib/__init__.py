@@ -1,21 +1,70 @@
-"""Multi-modal information bottleneck attribution for CLIP-like models, as a Captum plugin."""
+"""Multi-modal information bottleneck attribution for CLIP-like models, as a Captum plugin.
+
+Names are imported when they are first used: captum alone brings matplotlib's pyplot, and a program that only asks
+for the version should not wait for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-from captum_m2ib.attr import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck, OptimizationRecord
-from captum_m2ib.dual_encoder import DualEncoder, Pairs
-from captum_m2ib.layouts import PatchLayout, TextLayout
-from captum_m2ib.statistics import ChannelStatistics, load_statistics, save_statistics
+if TYPE_CHECKING:
+    from captum_m2ib.attr import (
+        LayerMultiModalInfoBottleneck,
+        LayerRecord,
+        MultiModalInfoBottleneck,
+        OptimizationRecord,
+    )
+    from captum_m2ib.dual_encoder import DualEncoder, Pairs
+    from captum_m2ib.explanation import Explanation, explain
+    from captum_m2ib.layouts import PatchLayout, TextLayout
+    from captum_m2ib.statistics import (
+        ChannelStatistics,
+        estimate_statistics,
+        load_statistics,
+        save_statistics,
+    )
+
+_HOMES = {
+    "attr": (
+        "LayerMultiModalInfoBottleneck",
+        "LayerRecord",
+        "MultiModalInfoBottleneck",
+        "OptimizationRecord",
+    ),
+    "dual_encoder": ("DualEncoder", "Pairs"),
+    "explanation": ("Explanation", "explain"),
+    "layouts": ("PatchLayout", "TextLayout"),
+    "statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
+}
 
 __all__ = [
     "ChannelStatistics",
     "DualEncoder",
+    "Explanation",
     "LayerMultiModalInfoBottleneck",
+    "LayerRecord",
     "MultiModalInfoBottleneck",
     "OptimizationRecord",
     "Pairs",
     "PatchLayout",
     "TextLayout",
+    "estimate_statistics",
+    "explain",
     "load_statistics",
     "save_statistics",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

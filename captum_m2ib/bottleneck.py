@@ -24,9 +24,7 @@ from torch import Tensor
 NATS_PER_BIT = math.log(2.0)
 
 
-def information(
-    alpha: Tensor, hidden: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0
-) -> Tensor:
+def information(alpha: Tensor, hidden: Tensor, mean: Tensor | float = 0.0, std: Tensor | float = 1.0) -> Tensor:
     r"""Information that the gated hidden state carries about the hidden state, in nats per element.
 
     Args:

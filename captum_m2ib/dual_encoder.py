@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.layers import tensors_in
-from captum_m2ib.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.pictures import PictureLike, load_pictures, seen_part
 from captum_m2ib.statistics import ChannelStatistics, RunningStatistics, load_statistics
 
@@ -79,7 +79,7 @@ class _Tower(nn.Module):
         self.training = False
 
     def forward(self, inputs: Tensor, *additional: Any) -> Tensor:
-        run = self.model if self.method is None else getattr(self.model, self.method)
+        run: Any = self.model if self.method is None else getattr(self.model, self.method)
         named = self.method is not None and self.method.startswith("get_")
         mask = {"attention_mask": additional[0]} if additional and named else {}
         output = run(**{self.argument: inputs}, **mask) if named else run(inputs, *additional)
@@ -311,6 +311,12 @@ class DualEncoder(nn.Module):
             tuple(seen_part(picture, self.processor.image_processor, pixels.shape[-2:]) for picture in pictures),
         )
         return pairs.to(self.device)
+
+    def token_counts(self, pairs: Pairs) -> list[int]:
+        """How many of each pair's tokens are real, (N,); the rest is padding."""
+        layout, arguments = self.layouts[1], (*pairs.inputs, *pairs.additional_forward_args)
+        real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
+        return [len(row) for row in pairs.tokens] if real is None else real.sum(1).tolist()
 
     def _tokenize(self, captions: list[str]) -> Any:
         tokenizer = self.processor.tokenizer

@@ -13,7 +13,7 @@ import io
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from captum_m2ib.visualization import (
     at_display_size,
+    clean_token,
     format_bits,
     heat_colors,
     overlay,
@@ -33,10 +34,91 @@ from captum_m2ib.visualization import (
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Explanation"]
+    from captum_m2ib.attr import LayerRecord, MultiModalInfoBottleneck
+    from captum_m2ib.dual_encoder import DualEncoder
+    from captum_m2ib.pictures import PictureLike
+
+__all__ = ["Explanation", "explain"]
 
 _FORMAT, _VERSION = "captum_m2ib.explanation", 1
 _MAX_PIXELS = 128_000_000
+
+
+def explain(
+    encoder: DualEncoder,
+    images: PictureLike | Sequence[PictureLike],
+    captions: str | Sequence[str],
+    *,
+    method: MultiModalInfoBottleneck | None = None,
+    internal_batch_size: int | None = 80,
+    **settings: Any,
+) -> list[Explanation]:
+    r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
+
+    Args:
+        encoder: the dual encoder, with a processor (as :meth:`DualEncoder.from_pretrained` loads it).
+        images: paths, PIL images or uint8 arrays (H, W, 3); a single one is paired with every caption.
+        captions: one per image; a single one is paired with every image.
+        method: the attribution method. Default: ``MultiModalInfoBottleneck(encoder)``.
+        internal_batch_size: most rows (pairs times noise draws) in one forward pass. Default: 80.
+        **settings: further arguments of :meth:`MultiModalInfoBottleneck.attribute`, such as ``beta`` or
+            ``seed``.
+
+    Returns:
+        One :class:`Explanation` per pair.
+
+    Raises:
+        ValueError: if a picture or caption cannot be used, or a setting is out of range.
+    """
+    from captum_m2ib.attr import MultiModalInfoBottleneck
+
+    method = MultiModalInfoBottleneck(encoder) if method is None else method
+    pairs = encoder.prepare(images, captions)
+    (image_bits, token_bits), record = method.attribute_with_record(
+        pairs.inputs,
+        additional_forward_args=pairs.additional_forward_args,
+        internal_batch_size=internal_batch_size,
+        **settings,
+    )
+    image, text = record.modalities
+    lengths = encoder.token_counts(pairs)
+    return [
+        Explanation(
+            image=pairs.pictures[i],
+            caption=pairs.captions[i],
+            tokens=tuple(clean_token(token) for token in pairs.tokens[i][: lengths[i]]),
+            special=pairs.special[i][: lengths[i]],
+            score=float(image.score_before[i]),
+            image_bits=image_bits[i].sum(0).float().cpu().numpy(),
+            patch_bits=None if image.units is None else image.units[i].float().cpu().numpy(),
+            token_bits=token_bits[i, : lengths[i]].float().cpu().numpy(),
+            settings={
+                "method": type(method).__name__,
+                "layers": [layer.name for layer in method.layers],
+                "priors": [_prior_name(prior) for prior in method.priors],
+                "internal_batch_size": internal_batch_size,
+                **settings,
+            },
+            record={"image": _course(image, i), "text": _course(text, i)},
+        )
+        for i in range(len(pairs))
+    ]
+
+
+def _prior_name(prior: Any) -> str:
+    return "N(0, variance)" if prior is None else prior if isinstance(prior, str) else "standardised"
+
+
+def _course(record: LayerRecord, index: int) -> dict[str, Any]:
+    """One pair's optimisation as JSON."""
+    return {
+        "layer": record.layer,
+        "score": record.score[:, index].tolist(),
+        "information": record.information[:, index].tolist(),
+        "bits": float(record.bits[index]),
+        "score_before": float(record.score_before[index]),
+        "score_after": float(record.score_after[index]),
+    }
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -77,9 +159,7 @@ class Explanation:
     def __post_init__(self) -> None:
         image = np.array(self.image)
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(
-                f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}"
-            )
+            raise ValueError(f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}")
         tokens, special = tuple(map(str, self.tokens)), tuple(map(bool, self.special))
         token_bits = _frozen_floats(self.token_bits, "token_bits", ndim=1)
         if not len(tokens) == len(special) == len(token_bits):
@@ -96,9 +176,7 @@ class Explanation:
             "special": special,
             "score": float(self.score),
             "image_bits": _frozen_floats(self.image_bits, "image_bits", ndim=2),
-            "patch_bits": None
-            if self.patch_bits is None
-            else _frozen_floats(self.patch_bits, "patch_bits", ndim=2),
+            "patch_bits": None if self.patch_bits is None else _frozen_floats(self.patch_bits, "patch_bits", ndim=2),
             "token_bits": token_bits,
             "settings": _json_copy(self.settings, "settings"),
             "record": None if self.record is None else _json_copy(self.record, "record"),
@@ -162,9 +240,7 @@ class Explanation:
         path = Path(path)
         write = _one_of(_WRITERS, path)
         if not path.parent.is_dir():
-            raise FileNotFoundError(
-                f"the directory {str(path.parent)!r} does not exist: create it before saving there"
-            )
+            raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
         _replace_file(path, write(self))
         return path
 
@@ -215,9 +291,7 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _to_npz(explanation: Explanation) -> bytes:
-    arrays: dict[str, Any] = {
-        name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")
-    }
+    arrays: dict[str, Any] = {name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")}
     if explanation.patch_bits is not None:
         arrays["patch_bits"] = explanation.patch_bits
     buffer = io.BytesIO()
@@ -261,9 +335,7 @@ def _picture(png: bytes) -> NDArray[np.uint8]:
 
     with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
         if picture.width * picture.height > _MAX_PIXELS:
-            raise ValueError(
-                f"its picture has {picture.width} x {picture.height} pixels, too many to open safely"
-            )
+            raise ValueError(f"its picture has {picture.width} x {picture.height} pixels, too many to open safely")
         return np.asarray(picture.convert("RGB"))
 
 

@@ -62,18 +62,26 @@ def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
     if layer in modules and layer:
         return Layer(modules[layer], layer)
     near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
-    hint = (
-        f"near matches: {', '.join(near)}"
-        if near
-        else f"it has: {', '.join(n for n, _ in root.named_children())}"
-    )
+    hint = f"near matches: {', '.join(near)}" if near else f"it has: {', '.join(n for n, _ in root.named_children())}"
     raise ValueError(f"layers: no layer named {layer!r} in {type(root).__name__}; {hint}.")
 
 
+def resolve_for(forward_func: Any, layer: LayerLike) -> Layer:
+    """Resolve a layer of whatever computes the score: names start at its ``roots()``, or at itself if a module."""
+    if hasattr(forward_func, "roots"):
+        roots = list(forward_func.roots())
+    else:
+        roots = [forward_func if isinstance(forward_func, nn.Module) else None]
+    name = layer[0] if isinstance(layer, tuple) else layer
+    for root in roots[1:]:
+        if isinstance(name, str) and name in dict(root.named_modules(remove_duplicate=False)):
+            known = dict(roots[0].named_modules(remove_duplicate=False))
+            return resolve_layer(layer, roots[0] if name in known else root)
+    return resolve_layer(layer, roots[0])
+
+
 def _name_of(module: nn.Module, root: nn.Module | None) -> str:
-    names = (
-        (name for name, found in root.named_modules() if found is module) if root is not None else iter(())
-    )
+    names = (name for name, found in root.named_modules() if found is module) if root is not None else iter(())
     return next(names, "") or type(module).__name__
 
 
@@ -97,9 +105,7 @@ def is_transparent(structure: Any) -> bool:
     if isinstance(structure, (Tensor, *_PLAIN)):
         return True
     children = _children(structure)
-    return (bool(children) or _is_container(structure)) and all(
-        is_transparent(child) for _, child in children
-    )
+    return (bool(children) or _is_container(structure)) and all(is_transparent(child) for _, child in children)
 
 
 def find_hidden(structure: Any) -> Path | None:

@@ -51,9 +51,7 @@ class TextLayout:
 Layout: TypeAlias = PatchLayout | TextLayout
 
 
-def real_elements(
-    layout: Layout | None, hidden: Tensor, modality: int, arguments: Sequence[Any]
-) -> Tensor | None:
+def real_elements(layout: Layout | None, hidden: Tensor, modality: int, arguments: Sequence[Any]) -> Tensor | None:
     r"""Which elements of a hidden state belong to real input units.
 
     Args:

@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_m2ib.layers import LayerLike, resolve_for
+from captum_m2ib.layouts import Layout, real_elements
+from captum_m2ib.suffix import Suffix, Tap, borrowing
 
 # Channels that hardly vary would make any deviation infinitely surprising.
 MINIMUM_STD = 1e-2
@@ -90,6 +95,51 @@ def units_of(hidden: Tensor, real: Tensor | None = None) -> Tensor:
     return hidden.flatten(0, -2)
 
 
+def estimate_statistics(
+    forward_func: Any,
+    layers: Sequence[LayerLike],
+    loader: Iterable[Any],
+    *,
+    layouts: Sequence[Layout | None] | None = None,
+    attribute_to_layer_input: bool = False,
+    show_progress: bool = False,
+) -> dict[str, ChannelStatistics]:
+    r"""Estimate the statistics of layers over a data set, in one pass, batch by batch.
+
+    Args:
+
+        forward_func (Callable): A :class:`DualEncoder`, or any callable that returns one score per pair.
+        layers (sequence): The layers: modules, dotted names, or (layer, index of the call).
+        loader (iterable): Yields batches: tuples of all arguments of ``forward_func``, or :class:`Pairs`.
+        layouts (sequence, optional): Per layer its layout, so that padding is left out. Default: None (derived from
+            a :class:`DualEncoder`)
+        attribute_to_layer_input (bool, optional): Take what the layers receive instead of what they return.
+            Default: False
+        show_progress (bool, optional): Show a progress bar. Default: False
+
+    Returns:
+        dict: Layer name to :class:`ChannelStatistics`, in the order of ``layers``.
+
+    Raises:
+        ValueError: if the loader yields nothing, or a layer is unknown.
+        RuntimeError: if a layer is not reached.
+    """
+    found = [resolve_for(forward_func, layer) for layer in layers]
+    taps = [Tap(layer, attribute_to_layer_input) for layer in found]
+    owners = [forward_func.owner(layer.module) if hasattr(forward_func, "owner") else None for layer in found]
+    if layouts is None:
+        layouts = [None if owner is None else forward_func.layouts[owner] for owner in owners]
+    running = [RunningStatistics() for _ in found]
+    with borrowing(*(layer.module for layer in found)):
+        for batch in tqdm(loader, desc="Statistics", unit="batch", disable=not show_progress):
+            arguments = (*batch.inputs, *batch.additional_forward_args) if hasattr(batch, "inputs") else tuple(batch)
+            suffix = Suffix(lambda given: forward_func(*given), arguments, arguments[0].shape[0], taps)
+            for index, (hidden, layout) in enumerate(zip(suffix.hidden, layouts, strict=True)):
+                real = real_elements(layout, hidden, owners[index] or 0, arguments)
+                running[index].update(units_of(hidden, real))
+    return {layer.name: estimate.result() for layer, estimate in zip(found, running, strict=True)}
+
+
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, ChannelStatistics]) -> None:
     r"""Write statistics of named layers to one safetensors file.
 
@@ -125,8 +175,6 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[str, ChannelStatistics
     tensors = load_file(path)
     names = [key.removesuffix(".mean") for key in tensors if key.endswith(".mean")]
     return {
-        name: ChannelStatistics(
-            tensors[f"{name}.mean"], tensors[f"{name}.std"], int(tensors[f"{name}.count"])
-        )
+        name: ChannelStatistics(tensors[f"{name}.mean"], tensors[f"{name}.std"], int(tensors[f"{name}.count"]))
         for name in names
     }

@@ -79,11 +79,7 @@ def find_batch_axis(tensor: Tensor, rows: int) -> BatchAxis | None:
         BatchAxis or None: the axis; None if the tensor does not depend on the batch.
     """
     whole = [BatchAxis(dim) for dim, size in enumerate(tensor.shape) if size == rows]
-    merged = [
-        BatchAxis(dim, size // rows)
-        for dim, size in enumerate(tensor.shape)
-        if size > rows and size % rows == 0
-    ]
+    merged = [BatchAxis(dim, size // rows) for dim, size in enumerate(tensor.shape) if size > rows and size % rows == 0]
     for axis in whole + merged:
         pairs = tensor.unflatten(axis.dim, (rows, axis.per_pair))
         if _nearly_equal(pairs.select(axis.dim, 0), pairs.select(axis.dim, rows - 1)):
@@ -186,8 +182,7 @@ class Suffix:
         self._paths = recorder.paths
         self.axes = [axis for axis in recorder.axes if axis is not None]
         self.hidden = [
-            axis.split(leaf.detach())[:pairs].clone()
-            for axis, leaf in zip(self.axes, recorder.leaves, strict=True)
+            axis.split(leaf.detach())[:pairs].clone() for axis, leaf in zip(self.axes, recorder.leaves, strict=True)
         ]
 
     def run(self, values: dict[int, Tensor], draws: int) -> Tensor:
@@ -264,9 +259,7 @@ class _Recorder:
                     f"as ({name!r}, 0) for the first."
                 )
             if chosen is not None and chosen >= seen:
-                raise RuntimeError(
-                    f"layers: layer {name!r} was called {seen} times, so it has no call {chosen}."
-                )
+                raise RuntimeError(f"layers: layer {name!r} was called {seen} times, so it has no call {chosen}.")
             if index not in reach:
                 raise RuntimeError(
                     f"layers: the score does not depend on layer {name!r} in a differentiable way; choose a layer "
@@ -343,9 +336,7 @@ class _Recorder:
                 stack.extend(pending)
                 continue
             leaf = getattr(node, "variable", None)
-            own = (
-                {index for index in self._opened if leaf is self.leaves[index]} if leaf is not None else set()
-            )
+            own = {index for index in self._opened if leaf is self.leaves[index]} if leaf is not None else set()
             self._reached[node] = frozenset(own).union(*(self._reached[after] for after in following))
             stack.pop()
         return self._reached[root]
@@ -379,9 +370,7 @@ class _Replayer:
     def _next(self, module: nn.Module) -> _Call:
         calls = self._suffix._calls
         if self._cursor >= len(calls) or calls[self._cursor].module is not module:
-            expected = (
-                type(calls[self._cursor].module).__name__ if self._cursor < len(calls) else "no further call"
-            )
+            expected = type(calls[self._cursor].module).__name__ if self._cursor < len(calls) else "no further call"
             raise RuntimeError(
                 "forward_func: its module calls changed between two runs on the same pairs (the first ran "
                 f"{expected} where the second ran {type(module).__name__}); make its control flow independent of "

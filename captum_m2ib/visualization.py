@@ -162,9 +162,7 @@ def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] |
     """
     values, flags = _checked_tokens(tokens, bits, special)
     spans = []
-    for token, value, flag, (background, ink) in zip(
-        tokens, values, flags, token_colors(values), strict=True
-    ):
+    for token, value, flag, (background, ink) in zip(tokens, values, flags, token_colors(values), strict=True):
         style = (
             "display:inline-block;margin:2px;padding:3px 7px;border-radius:5px;text-align:center;"
             f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {_EDGE};"
@@ -287,9 +285,7 @@ def _token_rows(
     x = room + 1
     for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
         text = _elide(token, room - 0.2, _TOKEN_SIZE)
-        needed = max(
-            _text_width(text, _TOKEN_SIZE) + 0.18, _text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36
-        )
+        needed = max(_text_width(text, _TOKEN_SIZE) + 0.18, _text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36)
         if x + needed > room:
             rows.append([])
             x = 0.0
@@ -314,9 +310,7 @@ def _token_box(
     edge = {"edgecolor": _QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": _EDGE}
     style = "round,pad=0,rounding_size=0.05"
     page.add_patch(
-        FancyBboxPatch(
-            (x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge
-        )
+        FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
     )
     _write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
     below = y + _BOX_HEIGHT + 0.1
@@ -514,9 +508,7 @@ def _checked_picture(image: ArrayLike) -> NDArray[np.uint8]:
 def _checked_map(bits: ArrayLike, name: str = "bits") -> NDArray[np.float64]:
     values = np.asarray(bits, dtype=np.float64)
     if values.ndim != 2 or values.size == 0:
-        raise ValueError(
-            f"{name} must be a map of shape (h, w), got shape {values.shape}; sum over channels first"
-        )
+        raise ValueError(f"{name} must be a map of shape (h, w), got shape {values.shape}; sum over channels first")
     return _finite(values, name)
 
 
@@ -541,7 +533,6 @@ def _checked_tokens(
     flags = [False] * len(tokens) if special is None else [bool(flag) for flag in special]
     if not len(tokens) == len(values) == len(flags):
         raise ValueError(
-            "tokens, bits and special must have one length, "
-            f"got {len(tokens)}, {len(values)} and {len(flags)}"
+            f"tokens, bits and special must have one length, got {len(tokens)}, {len(values)} and {len(flags)}"
         )
     return values, flags

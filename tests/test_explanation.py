@@ -99,9 +99,7 @@ def test_wrong_fields_are_refused(changes, message):
         make(**changes)
 
 
-@pytest.mark.parametrize(
-    "changes", [{}, {"patch_bits": None}, {"image_bits": np.zeros((4, 4)), "patch_bits": None}]
-)
+@pytest.mark.parametrize("changes", [{}, {"patch_bits": None}, {"image_bits": np.zeros((4, 4)), "patch_bits": None}])
 def test_png_is_a_picture(tmp_path, changes):
     with Image.open(make(**changes).save(tmp_path / "pair.png")) as picture:
         assert picture.format == "PNG" and picture.width > 1000

@@ -82,14 +82,10 @@ def test_scale_is_the_maximum_and_can_be_fixed():
     assert lightness(overlay(image, bits, maximum=4)).max() < lightness(overlay(image, bits)).max()
     one_hot = np.full((10, 10), 0.1)
     one_hot[0, 0] = 100
-    assert (
-        lightness(overlay(image, one_hot, percentile=95)).mean() > lightness(overlay(image, one_hot)).mean()
-    )
+    assert lightness(overlay(image, one_hot, percentile=95)).mean() > lightness(overlay(image, one_hot)).mean()
     lonely = np.zeros((20, 20))
     lonely[0, 0] = 1
-    assert (
-        lightness(overlay(image, lonely, percentile=95)).max() > lightness(overlay(image, 0 * lonely)).max()
-    )
+    assert lightness(overlay(image, lonely, percentile=95)).max() > lightness(overlay(image, 0 * lonely)).max()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -222,11 +218,7 @@ def test_figure_has_no_text_outside_or_over_other_text(count, size, patches):
     figure.canvas.draw()
     renderer = figure.canvas.get_renderer()
     page, _, _, bar = figure.axes
-    ticks = [
-        text
-        for text in bar.get_yticklabels()
-        if bar.get_ylim()[0] <= text.get_position()[1] <= bar.get_ylim()[1]
-    ]
+    ticks = [text for text in bar.get_yticklabels() if bar.get_ylim()[0] <= text.get_position()[1] <= bar.get_ylim()[1]]
     texts = [*page.texts, bar.yaxis.label, *ticks]
     boxes = [text.get_window_extent(renderer) for text in texts if text.get_text()]
     for box in boxes:
@@ -239,9 +231,7 @@ def test_figure_has_no_text_outside_or_over_other_text(count, size, patches):
 
 def test_figure_says_score_totals_and_units():
     bits = np.full((10, 20), 0.001)
-    figure = pair_figure(
-        grey_picture(), bits, ["a", "b"], [0.5, 1.25], score=-0.25, patch_bits=np.zeros((2, 4))
-    )
+    figure = pair_figure(grey_picture(), bits, ["a", "b"], [0.5, 1.25], score=-0.25, patch_bits=np.zeros((2, 4)))
     words = " ".join(text.get_text() for text in figure.axes[0].texts)
     assert "cosine similarity −0.250" in words and "image 0.20 bits" in words and "text 1.75 bits" in words
     assert "no information anywhere" in words

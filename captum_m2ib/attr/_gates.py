@@ -54,6 +54,8 @@ class LayerRecord:
         bits (Tensor): The same for the final gates, (N,).
         score_before (Tensor): Score of the untouched pair, (N,).
         score_after (Tensor): Mean score through the final gates, over fresh noise draws, (N,).
+        units (Tensor or None): Bits per unit of the hidden state, before they are spread over the input: patches,
+            (N, h, w), or tokens, (N, L).
     """
 
     layer: str
@@ -62,6 +64,7 @@ class LayerRecord:
     bits: Tensor
     score_before: Tensor
     score_after: Tensor
+    units: Tensor | None = None
 
 
 @dataclass
@@ -186,7 +189,12 @@ def optimise(
 
 
 def _gates(
-    suffix: Suffix, arguments: tuple[Any, ...], index: int, prior: Prior, layout: Layout | None, settings: Settings,
+    suffix: Suffix,
+    arguments: tuple[Any, ...],
+    index: int,
+    prior: Prior,
+    layout: Layout | None,
+    settings: Settings,
     start: int,
 ) -> _Gates:
     held = suffix.hidden[index]
@@ -197,9 +205,7 @@ def _gates(
     return _Gates(index, hidden, mean, std, real, settings.beta[index], held.dtype)
 
 
-def _prior(
-    prior: Prior, hidden: Tensor, real: Tensor | None, variance: float
-) -> tuple[Tensor | float, Tensor | float]:
+def _prior(prior: Prior, hidden: Tensor, real: Tensor | None, variance: float) -> tuple[Tensor | float, Tensor | float]:
     scale = variance**0.5
     if prior is None:
         return 0.0, scale

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
 from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
-from captum_m2ib.layers import Layer, LayerLike, resolve_layer
+from captum_m2ib.layers import Layer, LayerLike, resolve_for
 from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, image_grid, to_pixels, to_tokens
 from captum_m2ib.statistics import ChannelStatistics
 from captum_m2ib.suffix import Tap
@@ -86,7 +86,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], int)
         ):
             layers = [layers]
-        self.layers: tuple[Layer, ...] = tuple(_resolve(forward_func, layer) for layer in layers)
+        self.layers: tuple[Layer, ...] = tuple(resolve_for(forward_func, layer) for layer in layers)
         derived = forward_func.layouts if isinstance(forward_func, DualEncoder) else ()
         given = tuple(derived if layouts is None else layouts)
         self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
@@ -176,8 +176,20 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """
         is_tuple = _captum.is_tuple(inputs)
         attributions, _ = self._run(
-            inputs, target, additional_forward_args, beta, variance, n_steps, n_samples, lr, seed, joint,
-            internal_batch_size, attribute_to_layer_input, show_progress, with_record=False,
+            inputs,
+            target,
+            additional_forward_args,
+            beta,
+            variance,
+            n_steps,
+            n_samples,
+            lr,
+            seed,
+            joint,
+            internal_batch_size,
+            attribute_to_layer_input,
+            show_progress,
+            with_record=False,
         )
         return _captum.format_output(is_tuple, attributions)
 
@@ -196,32 +208,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """
         bound = inspect.signature(type(self).attribute).bind(self, inputs, *args, **kwargs)
         bound.apply_defaults()
-        attributions, gated = self._run(*list(bound.arguments.values())[1:], with_record=True)
+        attributions, gated = self._run(*tuple(bound.arguments.values())[1:], True)
         records = tuple(gate.record for gate in gated if gate.record is not None)
         return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records)
 
     def attribute_future(self) -> None:
         """Not offered, as for most of Captum's methods."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
-
-    def patch_bits(self, bits: Tensor, inputs: Tensor, modality: int = 0) -> Tensor:
-        r"""Put pixel attributions back on the patch grid they came from.
-
-        Args:
-
-            bits (Tensor): An image attribution, (N, C, H, W).
-            inputs (Tensor): The pictures, (N, C, H, W).
-            modality (int, optional): Position of the image among the inputs. Default: 0
-
-        Returns:
-            Tensor: (N, grid height, grid width), the bits of all pixels of each patch.
-        """
-        layout = self.layouts[modality]
-        if not isinstance(layout, PatchLayout):
-            raise ValueError(f"modality: expected an image with a patch layout at {modality}, got {layout}.")
-        rows, columns = (side // patch for side, patch in zip(inputs.shape[-2:], layout.patch_size, strict=True))
-        covered = bits.sum(1)[:, : rows * layout.patch_size[0], : columns * layout.patch_size[1]]
-        return covered.unflatten(2, (columns, -1)).sum(3).unflatten(1, (rows, -1)).sum(2)
 
     def _run(
         self,
@@ -256,10 +249,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             _roots(self.forward_func, layers),
             with_record,
         )
+        units = [_to_units(layout, gate, tensor) for layout, gate, tensor in zip(self.layouts, gated, tensors)]
         attributions = tuple(
-            _to_input(layout, gate, tensor)
-            for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False)
+            _to_input(layout, unit, tensor) for layout, unit, tensor in zip(self.layouts, units, tensors)
         )
+        for gate, unit in zip(gated, units):
+            if gate.record is not None:
+                gate.record.units = unit
         return attributions, gated
 
 
@@ -328,7 +324,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         tensors = _format_inputs(inputs, None)
         additional = _captum.format_additional_forward_args(additional_forward_args) or ()
         several = isinstance(self.layer, list)
-        layers = [_resolve(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
+        layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
         priors = _priors(layers, self.statistics)
         settings = make_settings(
             priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
@@ -370,7 +366,11 @@ def make_settings(
     show_progress: bool,
 ) -> Settings:
     """Check an attribution's settings and give each modality its own."""
-    for name, number in (("n_steps", n_steps), ("n_samples", n_samples), ("internal_batch_size", internal_batch_size)):
+    for name, number in (
+        ("n_steps", n_steps),
+        ("n_samples", n_samples),
+        ("internal_batch_size", internal_batch_size),
+    ):
         if name == "internal_batch_size" and number is None:
             continue
         if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -453,20 +453,6 @@ def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike], Sequence[Prior
     return layers, [forward_func.statistics_of(layer) or "pair" for layer in layers]
 
 
-def _resolve(forward_func: Any, layer: LayerLike) -> Layer:
-    if isinstance(forward_func, DualEncoder):
-        *first, last = forward_func.roots()
-        for root in first:
-            try:
-                return resolve_layer(layer, root)
-            except ValueError:
-                name = layer[0] if isinstance(layer, tuple) else layer
-                if not isinstance(name, str) or name not in dict(last.named_modules(remove_duplicate=False)):
-                    raise
-        return resolve_layer(layer, last)
-    return resolve_layer(layer, forward_func if isinstance(forward_func, nn.Module) else None)
-
-
 def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
     if statistics is None:
         return (None,) * len(layers)
@@ -500,19 +486,22 @@ def _scorer(forward_func: Any, n_inputs: int, target: Any) -> Callable[[tuple[An
     return score
 
 
-def _to_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:
-    """Bits per element as an attribution of the input's shape."""
-    bits = gate.bits
+def _to_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:
+    """Bits per element summed to one number per patch, (N, h, w), or token, (N, L), or left as they are."""
     if isinstance(layout, PatchLayout) and tensor.ndim == 4:
-        return to_pixels(layout, image_grid(layout, bits, tensor.shape[-2:]), tensor)
+        return image_grid(layout, gate.bits, tensor.shape[-2:])
     if isinstance(layout, TextLayout):
-        return to_tokens(bits, gate.real, tensor)
-    if bits.shape == tensor.shape:
-        return bits.contiguous()
-    if bits.shape[:-1] == tensor.shape:
-        return bits.sum(-1).contiguous()
+        return to_tokens(gate.bits, gate.real, tensor)
+    return gate.bits.sum(-1) if gate.bits.shape[:-1] == tensor.shape else gate.bits
+
+
+def _to_input(layout: Layout | None, units: Tensor, tensor: Tensor) -> Tensor:
+    if isinstance(layout, PatchLayout) and tensor.ndim == 4:
+        return to_pixels(layout, units, tensor)
+    if units.shape == tensor.shape:
+        return units.contiguous()
     raise ValueError(
-        f"layouts: cannot tell how a hidden state of shape {tuple(bits.shape)} maps onto an input of shape "
+        f"layouts: cannot tell how a hidden state of shape {tuple(units.shape)} maps onto an input of shape "
         f"{tuple(tensor.shape)}; pass layouts=(PatchLayout(patch_size=(16, 16), prefix=1), TextLayout()) or use "
         "LayerMultiModalInfoBottleneck for bits per element."
     )

@@ -7,18 +7,11 @@ forward pass, which is that of the gates before the last update. So our ``n_step
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck
 from captum_m2ib.attr._gates import INITIAL_ALPHA, noise
@@ -108,7 +101,11 @@ def random_pairs(count: int, tokens: int = 12, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 40_000, (count, tokens), generator=generator)
     ids[:, 0], ids[:, -1] = 49406, 49407
-    return torch.randn(count, 3, 224, 224, generator=generator), ids, torch.ones(count, tokens, dtype=torch.long)
+    return (
+        torch.randn(count, 3, 224, 224, generator=generator),
+        ids,
+        torch.ones(count, tokens, dtype=torch.long),
+    )
 
 
 def _layers(encoder: DualEncoder, index: int) -> tuple[nn.Module, nn.Module]:

@@ -114,21 +114,25 @@ def choose_template(rng: np.random.Generator, n_phrases: int) -> str:
     return templates[int(rng.integers(len(templates)))]
 
 
-def describe(rng: np.random.Generator, things: Sequence[tuple[str, str]], single: bool = False) -> Caption:
+def describe(rng: np.random.Generator, things: Sequence[tuple[str, str]]) -> Caption:
     """Describes some of a scene's objects, in random order and a random template.
 
     Args:
         rng (numpy.random.Generator): Where the choices come from.
         things (Sequence[tuple[str, str]]): Shape and colour of each of the scene's objects.
-        single (bool): Describe exactly one object. Default: how many follows :data:`DESCRIBED`.
 
     Returns:
         Caption: The caption, its ``word_objects`` indexing ``things``.
     """
-    count = 1 if single else _described_count(float(rng.random()), len(things))
+    count = _described_count(float(rng.random()), len(things))
     chosen = rng.permutation(len(things))[:count].tolist()
     phrases = [Phrase(things[index][0], things[index][1], index) for index in chosen]
     return compose(phrases, choose_template(rng, count))
+
+
+def name_kinds(rng: np.random.Generator) -> list[str]:
+    """One caption for every kind of object, in the order of shapes, then colours, each in a random template."""
+    return [compose([Phrase(shape, colour)], choose_template(rng, 1)).text for shape in SHAPES for colour in COLOURS]
 
 
 def vocabulary() -> tuple[str, ...]:
@@ -147,9 +151,7 @@ def _described_count(chance: float, n_objects: int) -> int:
     return 1
 
 
-def _enumerate(
-    phrases: Sequence[Phrase], positions: range, words: list[str], word_phrases: list[int | None]
-) -> None:
+def _enumerate(phrases: Sequence[Phrase], positions: range, words: list[str], word_phrases: list[int | None]) -> None:
     for position in positions:
         if position > positions.start:
             words.append("and" if position == positions.stop - 1 else ",")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,6 +29,7 @@ PURPOSES = (
     "image_probes",
     "token_probes",
     "naming_trials",
+    "naming",
 )
 """The random streams. Their order is part of every drawing: append, never reorder."""
 
@@ -139,6 +141,22 @@ class Layouts:
     tints: np.ndarray
 
 
+class SceneBatch(NamedTuple):
+    """Scenes as training uses them.
+
+    Args:
+        images (numpy.ndarray): uint8 (n, size, size, 3).
+        captions (list[str]): n captions.
+        kinds (numpy.ndarray): Which kinds of object each scene contains, bool (n, shapes * colours); kind k is
+            shape k // colours in colour k % colours, as :func:`captum_m2ib.scenes.captions.name_kinds` names
+            them.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    kinds: np.ndarray
+
+
 @dataclass(frozen=True, eq=False)
 class _Stamps:
     """Square cut-outs around the m objects of a batch: P pixels a side, each wholly inside its picture."""
@@ -183,10 +201,9 @@ def draw_batch(
     size: int = 64,
     *,
     counts: Mapping[int, float] = OBJECT_COUNTS,
-    single_share: float = 0.0,
     purpose: str = "scenes",
     index: int = 0,
-) -> tuple[np.ndarray, list[str]]:
+) -> SceneBatch:
     """Draws pictures and captions only: the fast path for training.
 
     Args:
@@ -194,22 +211,19 @@ def draw_batch(
         seed (int): Not negative.
         size (int): Side of the pictures in pixels, at least 16. Default: 64.
         counts (Mapping[int, float]): Probability of each number of objects. Default: :data:`OBJECT_COUNTS`.
-        single_share (float): Share of the captions, besides the usual ones, that name one object only.
-            Default: 0.
         purpose (str): The random stream, one of :data:`PURPOSES`. Default: ``"scenes"``.
         index (int): Position in that stream, for example the training step. Default: 0.
 
     Returns:
-        tuple[numpy.ndarray, list[str]]: Pictures, uint8 (n, size, size, 3), and n captions. With n = 1, those
-        of :func:`draw_scene`.
+        SceneBatch: Pictures, captions and what is in each. With n = 1, those of :func:`draw_scene`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
     rng = generator(purpose, seed, index)
     layouts = sample_layouts(rng, n, counts)
-    captions = _captions(rng, layouts, single_share)
-    return render(layouts, size), [caption.text for caption in captions]
+    captions = [caption.text for caption in _captions(rng, layouts)]
+    return SceneBatch(render(layouts, size), captions, _kinds(layouts))
 
 
 def draw_scenes(
@@ -230,12 +244,10 @@ def draw_scenes(
         ValueError: If an argument is out of range.
     """
     layouts = sample_layouts(rng, n, counts)
-    captions = _captions(rng, layouts, 0.0)
+    captions = _captions(rng, layouts)
     images, masks = render(layouts, size), visible_masks(layouts, size)
     return [
-        Scene(
-            images[i], _objects(layouts, i), masks[i, :k], caption.text, caption.words, caption.word_objects
-        )
+        Scene(images[i], _objects(layouts, i), masks[i, :k], caption.text, caption.words, caption.word_objects)
         for i, (k, caption) in enumerate(zip(layouts.count.tolist(), captions, strict=True))
     ]
 
@@ -255,17 +267,11 @@ def generator(purpose: str, seed: int, index: int = 0) -> np.random.Generator:
         ValueError: If the purpose is unknown, or ``seed`` or ``index`` is negative.
     """
     if purpose not in PURPOSES:
-        raise ValueError(
-            f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose!r}; choose one of these."
-        )
+        raise ValueError(f"purpose: expected one of {', '.join(PURPOSES)}, got {purpose!r}; choose one of these.")
     for name, value in (("seed", seed), ("index", index)):
         if value < 0:
-            raise ValueError(
-                f"{name}: expected an integer of 0 or more, got {value}; give one that is not negative."
-            )
-    return np.random.default_rng(
-        np.random.SeedSequence(int(seed), spawn_key=(PURPOSES.index(purpose), int(index)))
-    )
+            raise ValueError(f"{name}: expected an integer of 0 or more, got {value}; give one that is not negative.")
+    return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=(PURPOSES.index(purpose), int(index))))
 
 
 def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float] = OBJECT_COUNTS) -> Layouts:
@@ -287,11 +293,7 @@ def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float]
     """
     if n < 1:
         raise ValueError(f"n: expected 1 scene or more, got {n}; ask for at least one.")
-    if (
-        not counts
-        or not set(counts) <= set(range(1, _MAX_OBJECTS + 1))
-        or abs(sum(counts.values()) - 1) > 1e-6
-    ):
+    if not counts or not set(counts) <= set(range(1, _MAX_OBJECTS + 1)) or abs(sum(counts.values()) - 1) > 1e-6:
         raise ValueError(
             f"counts: expected probabilities that sum to 1 for numbers of objects from 1 to {_MAX_OBJECTS}, "
             f"got {dict(counts)}; for example {OBJECT_COUNTS}."
@@ -456,9 +458,7 @@ def _place(
     return centres[:, 0], centres[:, 1]
 
 
-def _acceptable(
-    centres: np.ndarray, reach_x: np.ndarray, reach_y: np.ndarray, radius: np.ndarray
-) -> np.ndarray:
+def _acceptable(centres: np.ndarray, reach_x: np.ndarray, reach_y: np.ndarray, radius: np.ndarray) -> np.ndarray:
     """Which proposals stay visible enough: centres (m, c, 2, 4), reaches (m, 4, points) -> (m, c)."""
     x, y = centres[:, :, 0], centres[:, :, 1]
     acceptable = np.ones(x.shape[:2], dtype=bool)
@@ -498,17 +498,13 @@ def _backgrounds(layouts: Layouts, size: int) -> np.ndarray:
     left = np.concatenate([np.cos(rows), -np.sin(rows), np.ones((n, size, 1), np.float32)], axis=2)
     tints = layouts.tints[:, :, None, :]
     flat = np.broadcast_to(layouts.base[:, None, None], (n, 1, size, 3))
-    right = np.concatenate(
-        [np.cos(columns)[..., None] * tints, np.sin(columns)[..., None] * tints, flat], axis=1
-    )
+    right = np.concatenate([np.cos(columns)[..., None] * tints, np.sin(columns)[..., None] * tints, flat], axis=1)
     return np.matmul(left, right.reshape(n, -1, size * 3)).reshape(n, size, size, 3)
 
 
 def _stamps(layouts: Layouts, size: int) -> _Stamps:
     if size < 16:
-        raise ValueError(
-            f"size: expected 16 pixels or more, got {size}; smaller objects cannot be told apart."
-        )
+        raise ValueError(f"size: expected 16 pixels or more, got {size}; smaller objects cannot be told apart.")
     side = int(np.ceil(2 * RADIUS[1] * size)) + 3
     scene, slot = np.nonzero(np.arange(_MAX_OBJECTS) < layouts.count[:, None])
     x, y, radius = layouts.x[scene, slot], layouts.y[scene, slot], layouts.radius[scene, slot]
@@ -533,19 +529,20 @@ def _stamps(layouts: Layouts, size: int) -> _Stamps:
     return _Stamps(scene, slot, pixels, opacity, shade)
 
 
-def _captions(rng: np.random.Generator, layouts: Layouts, single_share: float) -> list[Caption]:
-    if not 0 <= single_share <= 1:
-        raise ValueError(
-            f"single_share: expected a share from 0 to 1, got {single_share}; 0 leaves captions as they are."
-        )
-    single = rng.random(len(layouts.count)) < single_share
-    names = zip(
-        layouts.count.tolist(), layouts.shape.tolist(), layouts.colour.tolist(), single.tolist(), strict=True
-    )
+def _captions(rng: np.random.Generator, layouts: Layouts) -> list[Caption]:
+    names = zip(layouts.count.tolist(), layouts.shape.tolist(), layouts.colour.tolist(), strict=True)
     return [
-        describe(rng, [(SHAPES[shapes[i]], COLOURS[colours[i]]) for i in range(count)], only)
-        for count, shapes, colours, only in names
+        describe(rng, [(SHAPES[shapes[i]], COLOURS[colours[i]]) for i in range(count)])
+        for count, shapes, colours in names
     ]
+
+
+def _kinds(layouts: Layouts) -> np.ndarray:
+    kinds = np.zeros((len(layouts.count), len(SHAPES) * len(COLOURS)), dtype=bool)
+    for slot in range(_MAX_OBJECTS):
+        rows = np.flatnonzero(layouts.count > slot)
+        kinds[rows, layouts.shape[rows, slot] * len(COLOURS) + layouts.colour[rows, slot]] = True
+    return kinds
 
 
 def _objects(layouts: Layouts, scene: int) -> tuple[SceneObject, ...]:

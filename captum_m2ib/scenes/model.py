@@ -32,13 +32,13 @@ def build_model(
     *,
     image_size: int = 64,
     patch_size: int = 8,
-    vision_width: int = 128,
+    vision_width: int = 96,
     vision_layers: int = 4,
     vision_heads: int = 4,
-    text_width: int = 128,
+    text_width: int = 96,
     text_layers: int = 3,
     text_heads: int = 4,
-    projection: int = 128,
+    projection: int = 96,
     max_length: int = 32,
     seed: int = 0,
 ) -> CLIPModel:
@@ -47,13 +47,13 @@ def build_model(
     Args:
         image_size (int): Side of the pictures in pixels, a multiple of ``patch_size``. Default: 64.
         patch_size (int): Side of a patch in pixels. Default: 8.
-        vision_width (int): Channels of the image tower. Default: 128.
+        vision_width (int): Channels of the image tower. Default: 96.
         vision_layers (int): Blocks of the image tower. Default: 4.
         vision_heads (int): Attention heads of the image tower. Default: 4.
-        text_width (int): Channels of the text tower. Default: 128.
+        text_width (int): Channels of the text tower. Default: 96.
         text_layers (int): Blocks of the text tower. Default: 3.
         text_heads (int): Attention heads of the text tower. Default: 4.
-        projection (int): Width of the shared embedding. Default: 128.
+        projection (int): Width of the shared embedding. Default: 96.
         max_length (int): Longest caption in tokens, start and end included. Default: 32.
         seed (int): Seed of the weights; the global random state is untouched. Default: 0.
 
@@ -66,9 +66,7 @@ def build_model(
     from transformers import CLIPConfig, CLIPModel
 
     if image_size % patch_size:
-        raise ValueError(
-            f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}; change one."
-        )
+        raise ValueError(f"image_size: expected a multiple of patch_size {patch_size}, got {image_size}; change one.")
     special = {
         "pad_token_id": SPECIAL_TOKENS.index(PAD),
         "bos_token_id": SPECIAL_TOKENS.index(START),
@@ -182,9 +180,7 @@ def save_checkpoint(model: CLIPModel, directory: str | os.PathLike[str]) -> None
     halves = {name: tensor.detach().cpu().half() for name, tensor in model.state_dict().items()}
     for name, tensor in halves.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(
-                f"model: expected finite float16 weights, got infinity or NaN in {name}; train it again."
-            )
+            raise ValueError(f"model: expected finite float16 weights, got infinity or NaN in {name}; train it again.")
     folder.mkdir(parents=True, exist_ok=True)
     save_file(halves, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "model.safetensors").chmod(0o644)

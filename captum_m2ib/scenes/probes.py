@@ -173,9 +173,7 @@ def _token_probe(rng: np.random.Generator, scene: Scene) -> TokenProbe:
     target = int(rng.integers(len(scene.objects)))
     absent = (
         _choice(rng, [shape for shape in SHAPES if all(shape != thing.shape for thing in scene.objects)]),
-        _choice(
-            rng, [colour for colour in COLOURS if all(colour != thing.colour for thing in scene.objects)]
-        ),
+        _choice(rng, [colour for colour in COLOURS if all(colour != thing.colour for thing in scene.objects)]),
     )
     phrases = [_phrase(scene, target), Phrase(*absent)]
     order = rng.permutation(2).tolist()

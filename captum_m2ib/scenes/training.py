@@ -1,8 +1,9 @@
 """Training of the compact dual encoder on scenes drawn afresh at every step, and its held-out report.
 
-The loss is CLIP's: with unit embeddings ``u`` of the pictures and ``v`` of their captions and a learned
+The main loss is CLIP's: with unit embeddings ``u`` of the pictures and ``v`` of their captions and a learned
 temperature ``t``, the mean of the cross entropies of ``u v^T / t`` along its rows and along its columns,
-against the diagonal. Batch ``i`` is determined by the seed and ``i`` alone, the rate by the step alone, so an
+against the diagonal. Beside it stands :func:`naming_loss`, which contrasts every picture with a caption for
+every kind of object, so that the model learns to name one object among others. Batch ``i`` is determined by the seed and ``i`` alone, the rate by the step alone, so an
 interrupted run that resumes ends where an uninterrupted one ends.
 
     python -c "from captum_m2ib.scenes import train; train('checkpoint')"
@@ -15,7 +16,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,8 @@ import torch
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
-from captum_m2ib.scenes.drawing import draw_batch
+from captum_m2ib.scenes.captions import name_kinds
+from captum_m2ib.scenes.drawing import draw_batch, generator
 from captum_m2ib.scenes.model import (
     build_model,
     build_tokenizer,
@@ -48,13 +50,14 @@ _READ_EVERY = 50
 def train(
     output: str | os.PathLike[str],
     *,
-    steps: int | None = None,
-    batch_size: int = 256,
+    steps: int = 6000,
+    batch_size: int = 128,
     lr: float = 2e-3,
+    muon_lr: float = 8e-3,
     weight_decay: float = 0.1,
-    warmup_steps: int = 400,
+    warmup_steps: int = 200,
     clip_norm: float = 1.0,
-    single_share: float = 0.15,
+    naming_weight: float = 1.0,
     model_options: Mapping[str, int] | None = None,
     seed: int = 0,
     device: str | torch.device | None = None,
@@ -76,15 +79,15 @@ def train(
 
     Args:
         output (str or path): The checkpoint directory to write.
-        steps (int, optional): Number of updates. Default: 9000 on CUDA, 4800 on the CPU, where that is less
-            than 90 minutes on two cores.
-        batch_size (int): Scenes per update, at least 2. Default: 256.
-        lr (float): Highest learning rate of AdamW: reached linearly, left along a cosine to 0. Default: 2e-3.
+        steps (int): Number of updates. Default: 6000.
+        batch_size (int): Scenes per update, at least 2. Default: 128.
+        lr (float): Highest learning rate of AdamW, for embeddings, biases and norms: reached linearly, left
+            along a cosine to 0. Default: 2e-3.
+        muon_lr (float): The same of Muon, for the matrices of the blocks. Default: 8e-3.
         weight_decay (float): On matrices only. Default: 0.1.
-        warmup_steps (int): Updates until the highest rate. Default: 400.
+        warmup_steps (int): Updates until the highest rate. Default: 200.
         clip_norm (float): Largest norm of the gradient. Default: 1.
-        single_share (float): Share of the training captions, besides the usual ones, that name one object
-            only, so that the model learns to name objects. Default: 0.15.
+        naming_weight (float): Weight of :func:`naming_loss` beside CLIP's loss. Default: 1.
         model_options (Mapping[str, int], optional): Sizes, as arguments of
             :func:`captum_m2ib.scenes.build_model`.
         seed (int): Seed of the weights and of the scenes. Default: 0.
@@ -112,8 +115,6 @@ def train(
         ValueError: If a number is out of range, or a saved state was made with other settings.
     """
     target, place = Path(output), _device(device)
-    if steps is None:
-        steps = 9000 if place.type == "cuda" else 4800
     _check_counts(
         steps=(steps, 1),
         batch_size=(batch_size, 2),
@@ -129,17 +130,17 @@ def train(
         )
     if target.exists() and not overwrite:
         raise FileExistsError(
-            f"output: expected a path that does not exist, got {str(target)!r}; "
-            "choose another or pass overwrite=True."
+            f"output: expected a path that does not exist, got {str(target)!r}; choose another or pass overwrite=True."
         )
     settings: dict[str, Any] = {
         "steps": steps,
         "batch_size": batch_size,
         "lr": lr,
+        "muon_lr": muon_lr,
         "weight_decay": weight_decay,
         "warmup_steps": warmup_steps,
         "clip_norm": clip_norm,
-        "single_share": single_share,
+        "naming_weight": naming_weight,
         "model_options": dict(model_options or {}),
         "seed": seed,
         "bf16": place.type == "cuda" if bf16 is None else bf16,
@@ -147,11 +148,11 @@ def train(
     began = time.monotonic()
     model: Any = build_model(seed=seed, **settings["model_options"])
     model.to(place)
-    optimizer = _optimizer(model, lr, weight_decay)
+    optimizers = _optimizers(model, lr, muon_lr, weight_decay)
     state = target.with_name(target.name + ".training.safetensors")
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if resume and state.exists():
-        progress = _load_state(state, model, optimizer, settings)
+        progress = _load_state(state, model, optimizers, settings)
     if compile:
         model.vision_model.compile()
 
@@ -159,18 +160,25 @@ def train(
     batches = _batches(settings, image_side(model), progress["step"], place, workers)
     bar = _progress_bar(steps, progress["step"], show_progress)
     with bar:
-        for step, (images, input_ids) in enumerate(batches, start=progress["step"]):
-            for group in optimizer.param_groups:
-                group["lr"] = lr * _rate(step, steps, warmup_steps)
-            images, input_ids = images.to(place, non_blocking=True), input_ids.to(place, non_blocking=True)
+        for step, batch in enumerate(batches, start=progress["step"]):
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * _rate(step, steps, warmup_steps)
+            images, input_ids, name_ids, kinds = (part.to(place, non_blocking=True) for part in batch)
             with torch.autocast(place.type, torch.bfloat16, enabled=settings["bf16"]):
                 image_embeddings = embed_images(model, normalize_images(images))
                 text_embeddings = embed_texts(model, input_ids)
-            loss = contrastive_loss(image_embeddings.float(), text_embeddings.float(), model.logit_scale)
-            optimizer.zero_grad(set_to_none=True)
+                name_embeddings = embed_texts(model, name_ids)
+            image_embeddings = image_embeddings.float()
+            loss = contrastive_loss(image_embeddings, text_embeddings.float(), model.logit_scale)
+            if naming_weight:
+                names = naming_loss(image_embeddings, name_embeddings.float(), kinds, model.logit_scale)
+                loss = loss + naming_weight * names
+            model.zero_grad(set_to_none=True)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip_norm)
-            optimizer.step()
+            for optimizer in optimizers:
+                optimizer.step()
             with torch.no_grad():
                 model.logit_scale.clamp_(0, _MAX_LOGIT_SCALE)
             losses.add(loss.detach())
@@ -186,7 +194,11 @@ def train(
             if saving:
                 seconds = progress["seconds"] + time.monotonic() - began
                 _save_state(
-                    state, model, optimizer, {"step": done, "seconds": seconds, "loss": losses.mean}, settings
+                    state,
+                    model,
+                    optimizers,
+                    {"step": done, "seconds": seconds, "loss": losses.mean},
+                    settings,
                 )
             bar.update()
 
@@ -225,6 +237,33 @@ def contrastive_loss(
     return (functional.cross_entropy(logits, labels) + functional.cross_entropy(logits.T, labels)) / 2
 
 
+def naming_loss(
+    image_embeddings: torch.Tensor,
+    name_embeddings: torch.Tensor,
+    kinds: torch.Tensor,
+    logit_scale: torch.Tensor,
+) -> torch.Tensor:
+    """The contrastive loss of captions that name one kind of object, each true of any number of pictures.
+
+    Every true pair of picture and kind competes with the kinds that the picture lacks, and with the pictures
+    that lack the kind; other true pairs are left out, as neither is wrong.
+
+    Args:
+        image_embeddings (torch.Tensor): Unit vectors, (N, D).
+        name_embeddings (torch.Tensor): Unit vectors, (K, D); row k belongs to a caption that names kind k.
+        kinds (torch.Tensor): Which kinds each picture contains, bool (N, K).
+        logit_scale (torch.Tensor): Logarithm of the inverse temperature, a scalar.
+
+    Returns:
+        torch.Tensor: The loss in nats, a scalar.
+    """
+    logits = logit_scale.exp() * image_embeddings @ name_embeddings.T
+    wrong = logits.masked_fill(kinds, -torch.inf)
+    among_names = functional.softplus(wrong.logsumexp(dim=1, keepdim=True) - logits)
+    among_images = functional.softplus(wrong.logsumexp(dim=0, keepdim=True) - logits)
+    return ((among_names + among_images) * kinds).sum() / (2 * kinds.sum())
+
+
 def evaluate_retrieval(
     model: CLIPModel, *, sets: int = 8, size: int = 256, seed: int = 0, purpose: str = "held_out"
 ) -> dict[str, float]:
@@ -245,7 +284,7 @@ def evaluate_retrieval(
     tokenizer, pixels = build_tokenizer(), image_side(model)
     shares = []
     for index in range(sets):
-        images, captions = draw_batch(size, seed, pixels, purpose=purpose, index=index)
+        images, captions, _ = draw_batch(size, seed, pixels, purpose=purpose, index=index)
         scores = _similarities(model, tokenizer, images, captions)
         better = (scores > scores.diagonal()[:, None]).sum(dim=1)
         shares.append([float((better < k).double().mean()) for k in (1, 5)])
@@ -283,8 +322,12 @@ def evaluate_naming(model: CLIPModel, n: int = 2048, seed: int = 0) -> dict[str,
     return {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / n), "n": n}
 
 
-class _Steps(Dataset[tuple[torch.Tensor, torch.Tensor]]):
-    """Item i is the batch of step i: pictures, uint8 (N, H, W, 3), and token ids, int64 (N, longest)."""
+class _Steps(Dataset[tuple[torch.Tensor, ...]]):
+    """Item i is the batch of step i.
+
+    Pictures, uint8 (N, H, W, 3); token ids of their captions, int64 (N, longest); token ids of a caption for
+    each kind of object, int64 (K, longest); which kinds each picture contains, bool (N, K).
+    """
 
     def __init__(self, settings: Mapping[str, Any], image_size: int, tokenizer: Tokenizer) -> None:
         self.settings, self.image_size, self.tokenizer = settings, image_size, tokenizer
@@ -292,16 +335,18 @@ class _Steps(Dataset[tuple[torch.Tensor, torch.Tensor]]):
     def __len__(self) -> int:
         return self.settings["steps"]
 
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        images, captions = draw_batch(
-            self.settings["batch_size"],
-            self.settings["seed"],
-            self.image_size,
-            single_share=self.settings["single_share"],
-            purpose="training",
-            index=step,
+    def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
+        seed = self.settings["seed"]
+        images, captions, kinds = draw_batch(
+            self.settings["batch_size"], seed, self.image_size, purpose="training", index=step
         )
-        return torch.from_numpy(images), tokenize(self.tokenizer, captions)
+        names = name_kinds(generator("naming", seed, step))
+        return (
+            torch.from_numpy(images),
+            tokenize(self.tokenizer, captions),
+            tokenize(self.tokenizer, names),
+            torch.from_numpy(kinds),
+        )
 
 
 class _Losses:
@@ -346,13 +391,22 @@ def _batches(
     )
 
 
-def _optimizer(model: CLIPModel, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    parameters = list(model.parameters())
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98), fused=parameters[0].device.type == "cuda")
+def _optimizers(model: CLIPModel, lr: float, muon_lr: float, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices that map activations to activations, AdamW for everything else."""
+    if not hasattr(torch.optim, "Muon"):
+        raise RuntimeError(
+            f"torch: training the compact model needs torch 2.9 or newer (torch.optim.Muon), got {torch.__version__}; "
+            "the shipped checkpoint needs no training."
+        )
+    named = list(model.named_parameters())
+    matrices = [p for name, p in named if p.ndim == 2 and "embedding" not in name]
+    tables = [p for name, p in named if p.ndim > 2 or (p.ndim == 2 and "embedding" in name)]
+    vectors = [p for _, p in named if p.ndim < 2]
+    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return (
+        torch.optim.Muon(matrices, lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.98)),
+    )
 
 
 def _rate(step: int, steps: int, warmup_steps: int) -> float:
@@ -364,9 +418,7 @@ def _rate(step: int, steps: int, warmup_steps: int) -> float:
 
 
 @torch.no_grad()
-def _similarities(
-    model: CLIPModel, tokenizer: Tokenizer, images: np.ndarray, captions: list[str]
-) -> torch.Tensor:
+def _similarities(model: CLIPModel, tokenizer: Tokenizer, images: np.ndarray, captions: list[str]) -> torch.Tensor:
     """Cosine similarities of every picture with every caption, on the CPU."""
     device = model.logit_scale.device
     image_embeddings = embed_images(model, normalize_images(torch.from_numpy(images).to(device)))
@@ -377,15 +429,16 @@ def _similarities(
 def _save_state(
     path: Path,
     model: CLIPModel,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     progress: Mapping[str, Any],
     settings: Mapping[str, Any],
 ) -> None:
     from safetensors.torch import save_file
 
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, entries in optimizer.state_dict()["state"].items():
-        tensors.update({f"optimizer.{index}.{name}": tensor for name, tensor in entries.items()})
+    for which, optimizer in enumerate(optimizers):
+        for index, entries in optimizer.state_dict()["state"].items():
+            tensors.update({f"optimizer.{which}.{index}.{name}": entry for name, entry in entries.items()})
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -395,7 +448,10 @@ def _save_state(
 
 
 def _load_state(
-    path: Path, model: CLIPModel, optimizer: torch.optim.Optimizer, settings: Mapping[str, Any]
+    path: Path,
+    model: CLIPModel,
+    optimizers: Sequence[torch.optim.Optimizer],
+    settings: Mapping[str, Any],
 ) -> dict[str, Any]:
     from safetensors import safe_open
 
@@ -413,13 +469,13 @@ def _load_state(
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     prefix = "model."
     model.load_state_dict({name[len(prefix) :]: t for name, t in tensors.items() if name.startswith(prefix)})
-    content = optimizer.state_dict()
-    for name, tensor in tensors.items():
-        kind, _, rest = name.partition(".")
-        if kind == "optimizer":
-            index, _, entry = rest.partition(".")
-            content["state"].setdefault(int(index), {})[entry] = tensor
-    optimizer.load_state_dict(content)
+    for which, optimizer in enumerate(optimizers):
+        content = optimizer.state_dict()
+        for name, tensor in tensors.items():
+            kind, *rest = name.split(".", 3)
+            if kind == "optimizer" and int(rest[0]) == which:
+                content["state"].setdefault(int(rest[1]), {})[rest[2]] = tensor
+        optimizer.load_state_dict(content)
     return json.loads(metadata["progress"])
 
 
@@ -447,9 +503,7 @@ def _round_to_half(model: CLIPModel) -> None:
 def _progress_bar(steps: int, start: int, show_progress: bool) -> Any:
     from tqdm import tqdm
 
-    return tqdm(
-        total=steps, initial=start, desc="training", unit="step", mininterval=2, disable=not show_progress
-    )
+    return tqdm(total=steps, initial=start, desc="training", unit="step", mininterval=2, disable=not show_progress)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

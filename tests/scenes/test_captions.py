@@ -78,11 +78,7 @@ def test_every_template_is_used() -> None:
 def test_vocabulary_holds_every_word_and_no_other() -> None:
     rng = np.random.default_rng(3)
     things = [(shape, colour) for shape in SHAPES for colour in COLOURS]
-    used = {
-        word
-        for _ in range(1500)
-        for word in describe(rng, [things[i] for i in rng.permutation(64)[:4]]).words
-    }
+    used = {word for _ in range(1500) for word in describe(rng, [things[i] for i in rng.permutation(64)[:4]]).words}
     assert used == set(vocabulary())
 
 

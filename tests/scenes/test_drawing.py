@@ -53,9 +53,7 @@ def test_batch_is_deterministic_and_a_batch_of_one_is_the_scene() -> None:
 
 
 def test_purposes_and_indices_have_streams_of_their_own() -> None:
-    pixels = {
-        draw_scene(0, 16, purpose=purpose, index=i).image.tobytes() for purpose in PURPOSES for i in range(3)
-    }
+    pixels = {draw_scene(0, 16, purpose=purpose, index=i).image.tobytes() for purpose in PURPOSES for i in range(3)}
     assert len(pixels) == 3 * len(PURPOSES)
 
 

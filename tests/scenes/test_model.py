@@ -49,10 +49,7 @@ def test_one_token_per_word_and_none_unknown() -> None:
 
 def test_ordinary_spelling_gives_the_same_tokens() -> None:
     tokenizer = build_tokenizer()
-    assert (
-        tokenizer.encode("A red circle, a blue star").ids
-        == tokenizer.encode("a red circle , a blue star").ids
-    )
+    assert tokenizer.encode("A red circle, a blue star").ids == tokenizer.encode("a red circle , a blue star").ids
 
 
 def test_weights_depend_on_the_seed_and_leave_the_random_state() -> None:
@@ -116,9 +113,7 @@ def test_processor_prepares_what_training_feeds(checkpoint: Path) -> None:
 def test_processor_takes_finer_drawings(checkpoint: Path) -> None:
     processor = load_checkpoint(checkpoint)[1]
     coarse, fine = (
-        np.asarray(
-            processor(images=Image.fromarray(draw_scene(0, size).image), return_tensors="np").pixel_values
-        )
+        np.asarray(processor(images=Image.fromarray(draw_scene(0, size).image), return_tensors="np").pixel_values)
         for size in (64, 256)
     )
     assert coarse.shape == fine.shape == (1, 3, 64, 64)

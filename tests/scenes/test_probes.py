@@ -46,9 +46,7 @@ def test_token_probes_name_one_present_and_one_absent_object() -> None:
         assert [scene.words[i] for i in probe.present_words] == [target.colour, target.shape]
         assert [scene.words[i] for i in probe.absent_words] == [colour, shape]
         assert sorted(named_pairs(probe.caption)) == sorted([(target.shape, target.colour), probe.absent])
-        assert [i for i, index in enumerate(scene.word_objects) if index is not None] == list(
-            probe.present_words
-        )
+        assert [i for i, index in enumerate(scene.word_objects) if index is not None] == list(probe.present_words)
         orders.add(probe.present_words < probe.absent_words)
     assert orders == {True, False}
 

@@ -1,0 +1,149 @@
+"""Contract 5: a pair's bits do not depend on the batch it comes in, and the seed decides them."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from families import Case, Family, family_named
+
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib.statistics import ChannelStatistics
+
+
+def close(found: tuple, expected: tuple, family: Family | None = None, exact: bool = False) -> None:
+    half = family is not None and "half" in family.features
+    share = 1e-6 if exact else (0.1 if half else 1e-3)
+    for one, other in zip(found, expected, strict=True):
+        difference = (one - other).abs().flatten(1).amax(1)
+        assert bool((difference <= share * other.abs().flatten(1).amax(1)).all()), difference
+
+
+def rows(attributions: tuple, index) -> tuple:
+    return tuple(attribution[index] for attribution in attributions)
+
+
+SETTINGS = {"n_steps": 5, "n_samples": 3}
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
+def test_batch_equals_single(family: Family, exact: bool):
+    case = family.build()
+    if exact and "half" in family.features:
+        case.roots[0].float()
+    case = case.double() if exact else case
+    whole = case.attribute(**SETTINGS)
+    for pair in range(3):
+        alone = case.select(slice(pair, pair + 1)).attribute(**SETTINGS)
+        close(alone, rows(whole, slice(pair, pair + 1)), family, exact)
+
+
+def test_order_does_not_matter(family: Family):
+    case = family.build()
+    exact = "half" not in family.features
+    case = case.double() if exact else case
+    order = [2, 0, 1]
+    close(case.select(order).attribute(**SETTINGS), rows(case.attribute(**SETTINGS), order), family, exact)
+
+
+@pytest.mark.parametrize("internal_batch_size", [1, 3, 4, 7, 100])
+@pytest.mark.parametrize("name", ["clip", "closure", "conv_maps", "sequence_first", "shared_tower"])
+def test_internal_batch_size_changes_nothing(name: str, internal_batch_size: int):
+    case = family_named(name).build().double()
+    expected = case.attribute(n_steps=4, n_samples=3)
+    found = case.attribute(n_steps=4, n_samples=3, internal_batch_size=internal_batch_size)
+    close(found, expected, exact=True)
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("prior", [None, "pair"])
+def test_settings_keep_pairs_apart(prior, joint: bool):
+    case = family_named("clip").build().double()
+    method = case.method(statistics=[prior, prior])
+    whole = case.attribute(method, joint=joint, **SETTINGS)
+    chunked = case.attribute(method, joint=joint, internal_batch_size=3, **SETTINGS)
+    close(chunked, whole, exact=True)
+    alone = case.select(slice(1, 2)).attribute(method, joint=joint, **SETTINGS)
+    close(alone, rows(whole, slice(1, 2)), exact=True)
+
+
+@pytest.mark.parametrize("name", ["clip", "closure", "torch_encoder", "sequence_first"])
+@pytest.mark.parametrize("prior", [None, "pair", "given"])
+def test_padding_length_changes_nothing(name: str, prior):
+    case = family_named(name).build().double()
+    if prior == "given":
+        width = 32 if name == "clip" else 16
+        prior = ChannelStatistics(torch.linspace(-1, 1, width), torch.linspace(0.5, 2, width))
+    method = case.method(statistics=[prior, prior])
+    pixels, ids = case.inputs
+    mask = case.additional[0]
+    filler, none = torch.full((3, 4), 1), torch.zeros(3, 4, dtype=mask.dtype)
+    padded = case.with_inputs((pixels, torch.cat([ids, filler], 1)), (torch.cat([mask, none], 1),))
+    short, long = case.attribute(method, **SETTINGS), padded.attribute(method, **SETTINGS)
+    assert not long[1][:, 6:].any()
+    close((long[0], long[1][:, :6]), short, exact=True)
+    trimmed = case.with_inputs((pixels[1:2], ids[1:2, :4]), (mask[1:2, :4],)).attribute(method, **SETTINGS)
+    close((trimmed[0], trimmed[1]), (short[0][1:2], short[1][1:2, :4]), exact=True)
+
+
+def test_padding_without_mask():
+    case = family_named("clip").build().double()
+    pixels, ids = case.inputs
+    padded = torch.cat([ids, torch.full((3, 3), 1)], 1)
+    short = case.with_inputs((pixels, ids), ()).attribute(**SETTINGS)
+    long = case.with_inputs((pixels, padded), ()).attribute(**SETTINGS)
+    close((long[0], long[1][:, :6]), short, exact=True)
+
+
+def test_seed_decides_the_bits(case: Case):
+    first, again, other = (case.attribute(seed=seed) for seed in (3, 3, 4))
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_modalities_and_steps_draw_their_own_noise():
+    from captum_m2ib.attr._gates import noise
+
+    drawn = [noise(seed, layer, step, 4, (5, 6)) for seed in (0, 1) for layer in (0, 1) for step in (0, 1)]
+    for index, one in enumerate(drawn):
+        assert one.shape == (4, 5, 6) and one.dtype == torch.float32
+        assert all(not torch.equal(one, other) for other in drawn[index + 1 :])
+        assert not torch.equal(one[0], one[1])
+    many = noise(0, 0, 0, 50, (40, 30)).double()
+    assert abs(float(many.mean())) < 0.02 and abs(float(many.std()) - 1) < 0.02
+    assert torch.equal(noise(0, 0, 0, 4, (9, 6))[:, :5], drawn[0])
+
+
+def test_global_random_state_is_neither_read_nor_changed(case: Case):
+    torch.manual_seed(11)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    first = case.attribute()
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1]) and random.getstate() == before[2]
+    torch.manual_seed(12)
+    for a, b in zip(case.attribute(), first, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_repeated_pair_gets_the_same_bits_twice():
+    case = family_named("clip").build().double()
+    twice = case.select([0, 0, 1]).attribute(**SETTINGS)
+    close(rows(twice, slice(0, 1)), rows(twice, slice(1, 2)), exact=True)
+
+
+def test_batch_as_long_as_the_caption():
+    """Five pairs and a planted copy are six rows, like the six tokens."""
+    for name in ("clip", "sequence_first", "closure"):
+        case = family_named(name).build().double()
+        many = case.select([0, 1, 2, 0, 1])
+        close(rows(many.attribute(**SETTINGS), slice(0, 3)), case.attribute(**SETTINGS), exact=True)
+
+
+def test_recommended_method_keeps_pairs_apart():
+    case = family_named("clip").build().double()
+    method = MultiModalInfoBottleneck(DualEncoder(case.roots[0]))
+    whole = case.attribute(method, **SETTINGS)
+    alone = case.select(slice(2, 3)).attribute(method, **SETTINGS)
+    close(alone, rows(whole, slice(2, 3)), exact=True)

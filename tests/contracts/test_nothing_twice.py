@@ -1,0 +1,179 @@
+"""Contract 4: the prefix and the other tower run once, a step runs the suffix only, parameters get no gradient."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import Block, Case, Family, family_named
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from captum_m2ib import MultiModalInfoBottleneck
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
+    """One pass over the pairs and a copy, then per modality forward and backward of what follows the layer."""
+    pairs = len(case.inputs[0])
+    planted = [torch.cat([a, a[:1]]) for a in (*case.inputs, *case.additional)]
+    for root in case.roots:
+        root.requires_grad_(False)
+    total = flops(lambda: case.forward(*planted))
+    mask = case.additional[0].repeat_interleave(n_samples, 0) if case.additional else None
+    for suffix, shape in suffixes:
+        hidden = torch.randn(pairs * n_samples, *shape, requires_grad=True)
+        step = flops(lambda suffix=suffix, hidden=hidden: torch.autograd.grad(suffix(hidden, mask).sum(), hidden))
+        total += n_steps * step
+    return total
+
+
+def tower_suffix(tower, after: int, masked: bool):
+    """What a tower does after one of its blocks."""
+
+    def run(hidden, mask):
+        mask = mask if masked else None
+        for block in tower.blocks[after + 1 :]:
+            hidden = block(hidden, mask)
+        return tower.head(tower.norm(hidden).mean(1))
+
+    return run
+
+
+def clip_suffix(model, after: int, image: bool):
+    side = model.vision_model if image else model.text_model
+    project = model.visual_projection if image else model.text_projection
+
+    def run(hidden, mask):
+        for layer in side.encoder.layers[after + 1 :]:
+            wanted = None if image else mask[:, None, None, :].bool().expand(-1, 1, hidden.shape[1], -1)
+            hidden = layer(hidden, wanted)
+        hidden = hidden if not isinstance(hidden, tuple) else hidden[0]
+        pooled = side.post_layernorm(hidden[:, 0]) if image else side.final_layer_norm(hidden)[:, -1]
+        return project(pooled)
+
+    return run
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_work_of_towers(after: int):
+    case = family_named("closure").build()
+    image, text = case.roots
+    expected = expected_flops(
+        case, [(tower_suffix(image, after, False), (17, 16)), (tower_suffix(text, after, True), (6, 16))], 10, 5
+    )
+    method = MultiModalInfoBottleneck(case.forward, [image.blocks[after], text.blocks[after]], case.layouts)
+    counted = flops(lambda: case.attribute(method, n_steps=10, n_samples=5))
+    assert 0.9 * expected <= counted <= 1.1 * expected
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_work_of_clip(after: int):
+    case = family_named("clip").build()
+    model = case.roots[0]
+    expected = expected_flops(
+        case, [(clip_suffix(model, after, True), (17, 32)), (clip_suffix(model, after, False), (6, 32))], 8, 4
+    )
+    layers = [model.vision_model.encoder.layers[after], model.text_model.encoder.layers[after]]
+    counted = flops(lambda: case.attribute(MultiModalInfoBottleneck(case.forward, layers), n_steps=8, n_samples=4))
+    assert 0.9 * expected <= counted <= 1.1 * expected
+
+
+def test_work_grows_with_the_suffix_only(family: Family):
+    case = family.build()
+    if case.training:
+        case.forward.eval()
+    calls: Counter[nn.Module] = Counter()
+    handles = [
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+        for root in case.roots
+        for module in root.modules()
+    ]
+    counts = []
+    for n_steps in (1, 4):
+        calls.clear()
+        case.attribute(n_steps=n_steps, n_samples=2)
+        counts.append(dict(calls))
+    for handle in handles:
+        handle.remove()
+    few, many = counts
+    tapped = [choices[0][0] if isinstance(choices[0], tuple) else choices[0] for choices in case.layers]
+    grown = {module for module in many if many[module] > few.get(module, 0)}
+    for layer in tapped:
+        layer = case.roots[0].get_submodule(layer) if isinstance(layer, str) else layer
+        within = set(layer.modules())
+        assert not grown & within, f"{[type(m).__name__ for m in grown & within]} ran again"
+        assert all(many[module] <= 2 for module in within if module in many)
+    for root in case.roots:
+        for name, module in root.named_modules():
+            if "embed" in name.split(".")[-1] or name == "stem":
+                assert module not in grown, f"{name} ran again"
+    assert grown
+
+
+def test_order_of_the_towers_does_not_matter():
+    case = family_named("closure").build()
+    image, text = case.roots
+    calls: Counter[nn.Module] = Counter()
+
+    def score(picture, ids, mask):
+        words = text(ids, mask)
+        return F.cosine_similarity(image(picture), words)
+
+    for root in case.roots:
+        for module in root.modules():
+            module.register_forward_hook(lambda module, *_: calls.update([module]))
+    method = MultiModalInfoBottleneck(score, [image.blocks[1], text.blocks[1]], case.layouts)
+    case.attribute(method, n_steps=6)
+    assert calls[text.embed] == calls[image.embed] == calls[image.blocks[0]] == calls[text.blocks[1]] == 1
+    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 7
+
+
+def test_only_the_explained_modality_runs():
+    case = family_named("clip").build()
+    pixels, ids = case.inputs
+    calls: Counter[nn.Module] = Counter()
+    for module in case.roots[0].modules():
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    case.method().attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
+    assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1
+    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 6
+
+
+def test_parameters_receive_no_gradient(case: Case):
+    for root in case.roots:
+        root.requires_grad_(True)
+    case.attribute()
+    assert all(parameter.grad is None for root in case.roots for parameter in root.parameters())
+
+
+def test_gradients_that_are_there_stay():
+    case = family_named("clip").build()
+    case.forward(*case.inputs, *case.additional).sum().backward()
+    before = {name: p.grad.clone() for name, p in case.roots[0].named_parameters() if p.grad is not None}
+    assert before
+    case.attribute()
+    for name, parameter in case.roots[0].named_parameters():
+        assert (parameter.grad is None) == (name not in before)
+        assert parameter.grad is None or torch.equal(parameter.grad, before[name])
+
+
+def test_a_part_used_by_both_sides_of_the_layer():
+    torch.manual_seed(0)
+    shared, block = Block(8).eval(), Block(8).eval()
+
+    def score(tokens):
+        return shared(block(shared(tokens))).flatten(1).sum(1)
+
+    calls: Counter[nn.Module] = Counter()
+    for module in (shared, block):
+        module.register_forward_hook(lambda module, *_: calls.update([module]))
+    MultiModalInfoBottleneck(score, [block]).attribute(torch.randn(2, 3, 8), n_steps=5, n_samples=2)
+    assert calls[block] == 1 and calls[shared] == 2 + 5

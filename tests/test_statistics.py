@@ -1,0 +1,100 @@
+"""Statistics merged batch by batch equal those of all the data at once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captum_m2ib.statistics import (
+    MINIMUM_STD,
+    ChannelStatistics,
+    RunningStatistics,
+    floor_std,
+    load_statistics,
+    save_statistics,
+    units_of,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 9), min_size=2, max_size=8).filter(lambda counts: sum(counts) >= 2),
+    offset=st.sampled_from([0.0, 1e3, -1e5]),
+    seed=st.integers(0, 99),
+)
+def test_merged_batches_equal_all_data_at_once(counts, offset, seed):
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.randn(sum(counts), 3, generator=generator, dtype=torch.float64) + offset
+    running = RunningStatistics()
+    for batch in data.split(counts):
+        running.update(batch)
+    result = running.result()
+    assert result.count == len(data)
+    torch.testing.assert_close(result.mean, data.mean(0).float())
+    torch.testing.assert_close(result.std, floor_std(data.std(0)).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_float32_data_keep_their_digits():
+    data = torch.randn(10_000, 2, generator=torch.Generator().manual_seed(0)) + 1000
+    running = RunningStatistics()
+    for batch in data.split(777):
+        running.update(batch)
+    torch.testing.assert_close(running.result().std, data.double().std(0).float(), rtol=1e-6, atol=0)
+
+
+def test_too_little_data_is_an_error():
+    running = RunningStatistics()
+    for count in (0, 1):
+        with pytest.raises(ValueError, match=f"statistics: expected at least 2 positions.* got {count}"):
+            running.result()
+        running.update(torch.zeros(1, 2))
+
+
+def test_channels_that_hardly_vary_are_floored():
+    std = floor_std(torch.tensor([[10.0, 0.0, 5.0], [0.0, 0.0, 0.0]]))
+    assert std.tolist() == [[10.0, pytest.approx(10 * MINIMUM_STD), 5.0], [1.0, 1.0, 1.0]]
+    running = RunningStatistics()
+    running.update(torch.full((4, 3), 2.0))
+    assert running.result().std.tolist() == [1.0, 1.0, 1.0]
+
+
+def test_units_are_rows_of_channels_without_padding():
+    tokens = torch.arange(12.0).view(2, 3, 2)
+    assert units_of(tokens).tolist() == tokens.reshape(6, 2).tolist()
+    real = torch.tensor([[True, True, False], [True, False, False]])[..., None]
+    assert units_of(tokens, real).tolist() == [[0, 1], [2, 3], [6, 7]]
+    maps = torch.arange(16.0).view(2, 2, 2, 2)
+    expected = [maps[n, :, i, j].tolist() for n in range(2) for i in range(2) for j in range(2)]
+    assert units_of(maps).tolist() == expected
+    assert units_of(torch.zeros(4, 5)).shape == (4, 5)
+
+
+def test_saved_and_loaded_are_equal(tmp_path):
+    one = ChannelStatistics(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 3.0]), 12)
+    two = ChannelStatistics(torch.randn(6)[::2], torch.rand(3) + 0.1)
+    path = tmp_path / "statistics.safetensors"
+    save_statistics(path, {"vision.layers.0": one})
+    save_statistics(path, {"vision.layers.0": one, "text.mean": two})
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
+    loaded = load_statistics(path)
+    assert set(loaded) == {"vision.layers.0", "text.mean"}
+    for name, expected in (("vision.layers.0", one), ("text.mean", two)):
+        assert torch.equal(loaded[name].mean, expected.mean) and torch.equal(loaded[name].std, expected.std)
+        assert loaded[name].count == expected.count
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        (torch.zeros(2), torch.ones(3), "one shape"),
+        (torch.zeros(2, 2), torch.ones(2, 2), "one shape"),
+        (torch.zeros(2), torch.zeros(2), "positive"),
+        (torch.zeros(2), torch.tensor([1.0, float("nan")]), "positive"),
+        (torch.tensor([0.0, float("inf")]), torch.ones(2), "finite means"),
+    ],
+)
+def test_impossible_statistics_are_refused(mean, std, message):
+    with pytest.raises(ValueError, match=f"statistics: .*{message}"):
+        ChannelStatistics(mean, std)

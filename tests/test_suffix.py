@@ -1,0 +1,510 @@
+"""A rerun equals a full forward pass in which the hidden state is replaced by a hook."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from families import Case, Family, family_named, image_tower, pack, unpack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from captum_m2ib.layers import Layer, resolve_layer
+from captum_m2ib.suffix import BatchAxis, Suffix, Tap, borrowing, find_batch_axis
+
+
+def layer_of(case: Case, choice) -> Layer:
+    root = case.forward if isinstance(case.forward, nn.Module) else None
+    try:
+        return resolve_layer(choice, root)
+    except ValueError:
+        return resolve_layer(choice, case.roots[0])
+
+
+def form_of(output) -> str:
+    if isinstance(output, Tensor):
+        return "tensor"
+    if isinstance(output, tuple):
+        return "tuple"
+    return "output" if hasattr(output, "last_hidden_state") else "dict"
+
+
+def hooked_score(case: Case, layer: Layer, value: Tensor, draws: int, at_input: bool = False) -> Tensor:
+    """The whole model on every pair repeated, with the layer's hidden state replaced."""
+    seen = 0
+
+    def is_chosen() -> bool:
+        nonlocal seen
+        seen += 1
+        return layer.call in (None, seen - 1)
+
+    def replace_output(module, args, output):
+        return pack(value, form_of(output)) if is_chosen() else None
+
+    def replace_input(module, args, kwargs):
+        if not is_chosen():
+            return None
+        if args:
+            return (pack(value, form_of(args[0])), *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": pack(value, form_of(kwargs["hidden_states"]))}
+
+    if at_input:
+        handle = layer.module.register_forward_pre_hook(replace_input, with_kwargs=True)
+    else:
+        handle = layer.module.register_forward_hook(replace_output)
+    modes = [(module, module.training) for root in case.roots for module in root.modules()]
+    for module, _ in modes:
+        module.training = False
+    try:
+        repeated = [a.repeat_interleave(draws, 0) for a in (*case.inputs, *case.additional)]
+        return case.forward(*repeated)
+    finally:
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+
+
+def record(case: Case, taps: list[Tap]) -> Suffix:
+    return Suffix(
+        lambda arguments: case.forward(*arguments), (*case.inputs, *case.additional), len(case.inputs[0]), taps
+    )
+
+
+def changed(hidden: Tensor, draws: int) -> Tensor:
+    """Another hidden state for each draw."""
+    noise = torch.randn(len(hidden) * draws, *hidden.shape[1:], generator=torch.Generator().manual_seed(9))
+    return hidden.repeat_interleave(draws, 0) + noise.to(hidden.dtype)
+
+
+@pytest.mark.filterwarnings("ignore:forward_func. the model is in training mode")
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_run_equals_a_full_pass_with_a_hook(family: Family, pairs: int):
+    case = family.build().select(slice(0, pairs))
+    half = "half" in family.features
+    case = case if half else case.double()
+    for modality, choices in enumerate(case.layers):
+        for choice in choices:
+            layer = layer_of(case, choice)
+            with borrowing(*case.roots):
+                suffix = record(case, [Tap(layer)])
+                for draws in (4, 1, 4):
+                    value = changed(suffix.hidden[0], draws)
+                    ran = suffix.run({0: value}, draws)
+                    axis = suffix.axes[0]
+                    expected = hooked_score(case, layer, axis.merge(value), draws)
+                    torch.testing.assert_close(
+                        ran, expected, rtol=0, atol=2e-2 if half else 1e-9, msg=lambda m: f"{modality} {choice}: {m}"
+                    )
+            assert axis.dim == (case.batch_dim if suffix.hidden[0].ndim == 3 and "embed" not in layer.name else 0) or (
+                layer.module in {m.attention for r in case.roots for m in getattr(r, "blocks", [])}
+            )
+
+
+BLOCK_INPUTS = [
+    "clip",
+    "conv_maps",
+    "closure",
+    "sequence_first",
+    "tuple_output",
+    "dict_output",
+    "model_output",
+    "keywords_only",
+    "torch_encoder",
+    "in_place",
+    "rotary",
+    "shared_tower",
+]
+
+
+@pytest.mark.parametrize("name", BLOCK_INPUTS)
+def test_run_at_the_input_equals_a_full_pass_with_a_hook(name: str):
+    case = family_named(name).build().double()
+    for choices in case.layers:
+        chosen = choices[0]
+        if name in ("tuple_output", "dict_output", "model_output"):
+            block = next(root for root in case.roots if chosen in root.modules()).blocks[1]
+            chosen = block
+        layer = layer_of(case, chosen)
+        if name == "conv_maps" and layer.module is case.roots[0].stem:
+            layer = Layer(case.roots[0].body, "body")
+        with borrowing(*case.roots):
+            suffix = record(case, [Tap(layer, at_input=True)])
+            value = changed(suffix.hidden[0], 2)
+            ran = suffix.run({0: value}, 2)
+            expected = hooked_score(case, layer, suffix.axes[0].merge(value), 2, at_input=True)
+        torch.testing.assert_close(ran, expected, rtol=0, atol=1e-9)
+
+
+def test_untouched_value_gives_the_recorded_score(family: Family):
+    case = family.build()
+    layer = layer_of(case, case.layers[0][0])
+    if case.training:
+        case.forward.eval()
+    with borrowing():
+        suffix = record(case, [Tap(layer)])
+        atol = 2e-2 if "half" in family.features else 1e-5
+        again = suffix.run({0: suffix.hidden[0]}, 1)
+    torch.testing.assert_close(again, suffix.score, rtol=0, atol=atol)
+    with torch.no_grad():
+        plain = case.forward(*case.inputs, *case.additional)
+    torch.testing.assert_close(plain, suffix.score, rtol=0, atol=atol)
+    assert suffix.hidden[0].shape[0] == len(case.inputs[0]) and not suffix.hidden[0].requires_grad
+
+
+def run_case(model: nn.Module, tapped: nn.Module, inputs: Tensor | None = None, draws: int = 3) -> None:
+    """Check a module that maps one batch to scores against the hook."""
+    inputs = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0)) if inputs is None else inputs
+    case = Case(model, (inputs,), (), ([tapped],), [model])
+    layer = Layer(tapped, "tapped")
+    with borrowing(model):
+        suffix = record(case, [Tap(layer)])
+        for _ in range(2):
+            value = changed(suffix.hidden[0], draws)
+            ran = suffix.run({0: value}, draws)
+            expected = hooked_score(case, layer, suffix.axes[0].merge(value), draws)
+            torch.testing.assert_close(ran, expected, rtol=0, atol=1e-5)
+
+
+class Parts(nn.Module):
+    """A handful of layers for small models whose forward is given."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.third = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.table, self.norm, self.relu = nn.Embedding(8, 4), nn.LayerNorm(4), nn.ReLU(inplace=True)
+        self.identity = nn.Identity()
+        self.run = forward
+        self.eval()
+
+    def forward(self, x):
+        return self.run(self, x).flatten(1).sum(1)
+
+
+def test_index_of_a_maximum_is_not_stale():
+    model = Parts(lambda m, x: m.second(h := m.first(x)) + m.third(m.table(h.argmax(-1))))
+    run_case(model, model.first)
+
+
+def test_index_next_to_a_constant_is_not_stale():
+    class Select(nn.Module):
+        def forward(self, index, table):
+            return table[index]
+
+    constant = torch.randn(4, 4, generator=torch.Generator().manual_seed(3))
+    model = Parts(lambda m, x: (h := m.first(x)) + m.select(h.argmax(-1), constant))
+    model.select = Select().eval()
+    run_case(model, model.first)
+
+
+def test_detached_path_is_not_stale():
+    model = Parts(lambda m, x: (h := m.first(x)) * m.norm(m.second(h.detach())))
+    run_case(model, model.first)
+
+
+def test_thresholded_path_is_not_stale():
+    model = Parts(lambda m, x: (h := m.first(x)) + m.second((h > 0).float()))
+    run_case(model, model.first)
+
+
+def test_path_without_gradients_is_not_stale():
+    def forward(m, x):
+        h = m.first(x)
+        with torch.no_grad():
+            scale = m.third(m.second(h))
+        return h * scale
+
+    model = Parts(forward)
+    run_case(model, model.first)
+
+
+def test_module_in_place_on_the_tapped_output():
+    model = Parts(lambda m, x: m.second(m.relu(m.first(x))))
+    run_case(model, model.first)
+
+
+def test_arithmetic_in_place_on_the_tapped_output():
+    def forward(m, x):
+        h = m.first(x)
+        h += 1.0
+        return m.second(h)
+
+    model = Parts(forward)
+    run_case(model, model.first)
+
+
+def test_reused_module_that_works_in_place_on_its_input():
+    def forward(m, x):
+        h = m.first(x)
+        m.relu(h)
+        return m.third(m.second(m.norm(h)) + h)
+
+    model = Parts(forward)
+    run_case(model, model.second)
+
+
+def test_in_place_on_reused_outputs():
+    def forward(m, x):
+        h = m.first(x)
+        h.mul_(2.0)
+        return m.third(m.second(m.norm(h)) + h)
+
+    model = Parts(forward)
+    run_case(model, model.second)
+
+
+def test_module_that_returns_its_input():
+    def forward(m, x):
+        h = m.first(x)
+        same = m.identity(h)
+        same += 1
+        return m.third(m.second(m.norm(x)) + h)
+
+    model = Parts(forward)
+    run_case(model, model.second)
+
+
+def test_constant_module_output_is_not_taken_for_a_batch():
+    class Constant(nn.Module):
+        def __init__(self, *shape):
+            super().__init__()
+            self.value = nn.Parameter(torch.zeros(shape))
+
+        def forward(self):
+            return self.value
+
+    for shape, pairs in (((6, 4), 1), ((1, 6, 4), 1), ((1, 6, 4), 2), ((6, 4), 2)):
+        model = Parts(lambda m, x: m.second(m.first(x) + m.constant()))
+        model.constant = Constant(*shape).eval()
+        run_case(model, model.first, torch.randn(pairs, 6, 4))
+
+
+def test_parametrised_weight_of_zeros():
+    model = Parts(lambda m, x: m.third(m.second(m.first(x)) + x))
+    nn.init.zeros_(model.third.weight)
+    torch.nn.utils.parametrize.register_parametrization(model.third, "weight", nn.Identity())
+    model.eval()
+    run_case(model, model.second, torch.randn(1, 5, 4))
+
+
+def test_control_flow_that_changes_is_an_error():
+    calls = []
+
+    def forward(m, x):
+        calls.append(None)
+        h = m.second(m.first(x))
+        return m.third(h) if len(calls) == 1 else m.norm(h)
+
+    model = Parts(forward)
+    case = Case(model, (torch.randn(2, 5, 4),), (), ([model.first],), [model])
+    with borrowing(model):
+        suffix = record(case, [Tap(Layer(model.first, "first"))])
+        with pytest.raises(RuntimeError, match="forward_func: its module calls changed"):
+            suffix.run({0: suffix.hidden[0]}, 1)
+
+
+def test_prefix_and_other_tower_do_not_run_again():
+    case = family_named("closure").build()
+    layer = layer_of(case, case.layers[0][0])
+    ran: list[nn.Module] = []
+    handles = [
+        module.register_forward_hook(lambda module, *_: ran.append(module))
+        for root in case.roots
+        for module in root.modules()
+    ]
+    with borrowing():
+        suffix = record(case, [Tap(layer)])
+        ran.clear()
+        suffix.run({0: suffix.hidden[0]}, 1)
+    for handle in handles:
+        handle.remove()
+    image, text = case.roots
+    later = set(image.blocks[2].modules()) | {image, image.norm, image.head}
+    assert set(ran) <= later and image.blocks[2].mlp[0] in ran
+    assert not set(ran) & set(text.modules())
+
+
+def test_gradient_reaches_the_value_and_no_parameter():
+    case = family_named("closure").build()
+    layer = layer_of(case, case.layers[0][0])
+    with borrowing(*case.roots):
+        suffix = record(case, [Tap(layer)])
+        value = suffix.hidden[0].requires_grad_()
+        suffix.run({0: value}, 1).sum().backward()
+    assert value.grad.abs().sum() > 0
+    assert all(parameter.grad is None for root in case.roots for parameter in root.parameters())
+
+
+def test_two_taps_can_be_replaced_together_or_alone():
+    case = family_named("closure").build().double()
+    layers = [layer_of(case, choices[0]) for choices in case.layers]
+    with borrowing(*case.roots):
+        suffix = record(case, [Tap(layer) for layer in layers])
+        values = {index: changed(suffix.hidden[index], 2) for index in range(2)}
+        both = suffix.run(values, 2)
+        alone = suffix.run({0: values[0]}, 2)
+        expected_alone = hooked_score(case, layers[0], values[0], 2)
+        handle = layers[1].module.register_forward_hook(lambda *_: values[1])
+        expected_both = hooked_score(case, layers[0], values[0], 2)
+        handle.remove()
+    torch.testing.assert_close(alone, expected_alone)
+    torch.testing.assert_close(both, expected_both)
+    assert not torch.allclose(alone, both)
+
+
+# The batch axis.
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rows=st.integers(2, 6),
+    others=st.lists(st.integers(1, 12), min_size=0, max_size=3),
+    place=st.integers(0, 3),
+    data=st.data(),
+)
+def test_the_batch_is_found_wherever_it_runs(rows, others, place, data):
+    place = min(place, len(others))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    tensor = torch.randn(rows, *others, generator=generator)
+    tensor[-1] = tensor[0]
+    moved = tensor.movedim(0, place)
+    axis = find_batch_axis(moved, rows)
+    assert axis == BatchAxis(place)
+    torch.testing.assert_close(axis.split(moved), tensor, rtol=0, atol=0)
+    torch.testing.assert_close(axis.merge(tensor), moved, rtol=0, atol=0)
+    repeated = axis.split(axis.repeat(axis.first(moved, rows - 1), 3))
+    torch.testing.assert_close(repeated, tensor[:-1].repeat_interleave(3, 0), rtol=0, atol=0)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(2, 5), heads=st.integers(2, 5), length=st.integers(1, 7), seed=st.integers(0, 99))
+def test_a_batch_merged_with_heads_is_found(rows, heads, length, seed):
+    tensor = torch.randn(rows, heads, length, 3, generator=torch.Generator().manual_seed(seed))
+    tensor[-1] = tensor[0]
+    merged = tensor.flatten(0, 1)
+    axis = find_batch_axis(merged, rows)
+    assert axis == BatchAxis(0, heads)
+    assert torch.equal(axis.split(merged), tensor) and torch.equal(axis.merge(tensor), merged)
+
+
+@settings(max_examples=40, deadline=None)
+@given(rows=st.integers(2, 6), shape=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 99))
+def test_a_table_of_random_numbers_is_no_batch(rows, shape, seed):
+    assert find_batch_axis(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), rows) is None
+
+
+@pytest.mark.parametrize("rows", [2, 4])
+def test_a_table_that_repeats_its_channels_is_no_batch(rows):
+    angles = torch.arange(7.0)[:, None] * torch.rand(1, 8)
+    cosines = torch.cat([angles, angles], -1).cos()[None]
+    assert find_batch_axis(cosines, rows) is None
+
+
+def test_whole_numbers_and_infinities_are_compared():
+    ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
+    assert find_batch_axis(ids, 3) == BatchAxis(0)
+    mask = torch.zeros(3, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), float("-inf"))
+    assert find_batch_axis(mask, 3) == BatchAxis(0)
+    assert find_batch_axis(torch.tensor(1.0), 2) is None
+
+
+# What is borrowed is given back.
+
+
+def in_threads(*functions) -> None:
+    """Run each function with a common barrier in its own thread, and raise what they raise."""
+    errors: list[BaseException] = []
+    barrier = threading.Barrier(len(functions), timeout=30)
+
+    def guarded(function):
+        try:
+            function(barrier)
+        except BaseException as error:
+            errors.append(error)
+            barrier.abort()
+
+    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def test_attention_path_of_overlapping_threads():
+    seen: list[bool] = []
+
+    def first(barrier):
+        with borrowing():
+            barrier.wait()
+            barrier.wait()
+        barrier.wait()
+
+    def second(barrier):
+        barrier.wait()
+        with borrowing():
+            barrier.wait()
+            barrier.wait()
+            seen.append(torch.backends.mha.get_fastpath_enabled())
+
+    in_threads(first, second)
+    left = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(True)
+    assert seen == [False] and left
+
+
+def test_compiler_stance_of_overlapping_threads():
+    from torch._dynamo import eval_frame
+
+    model = image_tower().eval()
+    stance = eval_frame._stance.stance
+
+    def first(barrier):
+        def score(arguments):
+            barrier.wait()
+            barrier.wait()
+            return model(arguments[0]).sum(1)
+
+        run(score)
+        barrier.wait()
+
+    def second(barrier):
+        def score(arguments):
+            barrier.wait()
+            barrier.wait()
+            return model(arguments[0]).sum(1)
+
+        barrier.wait()
+        run(score)
+
+    def run(score) -> None:
+        with borrowing(model):
+            Suffix(score, (torch.randn(2, 3, 32, 32),), 2, [Tap(Layer(model.blocks[0], "block"))])
+
+    in_threads(first, second)
+    left = eval_frame._stance.stance
+    torch.compiler.set_stance("default")
+    assert left == stance
+
+
+def test_borrowing_restores_after_a_warning_becomes_an_error():
+    model = image_tower().train()
+    model.blocks[1].eval()
+    before = [module.training for module in model.modules()]
+    with pytest.raises(UserWarning, match="training mode"), borrowing(model):
+        pass
+    assert [module.training for module in model.modules()] == before
+
+
+def test_forward_outside_the_pass_is_untouched():
+    model = image_tower().eval()
+    picture = torch.randn(2, 3, 32, 32)
+    plain = model(picture)
+    with borrowing(model):
+        Suffix(lambda a: F.normalize(model(a[0])).sum(1), (picture,), 2, [Tap(Layer(model.blocks[0], "block"))])
+        torch.testing.assert_close(model(picture), plain)
+        assert unpack(model.blocks[0](torch.zeros(1, 2, 16))).shape == (1, 2, 16)
