@@ -109,6 +109,20 @@ def _prior_name(prior: Any) -> str:
     return "N(0, variance)" if prior is None else prior if isinstance(prior, str) else "standardised"
 
 
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Whether :meth:`Explanation.save` could write there, asked before any work is done.
+
+    Raises:
+        ValueError: if the name ends in none of ``.png``, ``.html``, ``.npz`` and ``.json``.
+        FileNotFoundError: if the directory does not exist.
+    """
+    path = Path(path)
+    _one_of(_WRITERS, path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
+    return path
+
+
 def _course(record: LayerRecord, index: int) -> dict[str, Any]:
     """One pair's optimisation as JSON."""
     return {
@@ -237,10 +251,8 @@ class Explanation:
             ValueError: if the name ends in anything else.
             FileNotFoundError: if the directory does not exist.
         """
-        path = Path(path)
+        path = check_output(path)
         write = _one_of(_WRITERS, path)
-        if not path.parent.is_dir():
-            raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
         _replace_file(path, write(self))
         return path
 

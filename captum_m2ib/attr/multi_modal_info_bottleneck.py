@@ -208,7 +208,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """
         bound = inspect.signature(type(self).attribute).bind(self, inputs, *args, **kwargs)
         bound.apply_defaults()
-        attributions, gated = self._run(*tuple(bound.arguments.values())[1:], True)
+        settings = {name: value for name, value in bound.arguments.items() if name != "self"}
+        attributions, gated = self._run(**settings, with_record=True)
         records = tuple(gate.record for gate in gated if gate.record is not None)
         return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records)
 
@@ -249,14 +250,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             _roots(self.forward_func, layers),
             with_record,
         )
-        units = [_to_units(layout, gate, tensor) for layout, gate, tensor in zip(self.layouts, gated, tensors)]
-        attributions = tuple(
-            _to_input(layout, unit, tensor) for layout, unit, tensor in zip(self.layouts, units, tensors)
-        )
-        for gate, unit in zip(gated, units):
+        attributions = []
+        for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False):
+            units = _to_units(layout, gate, tensor)
+            attributions.append(_to_input(layout, units, tensor))
             if gate.record is not None:
-                gate.record.units = unit
-        return attributions, gated
+                gate.record.units = units
+        return tuple(attributions), gated
 
 
 class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
@@ -435,9 +435,12 @@ def _format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
 
 def _as_forward_func(forward_func: Any) -> Any:
     """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
-    if isinstance(forward_func, nn.Module) and not isinstance(forward_func, DualEncoder):
-        if is_dual_encoder(forward_func):
-            return DualEncoder(forward_func)
+    if (
+        isinstance(forward_func, nn.Module)
+        and not isinstance(forward_func, DualEncoder)
+        and is_dual_encoder(forward_func)
+    ):
+        return DualEncoder(forward_func)
     if not callable(forward_func):
         raise TypeError(f"forward_func: expected a model or a callable, got {type(forward_func).__name__}.")
     return forward_func

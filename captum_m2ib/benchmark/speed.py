@@ -7,14 +7,23 @@ forward pass, which is that of the gates before the last update. So our ``n_step
 
 from __future__ import annotations
 
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck
 from captum_m2ib.attr._gates import INITIAL_ALPHA, noise
+from captum_m2ib.attr.multi_modal_info_bottleneck import PUBLISHED_BETA
+from captum_m2ib.bottleneck import NATS_PER_BIT
 from captum_m2ib.dual_encoder import DualEncoder
 
 Inputs = tuple[Tensor, Tensor, Tensor]
@@ -46,54 +55,71 @@ def published_map(
     Returns:
         Tensor: Information per element in nats, (tokens, channels).
     """
-    adam: torch.optim.Adam | None = None
-    alpha = information = torch.empty(0)
-    step = 0
-
-    def bottleneck(module: nn.Module, args: Any, output: Any) -> Any:
-        nonlocal alpha, information, adam
-        hidden = output[0] if isinstance(output, tuple) else output
-        if adam is None:
-            alpha = torch.full_like(hidden[:1].detach(), INITIAL_ALPHA, requires_grad=True)
-            adam = torch.optim.Adam([alpha], lr=1.0)
-        gate = torch.sigmoid(alpha).expand_as(hidden)
-        mean, variance = gate * hidden, (1 - gate) ** 2
-        information = -0.5 * (1 + torch.log(variance) - mean**2 - variance)
-        drawn = noise(seed, modality, step, n_copies, hidden.shape[1:]).to(hidden.device, hidden.dtype)
-        mixed = mean + (1 - gate) * drawn
-        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
-
+    bottleneck = _PublishedBottleneck(modality, n_copies, seed)
     copies = tuple(tensor.expand(n_copies, *tensor.shape[1:]) for tensor in inputs)
     handle = layer.register_forward_hook(bottleneck)
     try:
         for step in range(n_steps):
-            score = encoder(*copies)
-            loss = beta * information.mean() - score.mean()
-            if adam is not None:
-                adam.zero_grad()
+            bottleneck.step = step
+            loss = -encoder(*copies).mean() + beta * bottleneck.information.mean()
+            if step == 0:
+                adam = torch.optim.Adam([bottleneck.alpha], lr=1.0)
+            adam.zero_grad()
             loss.backward()
-            if adam is not None:
-                adam.step()
+            adam.step()
     finally:
         handle.remove()
-    return information[0].detach()
+    return bottleneck.information[0].detach()
+
+
+class _PublishedBottleneck:
+    """A forward hook that adds noise through gates made at its first call."""
+
+    def __init__(self, modality: int, n_copies: int, seed: int) -> None:
+        self.modality, self.n_copies, self.seed, self.step = modality, n_copies, seed, 0
+        self.alpha: Any = None
+        self.information: Any = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        if self.alpha is None:
+            self.alpha = torch.full_like(hidden[:1].detach(), INITIAL_ALPHA, requires_grad=True)
+        gate = torch.sigmoid(self.alpha).expand_as(hidden)
+        mean, variance = gate * hidden, (1 - gate) ** 2
+        self.information = -0.5 * (1 + torch.log(variance) - mean**2 - variance)
+        drawn = noise(self.seed, self.modality, self.step, self.n_copies, hidden.shape[1:])
+        mixed = mean + (1 - gate) * drawn.to(hidden.device, hidden.dtype)
+        return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
 
 @dataclass
 class Cost:
-    """What one way of making both maps of one pair costs."""
+    """What one way of making both maps costs, per pair."""
 
     gflop: float
-    seconds: float
+    seconds: tuple[float, float, float]
     peak_mebibytes: float
+
+
+@dataclass
+class SpeedReport:
+    """The published loop, ours on one pair, ours on a batch, and the largest difference of the maps."""
+
+    published: Cost
+    ours: Cost
+    batched: Cost
+    batch: int
+    differences: tuple[float, float]
+    device: str
 
 
 def base32_encoder(seed: int = 0) -> DualEncoder:
     """A CLIP of ViT-B/32 size with random weights."""
     from transformers import CLIPConfig, CLIPModel
 
-    torch.manual_seed(seed)
-    return DualEncoder(CLIPModel(CLIPConfig()).eval())
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return DualEncoder(CLIPModel(CLIPConfig()).eval())
 
 
 def random_pairs(count: int, tokens: int = 12, seed: int = 0) -> Inputs:
@@ -101,25 +127,137 @@ def random_pairs(count: int, tokens: int = 12, seed: int = 0) -> Inputs:
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(1, 40_000, (count, tokens), generator=generator)
     ids[:, 0], ids[:, -1] = 49406, 49407
-    return (
-        torch.randn(count, 3, 224, 224, generator=generator),
-        ids,
-        torch.ones(count, tokens, dtype=torch.long),
-    )
+    return torch.randn(count, 3, 224, 224, generator=generator), ids, torch.ones(count, tokens, dtype=torch.long)
 
 
-def _layers(encoder: DualEncoder, index: int) -> tuple[nn.Module, nn.Module]:
+def run_published(encoder: DualEncoder, pairs: Inputs, layer: int = 9) -> list[Tensor]:
+    """Both maps of the first pair by the published loop, in bits."""
+    first = (pairs[0][:1], pairs[1][:1], pairs[2][:1])
+    layers = blocks(encoder, layer)
+    return [published_map(encoder, first, modality, layers[modality]) / NATS_PER_BIT for modality in (0, 1)]
+
+
+def run_ours(encoder: DualEncoder, pairs: Inputs, layer: int = 9, n_steps: int = 10) -> list[Tensor]:
+    """Both maps of every pair by this library, in bits."""
+    method = LayerMultiModalInfoBottleneck(encoder, list(blocks(encoder, layer)))
+    maps = method.attribute(pairs[:2], additional_forward_args=pairs[2], beta=PUBLISHED_BETA, n_steps=n_steps)
+    return list(maps)
+
+
+def blocks(encoder: DualEncoder, index: int) -> tuple[nn.Module, nn.Module]:
+    """One block of each tower of a transformers CLIP."""
     model: Any = encoder.model
+    depth = min(len(model.vision_model.encoder.layers), len(model.text_model.encoder.layers))
+    if not 0 <= index < depth:
+        raise ValueError(f"layer: expected a block from 0 to {depth - 1}, got {index}.")
     return model.vision_model.encoder.layers[index], model.text_model.encoder.layers[index]
 
 
-def run_published(encoder: DualEncoder, pairs: Inputs, index: int = 9) -> list[Tensor]:
-    """Both maps of the first pair by the published loop, in nats."""
-    one = (pairs[0][:1], pairs[1][:1], pairs[2][:1])
-    return [published_map(encoder, one, modality, layer) for modality, layer in enumerate(_layers(encoder, index))]
+def measure(repeats: int = 3, batch: int = 8, layer: int = 9, device: str = "cpu") -> SpeedReport:
+    r"""Measure the published loop and ours, run in turn, on the same pairs.
+
+    Args:
+
+        repeats (int, optional): Timed runs of each. Default: 3
+        batch (int, optional): Pairs in a batch of ours. Default: 8
+        layer (int, optional): Block behind which the bottlenecks sit. Default: 9
+        device (str, optional): Default: "cpu"
+
+    Returns:
+        SpeedReport: costs per pair and both modalities; seconds as minimum, median and maximum.
+    """
+    for name, number in (("repeats", repeats), ("batch", batch)):
+        if number < 1:
+            raise ValueError(f"{name}: expected at least 1, got {number}.")
+    encoder = base32_encoder().to(device)
+    pixels, ids, mask = (part.to(device) for part in random_pairs(batch))
+    pairs, single = (pixels, ids, mask), (pixels[:1], ids[:1], mask[:1])
+    runs: dict[str, Callable[[], Any]] = {
+        "published": lambda: run_published(encoder, single, layer),
+        "ours": lambda: run_ours(encoder, single, layer),
+        "batched": lambda: run_ours(encoder, pairs, layer),
+    }
+    share = {"published": 1, "ours": 1, "batched": batch}
+    flops = {name: _flops(run) / share[name] for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in tqdm(range(repeats), desc="Timing", unit="round", disable=None):
+        for name, run in runs.items():
+            times[name].append(_seconds(run, device) / share[name])
+    peaks = {name: _peak(name, layer, batch, device) for name in runs}
+    costs = {name: Cost(flops[name] / 1e9, _spread(times[name]), peaks[name]) for name in runs}
+    theirs, ours = run_published(encoder, single, layer), run_ours(encoder, single, layer, n_steps=9)
+    first, second = (float((b[0] - a).abs().max() / a.max()) for a, b in zip(theirs, ours, strict=True))
+    return SpeedReport(costs["published"], costs["ours"], costs["batched"], batch, (first, second), device)
 
 
-def run_ours(encoder: DualEncoder, pairs: Inputs, index: int = 9, n_steps: int = 10) -> list[Tensor]:
-    """Both maps of every pair by this library, in bits."""
-    method = LayerMultiModalInfoBottleneck(encoder, list(_layers(encoder, index)))
-    return list(method.attribute(pairs[:2], additional_forward_args=pairs[2], beta=0.1, n_steps=n_steps))
+def render(report: SpeedReport) -> str:
+    """The report as a table, with the ratios that matter."""
+    rows = [("", "GFLOP", "seconds (min, max)", "peak MiB")]
+    named = (
+        ("published loop", report.published),
+        ("this library", report.ours),
+        (f"this library, batch of {report.batch}, per pair", report.batched),
+    )
+    for name, cost in named:
+        low, median, high = cost.seconds
+        rows.append((name, f"{cost.gflop:.0f}", f"{median:.2f} ({low:.2f}, {high:.2f})", f"{cost.peak_mebibytes:.0f}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    flops = report.published.gflop / report.ours.gflop
+    seconds = report.published.seconds[1] / report.ours.seconds[1]
+    return "\n".join(
+        [
+            f"Both maps of one pair, CLIP of ViT-B/32 size with random weights, 12 tokens, on {report.device}",
+            *lines,
+            f"ratio: {flops:.1f} times fewer FLOPs, {seconds:.1f} times less time",
+            "largest difference of the maps under the same noise, as a share of the maximum: "
+            f"image {report.differences[0]:.1e}, text {report.differences[1]:.1e}",
+        ]
+    )
+
+
+def _flops(run: Callable[[], Any]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+def _seconds(run: Callable[[], Any], device: str) -> float:
+    _wait(device)
+    start = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def _spread(values: list[float]) -> tuple[float, float, float]:
+    return min(values), statistics.median(values), max(values)
+
+
+def _peak(name: str, layer: int, batch: int, device: str) -> float:
+    """Peak memory above the loaded model, in MiB, in a process of its own: a peak can only be read once."""
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(1) as pool:
+        return pool.apply(_peak_here, (name, layer, batch, device))
+
+
+def _peak_here(name: str, layer: int, batch: int, device: str) -> float:
+    import resource
+
+    encoder = base32_encoder().to(device)
+    pixels, ids, mask = (part.to(device) for part in random_pairs(batch if name == "batched" else 1))
+    run = run_published if name == "published" else run_ours
+    if device.startswith("cuda"):
+        before = torch.cuda.memory_allocated()
+        run(encoder, (pixels, ids, mask), layer)
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(encoder, (pixels, ids, mask), layer)
+    # Kibibytes on Linux, bytes on macOS.
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit

@@ -3,10 +3,11 @@
 The main loss is CLIP's: with unit embeddings ``u`` of the pictures and ``v`` of their captions and a learned
 temperature ``t``, the mean of the cross entropies of ``u v^T / t`` along its rows and along its columns,
 against the diagonal. Beside it stands :func:`naming_loss`, which contrasts every picture with a caption for
-every kind of object, so that the model learns to name one object among others. Batch ``i`` is determined by the seed and ``i`` alone, the rate by the step alone, so an
-interrupted run that resumes ends where an uninterrupted one ends.
+every kind of object, so that the model learns to name one object among others. Batch ``i`` is determined by
+the seed and ``i`` alone, the rate by the step alone, so an interrupted run that resumes ends where an
+uninterrupted one ends.
 
-    python -c "from captum_m2ib.scenes import train; train('checkpoint')"
+    captum-m2ib train-scenes --output checkpoint
 """
 
 from __future__ import annotations

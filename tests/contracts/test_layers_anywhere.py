@@ -111,11 +111,11 @@ def test_a_name_without_a_module_is_an_error():
 
 def test_a_layer_never_reached_is_an_error():
     case = family_named("clip").build()
-    with pytest.raises(RuntimeError, match="layers: the forward pass never called layer 'elsewhere|Linear'"):
-        bits(case, nn.Linear(2, 2))
+    with pytest.raises(RuntimeError, match="layers: the forward pass never called layer 'Linear'"):
+        bits(case, nn.Linear(2, 2).eval())
     case = family_named("closure").build()
-    with pytest.raises(RuntimeError, match=r"layers: the forward pass never called layer 'Tower'|never called"):
-        bits(case, image_tower().blocks[0])
+    with pytest.raises(RuntimeError, match="layers: the forward pass never called layer 'Block'"):
+        bits(case, image_tower().eval().blocks[0])
 
 
 def test_a_layer_reached_twice_needs_a_chosen_call():
@@ -133,7 +133,7 @@ def test_a_layer_reached_twice_needs_a_chosen_call():
 
 def test_a_block_applied_again_and_again():
     torch.manual_seed(0)
-    block, head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 4)
+    block, head = nn.Sequential(nn.Linear(4, 4), nn.Tanh()).eval(), nn.Linear(4, 4).eval()
 
     def score(tokens):
         for _ in range(3):

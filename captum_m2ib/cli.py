@@ -1,0 +1,232 @@
+"""The command ``captum-m2ib``: explain a pair, train the compact model, run a benchmark.
+
+Whatever the user can get wrong ends in one line on stderr that says what and what to do, and exit status 2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import captum_m2ib
+
+if TYPE_CHECKING:
+    from captum_m2ib.attr import MultiModalInfoBottleneck
+    from captum_m2ib.dual_encoder import DualEncoder
+    from captum_m2ib.explanation import Explanation
+
+# The scene that is explained when no picture is given: several objects, one of them named.
+EXAMPLE_SCENE = 3
+_EXAMPLE_SIDE = 384
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    r"""Run the command.
+
+    Args:
+
+        arguments (sequence of str, optional): Default: None (those of the process)
+
+    Returns:
+        int: exit status: 0, 2 for what the user can mend, 130 when interrupted.
+    """
+    given = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = given.run
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            run(given)
+    except KeyboardInterrupt:
+        print("captum-m2ib: interrupted.", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, TypeError) as error:
+        print(f"captum-m2ib: {_one_line(error)}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="captum-m2ib",
+        description="Explain which parts of a picture and which words of a caption make them match, in bits.",
+    )
+    parser.add_argument("--version", action="version", version=captum_m2ib.__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_explain(commands)
+    _add_train(commands)
+    _add_benchmark(commands)
+    return parser
+
+
+def _add_explain(commands: Any) -> None:
+    parser = commands.add_parser(
+        "explain",
+        help="explain one picture and caption (without any: an example scene)",
+        description="Explain one picture and caption; without any, a drawn scene with the model that is shipped.",
+    )
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="caption")
+    parser.add_argument("--model", metavar="ID_OR_DIR", help="hub id or checkpoint directory (default: shipped model)")
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--device", help="for example cuda (default: cpu)")
+    parser.add_argument(
+        "--output", metavar="FILE", default="explanation.png", help=".png, .html, .npz or .json (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--layers", nargs=2, metavar=("IMAGE_LAYER", "TEXT_LAYER"), help="dotted names (default: recommended layers)"
+    )
+    parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
+    parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")
+    parser.add_argument("--steps", type=int, default=10, help="optimisation steps (default: %(default)s)")
+    parser.add_argument("--samples", type=int, default=10, help="noise draws per step (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
+    parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
+    parser.set_defaults(run=_explain)
+
+
+def _add_train(commands: Any) -> None:
+    parser = commands.add_parser(
+        "train-scenes",
+        help="train the compact dual encoder on drawn scenes",
+        description="Train the compact dual encoder that is shipped, from nothing; an interrupted run resumes.",
+    )
+    parser.add_argument("--output", metavar="DIR", required=True, help="checkpoint directory to write")
+    parser.add_argument("--steps", type=int, help="updates (default: as for the shipped model)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes (default: %(default)s)")
+    parser.add_argument("--device", help="for example cuda (default: cuda where there is one)")
+    parser.add_argument("--restart", action="store_true", help="ignore the saved state of an interrupted run")
+    parser.add_argument("--overwrite", action="store_true", help="replace an output that is already there")
+    parser.set_defaults(run=_train)
+
+
+def _add_benchmark(commands: Any) -> None:
+    parser = commands.add_parser("benchmark", help="measure")
+    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
+    speed = benchmarks.add_parser(
+        "speed",
+        help="FLOPs, time and memory beside the published loop",
+        description="Both maps of a pair by the published optimisation loop and by this library, on a CLIP of "
+        "ViT-B/32 size with random weights: FLOPs, wall time, peak memory, and the largest difference of the maps.",
+    )
+    speed.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
+    speed.add_argument("--batch", type=int, default=8, help="pairs in a batch of ours (default: %(default)s)")
+    speed.add_argument("--layer", type=int, default=9, help="block, counted from 0 (default: %(default)s)")
+    speed.add_argument("--device", default="cpu", help="default: %(default)s")
+    speed.set_defaults(run=_speed)
+    meaning = benchmarks.add_parser(
+        "scenes",
+        help="maps against ground truth on held-out scenes",
+        description="Image and token maps of this library on held-out scenes whose ground truth is known.",
+    )
+    meaning.add_argument("--probes", type=int, default=200, help="of each kind (default: %(default)s)")
+    meaning.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
+    meaning.add_argument("--model", metavar="DIR", help="checkpoint trained on scenes (default: shipped model)")
+    meaning.add_argument("--published", action="store_true", help="the paper's layers and prior")
+    meaning.set_defaults(run=_scenes)
+
+
+def _explain(given: argparse.Namespace) -> None:
+    if given.image is not None and given.text is None:
+        raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
+    from captum_m2ib.explanation import check_output, explain
+
+    output = check_output(given.output)
+    image, text = (given.image, given.text) if given.image is not None else _example()
+    if given.image is not None:
+        from captum_m2ib.pictures import load_picture
+
+        image = load_picture(given.image, "IMAGE")
+    encoder = _load(given)
+    explanation = explain(
+        encoder,
+        image,
+        text,
+        method=_method(encoder, given),
+        beta=given.beta,
+        n_steps=given.steps,
+        n_samples=given.samples,
+        seed=given.seed,
+        joint=given.joint,
+        show_progress=sys.stderr.isatty(),
+    )[0]
+    explanation.save(output)
+    print(_summary(explanation))
+    print(f"picture  {os.fspath(output)}" if output.suffix == ".png" else f"written  {os.fspath(output)}")
+
+
+def _example() -> tuple[Any, str]:
+    from captum_m2ib.scenes import image_probes
+
+    probe = image_probes(EXAMPLE_SCENE + 1, 0, _EXAMPLE_SIDE)[EXAMPLE_SCENE]
+    return probe.image, probe.caption
+
+
+def _load(given: argparse.Namespace) -> DualEncoder:
+    from transformers.utils import logging
+
+    from captum_m2ib.dual_encoder import DualEncoder
+    from captum_m2ib.scenes import CHECKPOINT
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return DualEncoder.from_pretrained(
+        given.model or CHECKPOINT, revision=getattr(given, "revision", None), device=getattr(given, "device", None)
+    )
+
+
+def _method(encoder: DualEncoder, given: argparse.Namespace) -> MultiModalInfoBottleneck:
+    from captum_m2ib.attr import MultiModalInfoBottleneck
+
+    if given.published:
+        return MultiModalInfoBottleneck.published(encoder)
+    layers = getattr(given, "layers", None)
+    return MultiModalInfoBottleneck(encoder, layers=layers)
+
+
+def _summary(explanation: Explanation) -> str:
+    top = ", ".join(f"{token} {bits:.2f}" for token, bits in explanation.top_tokens(5))
+    return (
+        f"caption  {explanation.caption}\n"
+        f"score    {explanation.score:.3f} (cosine similarity)\n"
+        f"image    {explanation.image_total_bits:.1f} bits\n"
+        f"text     {explanation.token_total_bits:.1f} bits; most in: {top}"
+    )
+
+
+def _train(given: argparse.Namespace) -> None:
+    from captum_m2ib.scenes import train
+
+    steps = {} if given.steps is None else {"steps": given.steps}
+    train(
+        given.output,
+        seed=given.seed,
+        device=given.device,
+        resume=not given.restart,
+        overwrite=given.overwrite,
+        **steps,
+    )
+
+
+def _speed(given: argparse.Namespace) -> None:
+    from captum_m2ib.benchmark.speed import measure, render
+
+    print(render(measure(given.repeats, given.batch, given.layer, given.device)))
+
+
+def _scenes(given: argparse.Namespace) -> None:
+    from captum_m2ib.benchmark.scenes import measure, render
+
+    encoder = _load(given)
+    print(render(measure(_method(encoder, given), given.probes, given.seed)))
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    print(f"captum-m2ib: warning: {_one_line(message)}", file=sys.stderr)
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split()) or type(message).__name__
