@@ -380,7 +380,10 @@ def _image_layout(tower: nn.Module) -> PatchLayout | None:
     return PatchLayout(patch, max(positions - (size[0] // patch[0]) * (size[1] // patch[1]), 0))
 
 
-def _text_layout(tower: nn.Module) -> TextLayout:
+def _text_layout(tower: nn.Module) -> TextLayout | None:
+    tables = (name for name, module in tower.named_modules() if isinstance(module, nn.Embedding))
+    if all("position" in name for name in tables):
+        return None
     end = getattr(_config(tower, "text_config"), "eos_token_id", None)
     # Old configurations of CLIP hold a wrong id, 2, by which transformers knows to pool at the highest id.
     return TextLayout(mask_argument=2, end_token_id=end if isinstance(end, int) and end != 2 else None)

@@ -2,8 +2,9 @@
 
 One forward pass is recorded as the sequence of its module calls. A call whose output does not depend on a tapped
 layer, because it ran before the layer or belongs to the other tower, keeps its output; a rerun reuses that output
-instead of running the module, and executes only the calls that the layer's value flows through. Dependence is read
-off the autograd graph that starts at the tapped hidden states, so nothing is assumed about the architecture.
+instead of running the module, and executes only the calls that the layer's value flows through. Dependence is
+followed through every tensor operation of the recorded pass, differentiable or not, so nothing is assumed about the
+architecture.
 
 Calls are intercepted on :class:`torch.nn.Module` itself, for the current thread and only while a pass is running:
 no hook, ``forward`` attribute or buffer of the model is ever touched. What must be changed for the duration
@@ -21,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_m2ib.layers import (
     Layer,
@@ -72,14 +74,16 @@ def find_batch_axis(tensor: Tensor, rows: int) -> BatchAxis | None:
 
     Args:
 
-        tensor (Tensor): Anything computed from the batch.
+        tensor (Tensor): Something computed from the batch.
         rows (int): Pairs in the batch, the copy included.
 
     Returns:
         BatchAxis or None: the axis; None if the tensor does not depend on the batch.
     """
     whole = [BatchAxis(dim) for dim, size in enumerate(tensor.shape) if size == rows]
-    merged = [BatchAxis(dim, size // rows) for dim, size in enumerate(tensor.shape) if size > rows and size % rows == 0]
+    # Windows and heads are merged behind the batch, into the first dimension.
+    first = tensor.shape[0] if tensor.ndim else 0
+    merged = [BatchAxis(0, first // rows)] if first > rows and first % rows == 0 else []
     for axis in whole + merged:
         pairs = tensor.unflatten(axis.dim, (rows, axis.per_pair))
         if _nearly_equal(pairs.select(axis.dim, 0), pairs.select(axis.dim, rows - 1)):
@@ -172,18 +176,16 @@ class Suffix:
         self._taps = list(taps)
         recorder = _Recorder(self._taps, pairs + 1)
         planted = tuple(_repeat_first(argument, pairs) for argument in arguments)
-        recorder.given = {tensor.untyped_storage().data_ptr() for tensor in tensors_in(planted)}
-        with _intercept(recorder), _eager():
-            score = check_score(forward(planted), pairs + 1)
+        with _intercept(recorder), recorder.dependence:
+            recorder.dependence.mark(tensors_in(planted), _DATA)
+            score = check_score(forward(planted), pairs + 1, pairs)
         recorder.check(score)
         self._calls = recorder.calls
         self.score = score.detach()[:pairs].clone()
         self._structures = recorder.structures
         self._paths = recorder.paths
         self.axes = [axis for axis in recorder.axes if axis is not None]
-        self.hidden = [
-            axis.split(leaf.detach())[:pairs].clone() for axis, leaf in zip(self.axes, recorder.leaves, strict=True)
-        ]
+        self.hidden = [axis.split(held)[:pairs] for axis, held in zip(self.axes, recorder.hidden, strict=True)]
 
     def run(self, values: dict[int, Tensor], draws: int) -> Tensor:
         r"""Rerun the pass with given hidden states at some taps.
@@ -196,12 +198,61 @@ class Suffix:
 
         Returns:
             Tensor: Scores, (N * draws,), differentiable with respect to ``values``.
+
+        Raises:
+            RuntimeError: if they are not, or the model's calls changed since the recorded pass.
         """
         arguments = tuple(_repeat_rows(argument, self._pairs, draws) for argument in self._arguments)
-        replayer = _Replayer(self, values, draws)
-        with _intercept(replayer), _eager():
-            score = check_score(self._forward(arguments), self._pairs * draws)
+        with _intercept(_Replayer(self, values, draws)):
+            score = check_score(self._forward(arguments), self._pairs * draws, self._pairs)
+        if torch.is_grad_enabled() and any(v.requires_grad for v in values.values()) and not score.requires_grad:
+            names = ", ".join(repr(self._taps[index].layer.name) for index in values)
+            raise RuntimeError(
+                f"layers: the score does not depend on layer {names} in a differentiable way; choose a layer after the "
+                "last rounding, index or torch.no_grad() between the input and the score."
+            )
         return score
+
+
+# What every batch tensor descends from, beside the taps, which are counted from 0.
+_DATA = -1
+
+
+class _Dependence(TorchDispatchMode):
+    """Follows which storages descend from which sources, through every operation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reach: dict[int, frozenset[int]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        came = tensors_in((args, kwargs))
+        given = {_storage(tensor) for tensor in came}
+        reach = self.of(came)
+        made = tensors_in(output)
+        for tensor in made:
+            key = _storage(tensor)
+            # A storage that no argument had is new, whatever its address held before.
+            self._reach[key] = reach | self._reach.get(key, frozenset()) if key in given else reach
+        if not made and func._schema.is_mutable:
+            self.mark(came, *reach)
+        return output
+
+    def mark(self, tensors: Sequence[Tensor], *sources: int) -> None:
+        for tensor in tensors:
+            key = _storage(tensor)
+            self._reach[key] = self._reach.get(key, frozenset()) | frozenset(sources)
+
+    def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
+        return frozenset().union(*(self._reach.get(_storage(tensor), frozenset()) for tensor in tensors))
+
+
+def _storage(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage()._cdata
+    except (NotImplementedError, RuntimeError):
+        return id(tensor)
 
 
 class _Recorder:
@@ -212,10 +263,9 @@ class _Recorder:
         self._rows = rows
         self._seen = [0] * len(taps)
         self._opened: set[int] = set()
-        self._reached: dict[Any, frozenset[int]] = {}
-        self.given: set[int] = set()
+        self.dependence = _Dependence()
         self.calls: list[_Call] = []
-        self.leaves: list[Tensor] = [torch.empty(0)] * len(taps)
+        self.hidden: list[Tensor] = [torch.empty(0)] * len(taps)
         self.axes: list[BatchAxis | None] = [None] * len(taps)
         self.paths: list[Path] = [()] * len(taps)
         self.structures: list[Any] = [None] * len(taps)
@@ -224,17 +274,21 @@ class _Recorder:
         tap = self._tap_of(module)
         call = _Call(module, len(self.calls), tap=tap)
         self.calls.append(call)
-        before = frozenset(self._opened)
         if tap is not None and self._taps[tap].at_input:
             args, kwargs = self._open(tap, (args, kwargs))
-        received = (args, kwargs)
+        received = tensors_in((args, kwargs))
+        versions = [tensor._version for tensor in received]
         output = proceed(module, *args, **kwargs)
         if tap is not None and not self._taps[tap].at_input:
             output = self._open(tap, output)
             self.structures[tap] = self._keep(output)
+        returned = tensors_in(output)
         call.end = len(self.calls)
-        call.reach = self._reach_of(received, output, before)
-        call.reusable = is_transparent(output)
+        call.reach = self.dependence.of([*received, *returned]) - {_DATA}
+        # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
+        changed = versions != [tensor._version for tensor in received]
+        aliases = {_storage(tensor) for tensor in received} & {_storage(tensor) for tensor in returned}
+        call.reusable = is_transparent(output) and not changed and not aliases
         if call.reusable:
             call.output = self._keep(output)
             # Whenever such a part could be reused, so could this whole.
@@ -245,7 +299,7 @@ class _Recorder:
 
     def check(self, score: Tensor) -> None:
         """Raise unless every tap was reached as asked and the score depends on it."""
-        reach = self._reach(score)
+        reach = self.dependence.of([score])
         for index, tap in enumerate(self._taps):
             name, chosen, seen = tap.layer.name, tap.layer.call, self._seen[index]
             if seen == 0:
@@ -262,8 +316,8 @@ class _Recorder:
                 raise RuntimeError(f"layers: layer {name!r} was called {seen} times, so it has no call {chosen}.")
             if index not in reach:
                 raise RuntimeError(
-                    f"layers: the score does not depend on layer {name!r} in a differentiable way; choose a layer "
-                    "between the input and the score, outside torch.no_grad()."
+                    f"layers: the score does not depend on layer {name!r}; choose a layer between the input and the "
+                    "score."
                 )
 
     def _tap_of(self, module: nn.Module) -> int | None:
@@ -276,7 +330,7 @@ class _Recorder:
         return chosen
 
     def _open(self, index: int, structure: Any) -> Any:
-        """Cut the graph at the tap: the hidden state becomes a leaf."""
+        """Take the hidden state, and pass on a copy by which its descendants are known."""
         tap = self._taps[index]
         side = "input" if tap.at_input else "output"
         path = find_hidden(structure)
@@ -285,61 +339,28 @@ class _Recorder:
                 f"layers: the {side} of layer {tap.layer.name!r} holds no floating-point tensor of two or more "
                 "dimensions; choose another layer."
             )
-        hidden = get_at(structure, path)
-        axis = find_batch_axis(hidden, self._rows)
+        passed = get_at(structure, path).detach().clone()
+        axis = self._axis(passed)
         if axis is None:
             raise RuntimeError(
                 f"layers: the hidden state at the {side} of layer {tap.layer.name!r}, of shape "
-                f"{tuple(hidden.shape)}, does not depend on the pair; choose another layer."
+                f"{tuple(passed.shape)}, does not depend on the pair; choose another layer."
             )
-        leaf = hidden.detach().clone().requires_grad_(True)
-        self.leaves[index], self.axes[index], self.paths[index] = leaf, axis, path
+        self.hidden[index], self.axes[index], self.paths[index] = passed.clone(), axis, path
         self._opened.add(index)
-        return replace_at(structure, path, leaf)
+        self.dependence.mark([passed], index)
+        return replace_at(structure, path, passed)
 
     def _keep(self, structure: Any) -> Any:
         def keep(tensor: Tensor) -> _Kept:
             value = tensor.detach()
-            axis = find_batch_axis(value, self._rows)
+            axis = self._axis(value)
             return _Kept(value.clone() if axis is None else axis.first(value, self._rows - 1), axis)
 
         return map_leaves(structure, keep)
 
-    def _reach_of(self, received: Any, output: Any, before: frozenset[int]) -> frozenset[int]:
-        came = tensors_in(received)
-        reach = self._reach(*came, *tensors_in(output))
-        # Whole numbers carry no graph: those made after a tap was opened may come from it (an index of a maximum).
-        made = [tensor for tensor in came if tensor.untyped_storage().data_ptr() not in self.given]
-        if made and not any(tensor.is_floating_point() for tensor in came):
-            reach |= before
-        return reach
-
-    def _reach(self, *tensors: Tensor) -> frozenset[int]:
-        """Which taps these tensors depend on, by walking their autograd graph."""
-        found: frozenset[int] = frozenset()
-        for tensor in tensors:
-            for index in self._opened:
-                if tensor is self.leaves[index]:
-                    found |= {index}
-            if tensor.grad_fn is not None:
-                found |= self._walk(tensor.grad_fn)
-        return found
-
-    def _walk(self, root: Any) -> frozenset[int]:
-        # Keeping the nodes as keys keeps them alive, so that their identity stays theirs while recording.
-        stack = [root]
-        while stack:
-            node = stack[-1]
-            following = [after for after, _ in node.next_functions if after is not None]
-            pending = [after for after in following if after not in self._reached]
-            if pending and node not in self._reached:
-                stack.extend(pending)
-                continue
-            leaf = getattr(node, "variable", None)
-            own = {index for index in self._opened if leaf is self.leaves[index]} if leaf is not None else set()
-            self._reached[node] = frozenset(own).union(*(self._reached[after] for after in following))
-            stack.pop()
-        return self._reached[root]
+    def _axis(self, tensor: Tensor) -> BatchAxis | None:
+        return find_batch_axis(tensor, self._rows) if _DATA in self.dependence.of([tensor]) else None
 
 
 class _Replayer:
@@ -380,7 +401,8 @@ class _Replayer:
         return calls[self._cursor - 1]
 
     def _value(self, tap: int) -> Tensor:
-        return self._suffix.axes[tap].merge(self._values[tap])
+        # A copy, so that a model that works in place leaves the caller's values alone.
+        return self._suffix.axes[tap].merge(self._values[tap]).clone()
 
     def _hand_out(self, structure: Any) -> Any:
         return map_leaves(structure, lambda kept: kept.hand_out(self._draws), _Kept)
@@ -406,12 +428,14 @@ def _plain_tensor(argument: Any) -> Any:
     return argument
 
 
-def check_score(score: Any, rows: int) -> Tensor:
-    """The scores as a tensor of shape (rows,), or an error that says what forward_func should return."""
+def check_score(score: Any, rows: int, pairs: int) -> Tensor:
+    """The scores as a tensor of shape (rows,), or an error, in terms of the user's pairs, that says what to return."""
     if not isinstance(score, Tensor) or score.numel() != rows or score.shape[:1] != (rows,):
-        got = f"a tensor of shape {tuple(score.shape)}" if isinstance(score, Tensor) else type(score).__name__
+        got = type(score).__name__
+        if isinstance(score, Tensor):
+            got = f"a tensor of shape {tuple(pairs if size == rows else size for size in score.shape)}"
         raise ValueError(
-            f"forward_func: expected one score per pair, a tensor of shape ({rows},) for {rows} pairs, got {got}; "
+            f"forward_func: expected one score per pair, a tensor of shape ({pairs},) for {pairs} pairs, got {got}; "
             "return the similarity of each aligned pair, not the matrix of all images with all texts."
         )
     if not score.is_floating_point():
@@ -448,7 +472,7 @@ def borrowing(*roots: Any) -> Iterator[None]:
     """
     borrower, outer = _Borrower(), getattr(_state, "borrower", None)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _slow_attention_path():
+        with torch.inference_mode(False), torch.enable_grad(), _plain_execution():
             _state.borrower = borrower
             for root in roots:
                 borrower.take(root)
@@ -466,12 +490,12 @@ class _Borrower:
     def take(self, root: nn.Module) -> None:
         if id(root) in self._taken:
             return
-        if isinstance(root, nn.DataParallel):
-            raise ValueError(
-                "forward_func: DataParallel replicates the model in threads of its own, where a layer cannot be "
-                "taken over; pass the wrapped module (model.module) and one batch per device."
-            )
         for module in root.modules():
+            if isinstance(module, nn.DataParallel):
+                raise ValueError(
+                    "forward_func: DataParallel replicates the model in threads of its own, where a layer cannot be "
+                    "taken over; pass the wrapped module (model.module) and one batch per device."
+                )
             if id(module) in self._taken:
                 continue
             self._borrow(module, "training")
@@ -548,18 +572,30 @@ def _refuse_compiled(module: nn.Module) -> None:
         )
 
 
-def _eager() -> contextlib.AbstractContextManager[Any]:
-    """Compiled code would run past the interception: run it eagerly where torch can be told to."""
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return set_stance("force_eager") if set_stance is not None else contextlib.nullcontext()
+_plain_holders = 0
+_plain_exits = contextlib.ExitStack()
 
 
 @contextlib.contextmanager
-def _slow_attention_path() -> Iterator[None]:
-    """Transformer layers of torch skip their submodules when no gradient is needed; the layer asked for may be one."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+def _plain_execution() -> Iterator[None]:
+    """Run modules as written, one by one, while any thread needs it so.
+
+    Compiled code would run past the interception, and transformer layers of torch skip their submodules when no
+    gradient is needed. Both switches belong to the process.
+    """
+    global _plain_holders
+    with _lock:
+        if _plain_holders == 0:
+            enabled = torch.backends.mha.get_fastpath_enabled()
+            _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, enabled)
+            torch.backends.mha.set_fastpath_enabled(False)
+            if hasattr(torch.compiler, "set_stance"):
+                _plain_exits.enter_context(torch.compiler.set_stance("force_eager"))
+        _plain_holders += 1
     try:
         yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
+        with _lock:
+            _plain_holders -= 1
+            if _plain_holders == 0:
+                _plain_exits.close()

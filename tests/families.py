@@ -5,6 +5,7 @@ A new kind of model joins every contract by one more entry in ``FAMILIES``.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
 from collections.abc import Callable, Sequence
@@ -44,12 +45,12 @@ class Case:
     def attribute(self, method: Any = None, **settings: Any) -> Any:
         """Few steps and draws; a model in training mode is explained with a warning."""
         settings = {"n_steps": 3, "n_samples": 3, **settings}
-        with warnings.catch_warnings():
+        method = method or self.method()
+        # Filters of warnings are global, so they are left alone where threads may run.
+        with warnings.catch_warnings() if self.training else contextlib.nullcontext():
             if self.training:
                 warnings.filterwarnings("ignore", "forward_func: the model is in training mode")
-            return (method or self.method()).attribute(
-                self.inputs, additional_forward_args=self.additional or None, **settings
-            )
+            return method.attribute(self.inputs, additional_forward_args=self.additional or None, **settings)
 
     def select(self, rows: Any) -> Case:
         """The same model with some of the pairs."""

@@ -39,7 +39,7 @@ def test_defaults_are_the_standard_normal_prior():
     gate = torch.sigmoid(alpha)
     expected = kl_divergence(Normal(gate * hidden, 1 - gate), Normal(0.0, 1.0))
     torch.testing.assert_close(information(alpha, hidden), expected)
-    assert NATS_PER_BIT == math.log(2)
+    assert math.isclose(NATS_PER_BIT, math.log(2))
 
 
 @pytest.mark.parametrize(("alpha", "hidden", "mean", "std"), [(0.0, 2.0, 0.5, 1.5), (2.0, -1.0, 0.0, 0.7)])

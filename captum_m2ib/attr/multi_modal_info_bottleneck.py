@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
@@ -235,14 +237,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         with_record: bool,
     ) -> tuple[tuple[Tensor, ...], list[Gated]]:
         tensors = _format_inputs(inputs, len(self.layers))
-        additional = _captum.format_additional_forward_args(additional_forward_args) or ()
+        additional = _format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
         settings = make_settings(
             priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
         )
         gated = optimise(
-            _scorer(self.forward_func, len(tensors), target),
-            (*tensors, *additional),
+            *_scorer(self.forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             self.layouts,
@@ -322,7 +323,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
                         Bits, of the shape of the layer's output (or input); a list if a list of layers was given.
         """
         tensors = _format_inputs(inputs, None)
-        additional = _captum.format_additional_forward_args(additional_forward_args) or ()
+        additional = _format_additional(additional_forward_args, tensors[0].shape[0])
         several = isinstance(self.layer, list)
         layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
         priors = _priors(layers, self.statistics)
@@ -330,8 +331,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
         )
         gated = optimise(
-            _scorer(self.forward_func, len(tensors), target),
-            (*tensors, *additional),
+            *_scorer(self.forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             self._layouts_of(layers),
@@ -373,9 +373,9 @@ def make_settings(
     ):
         if name == "internal_batch_size" and number is None:
             continue
-        if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
-    if not isinstance(seed, int) or seed < 0:
+    if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}.")
     count = len(priors)
     betas = (
@@ -400,14 +400,14 @@ def _per_modality(
     name: str, value: PerModality, count: int, least: float = 0.0, inclusive: bool = False
 ) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-    if len(values) < count:
+    if len(values) != count:
         raise ValueError(f"{name}: expected a number or one per modality ({count}), got {len(values)}.")
     for number in values:
-        fits = isinstance(number, (int, float)) and (number >= least if inclusive else number > least)
+        fits = isinstance(number, Real) and (number >= least if inclusive else number > least)
         if not fits or number == float("inf"):
             bound = "of at least" if inclusive else "above"
             raise ValueError(f"{name}: expected a finite number {bound} {least:g}, got {number!r}.")
-    return tuple(float(number) for number in values[:count])
+    return tuple(float(number) for number in values)
 
 
 def _format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
@@ -431,6 +431,17 @@ def _format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise ValueError(f"inputs[{index}]: expected finite numbers, got NaN or infinity; check the preprocessing.")
     return tensors
+
+
+def _format_additional(additional: Any, pairs: int) -> tuple[Any, ...]:
+    arguments: tuple[Any, ...] = _captum.format_additional_forward_args(additional) or ()
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] != pairs:
+            raise ValueError(
+                f"additional_forward_args[{index}]: expected one entry for each of the {pairs} pairs, got a tensor of "
+                f"shape {tuple(argument.shape)}; repeat what the pairs share, or let forward_func hold it."
+            )
+    return arguments
 
 
 def _as_forward_func(forward_func: Any) -> Any:
@@ -480,13 +491,22 @@ def _roots(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
     return [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
-def _scorer(forward_func: Any, n_inputs: int, target: Any) -> Callable[[tuple[Any, ...]], Any]:
-    def score(arguments: tuple[Any, ...]) -> Any:
-        if target is None:
-            return forward_func(*arguments)
-        return _captum.run_forward(forward_func, arguments[:n_inputs], target, arguments[n_inputs:])
+def _scorer(
+    forward_func: Callable[..., Any], inputs: tuple[Tensor, ...], additional: tuple[Any, ...], target: Any
+) -> tuple[Callable[[tuple[Any, ...]], Any], tuple[Any, ...]]:
+    """The score as a function of one tuple of arguments, and that tuple; targets per pair travel as an argument."""
+    if target is None:
+        return (lambda arguments: forward_func(*arguments)), (*inputs, *additional)
+    per_pair = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
+    count = len(inputs)
 
-    return score
+    def score(arguments: tuple[Any, ...]) -> Any:
+        *rest, chosen = arguments
+        if per_pair:
+            chosen = [tuple(one) if isinstance(one, list) else one for one in chosen.tolist()]
+        return _captum.run_forward(forward_func, tuple(rest[:count]), chosen, tuple(rest[count:]))
+
+    return score, (*inputs, *additional, torch.as_tensor(target) if per_pair else target)
 
 
 def _to_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:

@@ -53,8 +53,16 @@ def test_parity_with_the_published_loop(dtype, share: float, modality: int, pair
 
 
 def second_implementation(
-    case: Case, layers: list[nn.Module], joint: bool, n_steps: int, n_samples: int, beta=(0.1, 0.1), variance=(1.0, 1.0),
-    lr=(1.0, 1.0), statistics=(None, None), seed: int = 0,
+    case: Case,
+    layers: list[nn.Module],
+    joint: bool,
+    n_steps: int,
+    n_samples: int,
+    beta=(0.1, 0.1),
+    variance=(1.0, 1.0),
+    lr=(1.0, 1.0),
+    statistics=(None, None),
+    seed: int = 0,
 ) -> list[Tensor]:
     """Bits at two layers of one batch in float64: hooks, full passes, the divergence from torch.distributions."""
     masks = [None, case.additional[0].bool()[..., None]]
@@ -65,7 +73,7 @@ def second_implementation(
         handle.remove()
     alphas = [torch.full_like(h, 5.0, requires_grad=True) for h in hidden]
     priors = []
-    for h, v, channel in zip(hidden, variance, statistics, strict=True):
+    for v, channel in zip(variance, statistics, strict=True):
         mean, std = (torch.zeros(()), torch.ones(())) if channel is None else (channel.mean, channel.std)
         priors.append((mean.double(), std.double() * math.sqrt(v)))
 
@@ -134,7 +142,8 @@ def test_equals_a_second_implementation(options):
         case.forward, layers, layouts=case.layouts, statistics=options.get("statistics")
     )
     found = method.attribute(
-        case.inputs, additional_forward_args=case.additional,
+        case.inputs,
+        additional_forward_args=case.additional,
         **{"beta": 0.1, "n_steps": 4, "n_samples": 3, **settings},
     )
     for one, other in zip(found, expected, strict=True):
@@ -245,9 +254,7 @@ def test_record_in_parts_equals_the_whole():
     settings = {"additional_forward_args": case.additional, "n_steps": 3, "n_samples": 2}
     for joint in (False, True):
         _, whole = case.method().attribute_with_record(case.inputs, joint=joint, **settings)
-        _, parts = case.method().attribute_with_record(
-            case.inputs, joint=joint, internal_batch_size=2, **settings
-        )
+        _, parts = case.method().attribute_with_record(case.inputs, joint=joint, internal_batch_size=2, **settings)
         for one, other in zip(whole.modalities, parts.modalities, strict=True):
             for name in ("score", "information", "bits", "score_before", "score_after"):
                 torch.testing.assert_close(getattr(one, name), getattr(other, name))
@@ -288,7 +295,7 @@ def test_larger_beta_keeps_less_and_beta_zero_keeps_the_score():
 def test_long_runs_stay_finite():
     case = family_named("closure").build()
     for beta in (0.0, 1e6):
-        bits = case.attribute(beta=beta, n_steps=300, n_samples=1)
+        bits = case.attribute(beta=beta, n_steps=100, n_samples=1)
         assert all(bool(tensor.isfinite().all()) and bool((tensor >= 0).all()) for tensor in bits)
 
 
@@ -309,7 +316,7 @@ def test_half_precision_survives_small_gradients_and_long_runs():
     case = family_named("clip").build()
     case.roots[0].half()
     half = case.with_inputs((case.inputs[0].half(), case.inputs[1]), case.additional)
-    bits = half.attribute(n_steps=60, n_samples=2, beta=1.0)
+    bits = half.attribute(n_steps=30, n_samples=2, beta=1.0)
     assert all(bool(tensor.isfinite().all()) for tensor in bits)
 
 
@@ -329,3 +336,21 @@ def test_progress_is_shown_when_asked(capsys):
     assert capsys.readouterr().err == ""
     case.attribute(n_steps=2, show_progress=True)
     assert "4/4" in capsys.readouterr().err
+
+
+def test_padding_passes_the_bottleneck_unchanged():
+    torch.manual_seed(0)
+    embed, after, anchor = nn.Embedding(20, 8).eval(), nn.Identity().eval(), torch.randn(8)
+    passed: list[Tensor] = []
+    after.register_forward_hook(lambda module, args, output: passed.append(output.detach()))
+
+    def score(ids, mask):
+        return F.cosine_similarity(after(embed(ids)).sum(1), anchor.expand(len(ids), -1))
+
+    ids, mask = torch.tensor([[1, 2, 3, 4], [5, 6, 0, 0]]), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    method = MultiModalInfoBottleneck(score, [embed], [TextLayout(mask_argument=1)])
+    bits = method.attribute(ids, additional_forward_args=mask, n_steps=5, n_samples=3)
+    assert not bits[mask == 0].any()
+    hidden, real = embed(ids).repeat_interleave(3, 0), mask.repeat_interleave(3, 0).bool()
+    for received in passed[1:]:
+        assert torch.equal(received[~real], hidden[~real]) and not torch.equal(received[real], hidden[real])

@@ -68,9 +68,7 @@ def test_numbers_of_numpy_are_numbers(clip: Case):
 
     settings = {"n_steps": 2, "n_samples": 2}
     expected = run(clip, beta=0.5, seed=3, **settings)
-    found = run(
-        clip, beta=np.float32(0.5), seed=np.int64(3), n_steps=np.int64(2), n_samples=np.int32(2)
-    )
+    found = run(clip, beta=np.float32(0.5), seed=np.int64(3), n_steps=np.int64(2), n_samples=np.int32(2))
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
 
@@ -87,7 +85,7 @@ def test_inputs_of_a_wrong_kind(clip: Case):
     pixels, ids = clip.inputs
     method = clip.method()
     for wrong in ([pixels, ids], {"pixel_values": pixels}, None, (pixels, [1, 2]), (), pixels.numpy()):
-        with pytest.raises(ValueError, match="^inputs: expected a tensor or a tuple of tensors"):
+        with pytest.raises(ValueError, match=r"^inputs: expected a tensor or a tuple of tensors"):
             method.attribute(wrong, additional_forward_args=clip.additional)
 
 
@@ -95,16 +93,16 @@ def test_wrong_numbers_of_examples(clip: Case):
     pixels, ids = clip.inputs
     with pytest.raises(ValueError, match=r"^inputs: expected the same number of examples.*\[2, 3\]"):
         run(clip.with_inputs((pixels[:2], ids), clip.additional))
-    with pytest.raises(ValueError, match="^inputs: expected the same number of examples"):
+    with pytest.raises(ValueError, match=r"^inputs: expected the same number of examples"):
         run(clip.with_inputs((pixels[:0], ids[:0]), ()))
-    with pytest.raises(ValueError, match="^inputs: "):
+    with pytest.raises(ValueError, match=r"^inputs: "):
         run(clip.with_inputs((torch.tensor(1.0), torch.tensor(1)), ()))
 
 
 @pytest.mark.parametrize(("images", "texts"), [(2, 3), (3, 2), (1, 2), (2, 1), (3, 1)])
 def test_wrong_numbers_of_examples_among_additional_arguments(clip: Case, images: int, texts: int):
     pixels, ids = clip.inputs
-    with pytest.raises(ValueError, match=rf"inputs: .*\b{images} images and {texts} texts"):
+    with pytest.raises(ValueError, match=rf"additional_forward_args\[0\]: .* the {images} pairs, .*\({texts}, "):
         clip.method().attribute(
             pixels[:images], additional_forward_args=(ids[:texts], clip.additional[0][:texts]), n_steps=2, n_samples=2
         )
@@ -112,27 +110,27 @@ def test_wrong_numbers_of_examples_among_additional_arguments(clip: Case, images
 
 def test_more_inputs_than_layers(clip: Case):
     method = MultiModalInfoBottleneck(clip.forward, ["vision_model.encoder.layers.1"])
-    with pytest.raises(ValueError, match="^inputs: expected at most 1 inputs, one per layer, got 2"):
+    with pytest.raises(ValueError, match=r"^inputs: expected at most 1 inputs, one per layer, got 2"):
         method.attribute(clip.inputs, additional_forward_args=clip.additional)
 
 
 def test_token_ids_as_floats(clip: Case):
     pixels, ids = clip.inputs
-    with pytest.raises(ValueError, match="^inputs: expected integer token ids, got torch.float32"):
+    with pytest.raises(ValueError, match=r"^inputs: expected integer token ids, got torch.float32"):
         run(clip.with_inputs((pixels, ids.float()), clip.additional))
-    with pytest.raises(ValueError, match="^inputs: expected integer token ids"):
+    with pytest.raises(ValueError, match=r"^inputs: expected integer token ids"):
         clip.forward(pixels, ids.float())
 
 
 def test_unknown_layers(clip: Case):
-    with pytest.raises(ValueError, match="^layers: no layer named 'vision.layer'"):
+    with pytest.raises(ValueError, match=r"^layers: no layer named 'vision.layer'"):
         MultiModalInfoBottleneck(clip.forward, ["vision.layer", "text_model.embeddings"])
-    with pytest.raises(TypeError, match="^layers: expected a module"):
+    with pytest.raises(TypeError, match=r"^layers: expected a module"):
         MultiModalInfoBottleneck(clip.forward, [3, 4])
 
 
 def test_forward_func_that_cannot_be_called():
-    with pytest.raises(TypeError, match="^forward_func: expected a model or a callable, got str"):
+    with pytest.raises(TypeError, match=r"^forward_func: expected a model or a callable, got str"):
         MultiModalInfoBottleneck("openai/clip", ["a"])
 
 
@@ -232,16 +230,14 @@ def test_a_hidden_state_that_is_not_finite():
 def test_statistics_that_do_not_fit(clip: Case):
     layers = [choices[0] for choices in clip.layers]
     wrong = ChannelStatistics(torch.zeros(5), torch.ones(5))
-    with pytest.raises(ValueError, match="^statistics: expected one value for each of the layer's 32 channels, got 5"):
+    with pytest.raises(ValueError, match=r"^statistics: expected one value for each of the layer's 32 channels, got 5"):
         clip.attribute(MultiModalInfoBottleneck(clip.forward, layers, statistics=[wrong, None]))
     with pytest.raises(ValueError, match=r"^statistics: expected one entry per layer \(2\), got 1"):
         MultiModalInfoBottleneck(clip.forward, layers, statistics=[wrong])
-    with pytest.raises(ValueError, match="^statistics: expected an entry for each layer, none for text_model"):
-        MultiModalInfoBottleneck(
-            clip.forward, layers, statistics={"vision_model.encoder.layers.1": wrong}
-        )
+    with pytest.raises(ValueError, match=r"^statistics: expected an entry for each layer, none for text_model"):
+        MultiModalInfoBottleneck(clip.forward, layers, statistics={"vision_model.encoder.layers.1": wrong})
     for bad in ("pairs", 3.0, (torch.zeros(32), torch.ones(32))):
-        with pytest.raises(ValueError, match="^statistics: expected ChannelStatistics"):
+        with pytest.raises(ValueError, match=r"^statistics: expected ChannelStatistics"):
             MultiModalInfoBottleneck(clip.forward, layers, statistics=[bad, None])
 
 
@@ -257,7 +253,7 @@ def test_statistics_by_name_are_those_by_order(clip: Case):
 
 
 def test_towers_of_a_wrong_number():
-    with pytest.raises(TypeError, match="^towers: expected one model or two towers, got 0"):
+    with pytest.raises(TypeError, match=r"^towers: expected one model or two towers, got 0"):
         DualEncoder()
-    with pytest.raises(TypeError, match="^model: expected get_image_features"):
+    with pytest.raises(TypeError, match=r"^model: expected get_image_features"):
         DualEncoder(torch.nn.Linear(2, 2))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import Case, image_tower, family_named, tiny_clip
+from families import Case, family_named, image_tower, tiny_clip
 from torch import nn
 
 from captum_m2ib import DualEncoder, LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck, PatchLayout
@@ -105,7 +105,7 @@ def test_near_names_are_offered():
 
 def test_a_name_without_a_module_is_an_error():
     case = family_named("closure").build()
-    with pytest.raises(ValueError, match="layers: cannot look up the name 'blocks.0'"):
+    with pytest.raises(ValueError, match=r"layers: cannot look up the name 'blocks.0'"):
         MultiModalInfoBottleneck(case.forward, ["blocks.0"])
 
 
@@ -169,9 +169,9 @@ def test_a_layer_of_whole_numbers_is_an_error():
         return table(identity(ids)).flatten(1).sum(1)
 
     ids = torch.zeros(2, 3, dtype=torch.long)
-    with pytest.raises(RuntimeError, match="layers: the output of layer .* no floating-point tensor"):
+    with pytest.raises(RuntimeError, match=r"layers: the output of layer .* no floating-point tensor"):
         LayerMultiModalInfoBottleneck(score, identity).attribute(ids, **FEW)
-    with pytest.raises(RuntimeError, match="layers: the input of layer .* no floating-point tensor"):
+    with pytest.raises(RuntimeError, match=r"layers: the input of layer .* no floating-point tensor"):
         LayerMultiModalInfoBottleneck(score, table).attribute(ids, attribute_to_layer_input=True, **FEW)
 
 
@@ -181,7 +181,7 @@ def test_a_layer_that_does_not_depend_on_the_pair_is_an_error():
     def score(tokens):
         return (tokens @ table(torch.arange(5)).T).flatten(1).sum(1)
 
-    with pytest.raises(RuntimeError, match="layers: the hidden state at the output .* does not depend on the pair"):
+    with pytest.raises(RuntimeError, match=r"layers: the hidden state at the output .* does not depend on the pair"):
         LayerMultiModalInfoBottleneck(score, table).attribute(torch.randn(2, 3, 4), **FEW)
 
 

@@ -106,8 +106,8 @@ def test_the_patch_that_holds_the_evidence_lights_up(height, width, row, column,
 
     pictures = torch.randn(2, 3, height, width)
     method = MultiModalInfoBottleneck(score, [tower.block], [PatchLayout((8, 8), prefix=0 if conv else 1)])
-    pixels = method.attribute(pictures, n_steps=30, n_samples=4, beta=1.0).sum(1)
-    grid = method.patch_bits(method.attribute(pictures, n_steps=30, n_samples=4, beta=1.0), pictures)
+    pixels, record = method.attribute_with_record(pictures, n_steps=30, n_samples=4, beta=1.0)
+    pixels, grid = pixels.sum(1), record.modalities[0].units
     assert grid.shape == (2, height // 8, width // 8)
     for pair in range(2):
         found = divmod(int(pixels[pair].argmax()), width)
@@ -118,10 +118,13 @@ def test_the_patch_that_holds_the_evidence_lights_up(height, width, row, column,
     torch.testing.assert_close(grid.sum((1, 2)), pixels.sum((1, 2)), rtol=1e-4, atol=1e-4)
 
 
-def test_patch_bits_needs_an_image():
-    case = family_named("closure").build()
-    with pytest.raises(ValueError, match="modality: expected an image"):
-        case.method().patch_bits(torch.zeros(1, 6), torch.zeros(1, 6), modality=1)
+def test_units_are_patches_and_tokens():
+    case = family_named("clip_wide").build()
+    bits, record = case.method().attribute_with_record(case.inputs, **settings_of(case))
+    patches, tokens = (modality.units for modality in record.modalities)
+    assert patches.shape == (3, 4, 6)
+    torch.testing.assert_close(patches.sum((1, 2)), bits[0].sum((1, 2, 3)), rtol=1e-4, atol=1e-3)
+    assert torch.equal(tokens, bits[1])
 
 
 def test_prefix_tokens_are_read_from_the_model():

@@ -17,6 +17,7 @@ from captum_m2ib.scenes.captions import (
     Phrase,
     compose,
     describe,
+    name_kinds,
     vocabulary,
 )
 
@@ -91,8 +92,9 @@ def test_how_many_objects_are_described() -> None:
         assert counts[described] / n == pytest.approx(share, abs=0.03)
 
 
-def test_single_describes_exactly_one_object() -> None:
-    rng = np.random.default_rng(5)
-    for _ in range(100):
-        caption = describe(rng, THINGS, single=True)
-        assert len({index for index in caption.word_objects if index is not None}) == 1
+def test_every_kind_is_named_alone_and_in_order() -> None:
+    names = name_kinds(np.random.default_rng(5))
+    kinds = [(shape, colour) for shape in SHAPES for colour in COLOURS]
+    for name, (shape, colour) in zip(names, kinds, strict=True):
+        words = name.split()
+        assert [word for word in words if word in SHAPES or word in COLOURS] == [colour, shape]

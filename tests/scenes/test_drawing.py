@@ -43,11 +43,11 @@ def test_same_seed_same_scene() -> None:
 
 
 def test_batch_is_deterministic_and_a_batch_of_one_is_the_scene() -> None:
-    images, captions = draw_batch(5, 7)
-    again, captions_again = draw_batch(5, 7)
+    images, captions, kinds = draw_batch(5, 7)
+    again, captions_again, _ = draw_batch(5, 7)
     assert images.shape == (5, 64, 64, 3) and images.dtype == np.uint8
     assert np.array_equal(images, again) and captions == captions_again
-    image, caption = draw_batch(1, 7)
+    image, caption, _ = draw_batch(1, 7)
     scene = draw_scene(7)
     assert np.array_equal(image[0], scene.image) and caption == [scene.caption]
 
@@ -177,9 +177,11 @@ def test_object_counts_follow_the_distribution() -> None:
         assert (count == k).mean() == pytest.approx(share, abs=0.03)
 
 
-def test_single_share_of_captions() -> None:
-    _, captions = draw_batch(300, 0, 16, single_share=1.0)
-    assert all(sum(word in SHAPES for word in caption.split()) == 1 for caption in captions)
+def test_kinds_are_what_each_scene_contains() -> None:
+    kinds = draw_batch(1, 7).kinds[0]
+    named = {(thing.shape, thing.colour) for thing in draw_scene(7).objects}
+    assert {(SHAPES[k // len(COLOURS)], COLOURS[k % len(COLOURS)]) for k in np.flatnonzero(kinds)} == named
+    assert kinds.shape == (len(SHAPES) * len(COLOURS),)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +192,6 @@ def test_single_share_of_captions() -> None:
         (lambda: draw_batch(0, 0), r"n: expected 1 scene or more, got 0"),
         (lambda: draw_batch(1, 0, purpose="other"), r"purpose: expected one of .* got 'other'"),
         (lambda: draw_scene(0, counts={5: 1.0}), r"counts: expected probabilities .* got \{5: 1.0\}"),
-        (lambda: draw_batch(1, 0, single_share=2), r"single_share: expected a share from 0 to 1, got 2"),
     ],
 )
 def test_bad_arguments_are_refused(call, message: str) -> None:

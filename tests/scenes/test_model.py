@@ -98,7 +98,7 @@ def test_round_trip(checkpoint: Path) -> None:
 
 def test_processor_prepares_what_training_feeds(checkpoint: Path) -> None:
     model, processor = load_checkpoint(checkpoint)
-    images, captions = draw_batch(3, 0)
+    images, captions, _ = draw_batch(3, 0)
     prepared = processor(
         text=captions, images=[Image.fromarray(image) for image in images], return_tensors="pt", padding=True
     )

@@ -60,6 +60,20 @@ def test_loss_knows_nothing_at_first_and_everything_when_aligned() -> None:
     assert float(training.contrastive_loss(torch.eye(4), torch.eye(4), scale)) == pytest.approx(0, abs=1e-6)
 
 
+def test_naming_loss_leaves_out_what_is_also_true() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pictures, names = (torch.randn(n, 4, generator=generator, dtype=torch.float64) for n in (3, 5))
+    kinds = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 0, 1, 0], [0, 0, 0, 0, 1]], dtype=torch.bool)
+    logits = 2 * pictures @ names.T
+    terms = []
+    for i, k in kinds.nonzero().tolist():
+        row = [logits[i, k], *(logits[i, j] for j in range(5) if not kinds[i, j])]
+        column = [logits[i, k], *(logits[j, k] for j in range(3) if not kinds[j, k])]
+        terms += [torch.stack(choices).logsumexp(0) - choices[0] for choices in (row, column)]
+    loss = training.naming_loss(pictures, names, kinds, torch.tensor(math.log(2.0)))
+    assert float(loss) == pytest.approx(float(torch.stack(terms).mean()))
+
+
 def test_training_reduces_the_loss_and_writes_a_checkpoint(tmp_path: Path) -> None:
     first = train(tmp_path / "short", steps=1, **TINY)
     output = tmp_path / "long"
