@@ -322,10 +322,19 @@ class DualEncoder(nn.Module):
         tokenizer = self.processor.tokenizer
         positions = getattr(_config(self._side(1), "text_config"), "max_position_embeddings", None)
         limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
+        # CLIP's own tokenizer knows every word and lists its end token as unknown.
+        unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}
         for caption, ids in zip(captions, tokenizer(captions)["input_ids"], strict=True):
             if len(ids) > limit:
                 warnings.warn(
                     f"captions: the model reads {limit} tokens, {caption[:40]!r}... has {len(ids)}; the rest is cut.",
+                    UserWarning,
+                    stacklevel=3,
+                )
+            if unknown & set(ids):
+                warnings.warn(
+                    f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown ones all look "
+                    "the same to the model.",
                     UserWarning,
                     stacklevel=3,
                 )

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -46,12 +47,15 @@ if TYPE_CHECKING:
 
 _MAX_LOGIT_SCALE = math.log(100)
 _READ_EVERY = 50
+# Validation scenes from this index on serve the statistics; those before it the progress bar.
+_STATISTICS_INDEX = 1000
+_STATISTICS_LAYERS = re.compile(r"(vision|text)_model\.(embeddings|pre_layrnorm|encoder\.layers\.\d+)")
 
 
 def train(
     output: str | os.PathLike[str],
     *,
-    steps: int = 6000,
+    steps: int = 4000,
     batch_size: int = 128,
     lr: float = 2e-3,
     muon_lr: float = 8e-3,
@@ -80,7 +84,7 @@ def train(
 
     Args:
         output (str or path): The checkpoint directory to write.
-        steps (int): Number of updates. Default: 6000.
+        steps (int): Number of updates. Default: 4000.
         batch_size (int): Scenes per update, at least 2. Default: 128.
         lr (float): Highest learning rate of AdamW, for embeddings, biases and norms: reached linearly, left
             along a cosine to 0. Default: 2e-3.
@@ -480,11 +484,33 @@ def _load_state(
     return json.loads(metadata["progress"])
 
 
+def write_statistics(directory: str | os.PathLike[str], seed: int = 0, scenes: int = 2048) -> None:
+    """Estimates the statistics that the standardised prior needs, and adds them to a checkpoint directory.
+
+    Args:
+        directory (str or path): A checkpoint of the compact dual encoder.
+        seed (int): Which validation scenes. Default: 0.
+        scenes (int): How many, a multiple of 64. Default: 2048.
+    """
+    from captum_m2ib.dual_encoder import STATISTICS_FILE, DualEncoder
+    from captum_m2ib.statistics import estimate_statistics, save_statistics
+
+    encoder = DualEncoder.from_pretrained(directory)
+    size = encoder.processor.image_processor.size["height"]
+    batches = (
+        draw_batch(64, seed, size, purpose="validation", index=_STATISTICS_INDEX + i) for i in range(scenes // 64)
+    )
+    pairs = (encoder.prepare(list(batch.images), batch.captions) for batch in batches)
+    names = [name for name, _ in encoder.model.named_modules() if _STATISTICS_LAYERS.fullmatch(name)]
+    save_statistics(Path(directory) / STATISTICS_FILE, estimate_statistics(encoder, names, pairs))
+
+
 def _write_output(model: CLIPModel, report: Mapping[str, Any], target: Path) -> None:
     """Writes a directory beside the target and moves it into place when it is complete."""
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_checkpoint(model, partial)
+    write_statistics(partial, report["settings"]["seed"])
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if target.exists():
         replaced = target.with_name(target.name + ".replaced")

@@ -43,7 +43,7 @@ def test_same_seed_same_scene() -> None:
 
 
 def test_batch_is_deterministic_and_a_batch_of_one_is_the_scene() -> None:
-    images, captions, kinds = draw_batch(5, 7)
+    images, captions, _ = draw_batch(5, 7)
     again, captions_again, _ = draw_batch(5, 7)
     assert images.shape == (5, 64, 64, 3) and images.dtype == np.uint8
     assert np.array_equal(images, again) and captions == captions_again
