@@ -6,6 +6,7 @@ Whatever the user can get wrong ends in one line on stderr that says what and wh
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import warnings
@@ -36,6 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = _parser().parse_args(arguments)
     run: Callable[[argparse.Namespace], None] = given.run
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A caption may hold letters that the terminal cannot show.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("captum-m2ib: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, TypeError) as error:
+    except (ValueError, OSError, RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
         print(f"captum-m2ib: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -132,6 +136,8 @@ def _add_benchmark(commands: Any) -> None:
 def _explain(given: argparse.Namespace) -> None:
     if given.image is not None and given.text is None:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
+    if given.published and given.layers:
+        raise ValueError("--published: chooses the layers itself; leave out --layers or --published.")
     from captum_m2ib.explanation import check_output, explain
 
     output = check_output(given.output)
@@ -155,7 +161,7 @@ def _explain(given: argparse.Namespace) -> None:
     )[0]
     explanation.save(output)
     print(_summary(explanation))
-    print(f"picture  {os.fspath(output)}" if output.suffix == ".png" else f"written  {os.fspath(output)}")
+    print(f"picture  {os.fspath(output)}" if output.suffix.lower() == ".png" else f"written  {os.fspath(output)}")
 
 
 def _example() -> tuple[Any, str]:
@@ -173,9 +179,33 @@ def _load(given: argparse.Namespace) -> DualEncoder:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    return DualEncoder.from_pretrained(
-        given.model or CHECKPOINT, revision=getattr(given, "revision", None), device=getattr(given, "device", None)
-    )
+    with warnings.catch_warnings():
+        # A command cannot go on without a processor as a program with tensors of its own can.
+        warnings.filterwarnings("error", message="model: .* no usable processor")
+        try:
+            return DualEncoder.from_pretrained(
+                given.model or CHECKPOINT,
+                revision=getattr(given, "revision", None),
+                device=_device(getattr(given, "device", None)),
+            )
+        except UserWarning as warning:
+            raise ValueError(str(warning)) from None
+
+
+def _device(name: str | None) -> str | None:
+    import torch
+
+    if name is None:
+        return None
+    try:
+        kind = torch.device(name).type
+    except RuntimeError:
+        kind = "unknown"
+    known = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not known.get(kind, False):
+        there = ", ".join(kind for kind, is_there in known.items() if is_there)
+        raise ValueError(f"--device: there is no {name!r} here; choose one of {there}.")
+    return name
 
 
 def _method(encoder: DualEncoder, given: argparse.Namespace) -> MultiModalInfoBottleneck:
@@ -204,7 +234,7 @@ def _train(given: argparse.Namespace) -> None:
     train(
         given.output,
         seed=given.seed,
-        device=given.device,
+        device=_device(given.device),
         resume=not given.restart,
         overwrite=given.overwrite,
         **steps,
@@ -214,7 +244,7 @@ def _train(given: argparse.Namespace) -> None:
 def _speed(given: argparse.Namespace) -> None:
     from captum_m2ib.benchmark.speed import measure, render
 
-    print(render(measure(given.repeats, given.batch, given.layer, given.device)))
+    print(render(measure(given.repeats, given.batch, given.layer, _device(given.device) or "cpu")))
 
 
 def _scenes(given: argparse.Namespace) -> None:

@@ -169,26 +169,13 @@ class DualEncoder(nn.Module):
             ``bottleneck_statistics.safetensors`` where the checkpoint holds one.
 
         Raises:
-            OSError: if there is no such checkpoint or it holds no safetensors weights.
+            OSError: if there is no such checkpoint, or its safetensors weights are missing, damaged or incomplete.
             TypeError: if the model has no two towers.
         """
-        from transformers import AutoModel, AutoProcessor
-
         _check_checkpoint(model)
-        loaded = AutoModel.from_pretrained(
-            model, revision=revision, dtype=torch_dtype or torch.float32, use_safetensors=True
-        )
-        try:
-            processor = AutoProcessor.from_pretrained(model, revision=revision)
-        except (OSError, ValueError, ImportError) as error:
-            warnings.warn(
-                f"model: {model} has no usable processor ({str(error).splitlines()[0]}); prepare() will not work, "
-                "pass tensors instead.",
-                UserWarning,
-                stacklevel=2,
-            )
-            processor = None
-        encoder = cls(loaded.eval(), processor=processor, statistics=_find_statistics(model, revision))
+        loaded = _load_model(model, revision, torch_dtype or torch.float32)
+        encoder = cls(loaded.eval(), processor=_load_processor(model, revision))
+        encoder.statistics.update(_find_statistics(model, revision))
         return encoder.to(device) if device is not None else encoder
 
     def forward(self, image: Tensor, text: Tensor, *additional: Any) -> Tensor:
@@ -300,7 +287,7 @@ class DualEncoder(nn.Module):
         encoded = self._tokenize(texts)
         ids, mask = encoded["input_ids"], encoded.get("attention_mask")
         tokenizer = self.processor.tokenizer
-        special = set(tokenizer.all_special_ids)
+        special = set(tokenizer.all_special_ids) - _unknown_tokens(tokenizer)
         dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
         pairs = Pairs(
             (pixels.to(dtype), ids),
@@ -322,8 +309,7 @@ class DualEncoder(nn.Module):
         tokenizer = self.processor.tokenizer
         positions = getattr(_config(self._side(1), "text_config"), "max_position_embeddings", None)
         limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-        # CLIP's own tokenizer knows every word and lists its end token as unknown.
-        unknown = {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}
+        unknown = _unknown_tokens(tokenizer)
         for caption, ids in zip(captions, tokenizer(captions)["input_ids"], strict=True):
             if len(ids) > limit:
                 warnings.warn(
@@ -333,8 +319,8 @@ class DualEncoder(nn.Module):
                 )
             if unknown & set(ids):
                 warnings.warn(
-                    f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown ones all look "
-                    "the same to the model.",
+                    f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown words all "
+                    "look the same to the model.",
                     UserWarning,
                     stacklevel=3,
                 )
@@ -450,6 +436,8 @@ def _captions(captions: str | Sequence[str]) -> list[str]:
         if not isinstance(caption, str) or not caption.strip():
             got = "an empty one" if isinstance(caption, str) else type(caption).__name__
             raise ValueError(f"captions[{index}]: expected a caption with at least one word, got {got}.")
+        if any("\ud800" <= character <= "\udfff" for character in caption):
+            raise ValueError(f"captions[{index}]: expected text, got bytes that are not UTF-8; decode it first.")
     return given
 
 
@@ -464,6 +452,54 @@ def _align(captions: list[str], pictures: list[Any]) -> tuple[list[str], list[An
         captions * count if len(captions) == 1 else captions,
         pictures * count if len(pictures) == 1 else pictures,
     )
+
+
+def _load_model(model: str | os.PathLike[str], revision: str | None, dtype: torch.dtype) -> nn.Module:
+    from safetensors import SafetensorError
+    from transformers import AutoModel
+
+    try:
+        loaded, report = AutoModel.from_pretrained(
+            model,
+            revision=revision,
+            dtype=dtype,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    except SafetensorError as error:
+        raise OSError(f"model: the weights of {model} are damaged ({error}); fetch or save them again.") from error
+    except (OSError, ValueError) as error:
+        raise OSError(f"model: cannot load {model}: {error}") from error
+    # What the file lacks would be random: a map of it would look like any other.
+    lacking = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["missing_keys"])
+    lacking += sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
+    if lacking:
+        raise OSError(
+            f"model: {model} lacks weights that fit its configuration for {len(lacking)} parameters, {lacking[0]} "
+            "among them; fetch or save it again."
+        )
+    return loaded
+
+
+def _load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:
+    from transformers import AutoProcessor
+
+    try:
+        return AutoProcessor.from_pretrained(model, revision=revision)
+    except Exception as error:  # A malformed file raises whatever its parser met.
+        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+        warnings.warn(
+            f"model: {model} has no usable processor ({reason}); prepare() will not work, pass tensors instead.",
+            UserWarning,
+            stacklevel=3,
+        )
+        return None
+
+
+def _unknown_tokens(tokenizer: Any) -> set[int]:
+    """Ids that stand for words the tokenizer does not know; CLIP's own knows every word and names its end token."""
+    return {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 def _check_checkpoint(model: str | os.PathLike[str]) -> None:

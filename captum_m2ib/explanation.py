@@ -14,7 +14,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,8 +96,7 @@ def explain(
                 "method": type(method).__name__,
                 "layers": [layer.name for layer in method.layers],
                 "priors": [_prior_name(prior) for prior in method.priors],
-                "internal_batch_size": internal_batch_size,
-                **settings,
+                **asdict(record.settings),
             },
             record={"image": _course(image, i), "text": _course(text, i)},
         )
@@ -113,11 +112,13 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     """Whether :meth:`Explanation.save` could write there, asked before any work is done.
 
     Raises:
-        ValueError: if the name ends in none of ``.png``, ``.html``, ``.npz`` and ``.json``.
+        ValueError: if the name ends in none of ``.png``, ``.html``, ``.npz`` and ``.json``, or is a directory's.
         FileNotFoundError: if the directory does not exist.
     """
     path = Path(path)
     _one_of(_WRITERS, path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a directory: name a file")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
     return path

@@ -61,7 +61,7 @@ def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
     modules = dict(root.named_modules(remove_duplicate=False))
     if layer in modules and layer:
         return Layer(modules[layer], layer)
-    near = difflib.get_close_matches(layer, modules, n=5, cutoff=0.5)
+    near = difflib.get_close_matches(layer, [name for name in modules if name], n=5, cutoff=0.5)
     hint = f"near matches: {', '.join(near)}" if near else f"it has: {', '.join(n for n, _ in root.named_children())}"
     raise ValueError(f"layers: no layer named {layer!r} in {type(root).__name__}; {hint}.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -47,18 +48,29 @@ def load_picture(picture: PictureLike, name: str = "image") -> Image:
     if not isinstance(picture, (str, os.PathLike)):
         raise ValueError(f"{name}: expected a path, a PIL image or a uint8 array, got {type(picture).__name__}.")
     try:
-        with Image.open(picture, formats=_FORMATS) as opened:
-            _check_size(opened.size, name, picture)
-            return ImageOps.exif_transpose(opened).convert("RGB")
+        with warnings.catch_warnings():
+            # The size is checked right below, before anything is decoded.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            opened = Image.open(picture, formats=_FORMATS)
     except FileNotFoundError:
         raise ValueError(f"{name}: there is no file {picture}; check the path.") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{name}: {picture} has too many pixels to decode safely; resize it first.") from None
-    except (OSError, SyntaxError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{name}: cannot read {picture} as a picture ({reason}); expected an intact {', '.join(_FORMATS)} file."
-        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise _unreadable(name, picture, error) from error
+    with opened:
+        _check_size(opened.size, name, picture)
+        try:
+            return ImageOps.exif_transpose(opened).convert("RGB")
+        except (OSError, SyntaxError, ValueError) as error:
+            raise _unreadable(name, picture, error) from error
+
+
+def _unreadable(name: str, picture: Any, error: Exception) -> ValueError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return ValueError(
+        f"{name}: cannot read {picture} as a picture ({reason}); expected an intact {', '.join(_FORMATS)} file."
+    )
 
 
 def _check_size(size: tuple[int, int], name: str, picture: Any) -> None:

@@ -169,12 +169,18 @@ def load_statistics(path: str | os.PathLike[str]) -> dict[str, ChannelStatistics
 
     Returns:
         dict: Layer name to :class:`ChannelStatistics`.
+
+    Raises:
+        OSError: if the file is missing or damaged.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    tensors = load_file(path)
-    names = [key.removesuffix(".mean") for key in tensors if key.endswith(".mean")]
-    return {
-        name: ChannelStatistics(tensors[f"{name}.mean"], tensors[f"{name}.std"], int(tensors[f"{name}.count"]))
-        for name in names
-    }
+    try:
+        tensors = load_file(path)
+        return {
+            name: ChannelStatistics(tensors[f"{name}.mean"], tensors[f"{name}.std"], int(tensors[f"{name}.count"]))
+            for name in (key.removesuffix(".mean") for key in tensors if key.endswith(".mean"))
+        }
+    except (SafetensorError, KeyError) as error:
+        raise OSError(f"statistics: {path} is damaged ({error}); estimate and save them again.") from error

@@ -28,9 +28,16 @@ Statistics = Mapping[str, ChannelStatistics] | Sequence[Prior]
 
 @dataclass
 class OptimizationRecord:
-    r"""What an attribution's optimisation did, one :class:`LayerRecord` per modality."""
+    r"""What an attribution's optimisation did.
+
+    Attributes:
+
+        modalities (tuple[LayerRecord, ...]): One record per modality.
+        settings (Settings): The settings as they were applied, one ``beta``, ``variance`` and ``lr`` per modality.
+    """
 
     modalities: tuple[LayerRecord, ...]
+    settings: Settings
 
 
 class MultiModalInfoBottleneck(_captum.Attribution):
@@ -177,7 +184,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             >>> image_bits = m2ib.attribute(pixel_values, additional_forward_args=(input_ids, attention_mask))
         """
         is_tuple = _captum.is_tuple(inputs)
-        attributions, _ = self._run(
+        attributions, _, _ = self._run(
             inputs,
             target,
             additional_forward_args,
@@ -211,9 +218,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         bound = inspect.signature(type(self).attribute).bind(self, inputs, *args, **kwargs)
         bound.apply_defaults()
         settings = {name: value for name, value in bound.arguments.items() if name != "self"}
-        attributions, gated = self._run(**settings, with_record=True)
+        attributions, gated, applied = self._run(**settings, with_record=True)
         records = tuple(gate.record for gate in gated if gate.record is not None)
-        return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records)
+        return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records, applied)
 
     def attribute_future(self) -> None:
         """Not offered, as for most of Captum's methods."""
@@ -235,7 +242,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         attribute_to_layer_input: bool,
         show_progress: bool,
         with_record: bool,
-    ) -> tuple[tuple[Tensor, ...], list[Gated]]:
+    ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
         tensors = _format_inputs(inputs, len(self.layers))
         additional = _format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
@@ -257,7 +264,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             attributions.append(_to_input(layout, units, tensor))
             if gate.record is not None:
                 gate.record.units = units
-        return tuple(attributions), gated
+        return tuple(attributions), gated, settings
 
 
 class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
@@ -387,11 +394,11 @@ def make_settings(
         betas,
         _per_modality("variance", variance, count),
         _per_modality("lr", lr, count),
-        n_steps,
-        n_samples,
-        seed,
-        joint,
-        internal_batch_size,
+        int(n_steps),
+        int(n_samples),
+        int(seed),
+        bool(joint),
+        None if internal_batch_size is None else int(internal_batch_size),
         show_progress,
     )
 

@@ -147,8 +147,10 @@ def measure(method: MultiModalInfoBottleneck, probes: int = 200, seed: int = 0, 
     """
     if probes < 1:
         raise ValueError(f"probes: expected at least 1, got {probes}.")
-    figures = {f"image {name}": v for name, v in image_figures(method, image_probes(probes, seed), **settings).items()}
-    figures |= {f"text {name}": v for name, v in token_figures(method, token_probes(probes, seed), **settings).items()}
+    side = method.forward_func.prepare(image_probes(1, seed)[0].image, "a scene").inputs[0].shape[-1]
+    pictures, captions = image_probes(probes, seed, side), token_probes(probes, seed, side)
+    figures = {f"image {name}": values for name, values in image_figures(method, pictures, **settings).items()}
+    figures |= {f"text {name}": values for name, values in token_figures(method, captions, **settings).items()}
     return {name: bootstrap(values) for name, values in figures.items()}
 
 

@@ -121,6 +121,7 @@ def train(
     """
     target, place = Path(output), _device(device)
     _check_counts(
+        seed=(seed, 0),
         steps=(steps, 1),
         batch_size=(batch_size, 2),
         warmup_steps=(warmup_steps, 0),
@@ -458,9 +459,15 @@ def _load_state(
     optimizers: Sequence[torch.optim.Optimizer],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise OSError(
+            f"resume: the saved state {str(path)!r} is damaged ({error}); delete it, or pass resume=False."
+        ) from error
+    with opened as file:
         metadata = file.metadata()
         saved = json.loads(metadata["settings"])
         changed = sorted(name for name in {*saved, *settings} if saved.get(name) != settings.get(name))
