@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_model, load_processor
 from captum_m2ib.layers import tensors_in
 from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.pictures import PictureLike, load_pictures, seen_part
-from captum_m2ib.statistics import ChannelStatistics, RunningStatistics, load_statistics
-
-STATISTICS_FILE = "bottleneck_statistics.safetensors"
+from captum_m2ib.statistics import ChannelStatistics, RunningStatistics
 
 _METHODS = (("get_image_features", "get_text_features"), ("encode_image", "encode_text"))
 
@@ -172,10 +170,10 @@ class DualEncoder(nn.Module):
             OSError: if there is no such checkpoint, or its safetensors weights are missing, damaged or incomplete.
             TypeError: if the model has no two towers.
         """
-        _check_checkpoint(model)
-        loaded = _load_model(model, revision, torch_dtype or torch.float32)
-        encoder = cls(loaded.eval(), processor=_load_processor(model, revision))
-        encoder.statistics.update(_find_statistics(model, revision))
+        check_checkpoint(model)
+        loaded = load_model(model, revision, torch_dtype or torch.float32)
+        encoder = cls(loaded.eval(), processor=load_processor(model, revision))
+        encoder.statistics.update(find_statistics(model, revision))
         return encoder.to(device) if device is not None else encoder
 
     def forward(self, image: Tensor, text: Tensor, *additional: Any) -> Tensor:
@@ -454,79 +452,6 @@ def _align(captions: list[str], pictures: list[Any]) -> tuple[list[str], list[An
     )
 
 
-def _load_model(model: str | os.PathLike[str], revision: str | None, dtype: torch.dtype) -> nn.Module:
-    from safetensors import SafetensorError
-    from transformers import AutoModel
-
-    try:
-        loaded, report = AutoModel.from_pretrained(
-            model,
-            revision=revision,
-            dtype=dtype,
-            use_safetensors=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    except SafetensorError as error:
-        raise OSError(f"model: the weights of {model} are damaged ({error}); fetch or save them again.") from error
-    except (OSError, ValueError) as error:
-        raise OSError(f"model: cannot load {model}: {error}") from error
-    # What the file lacks would be random: a map of it would look like any other.
-    lacking = sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["missing_keys"])
-    lacking += sorted(str(key[0] if isinstance(key, tuple) else key) for key in report["mismatched_keys"])
-    if lacking:
-        raise OSError(
-            f"model: {model} lacks weights that fit its configuration for {len(lacking)} parameters, {lacking[0]} "
-            "among them; fetch or save it again."
-        )
-    return loaded
-
-
-def _load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:
-    from transformers import AutoProcessor
-
-    try:
-        return AutoProcessor.from_pretrained(model, revision=revision)
-    except Exception as error:  # A malformed file raises whatever its parser met.
-        reason = (str(error).splitlines() or [""])[0] or type(error).__name__
-        warnings.warn(
-            f"model: {model} has no usable processor ({reason}); prepare() will not work, pass tensors instead.",
-            UserWarning,
-            stacklevel=3,
-        )
-        return None
-
-
 def _unknown_tokens(tokenizer: Any) -> set[int]:
     """Ids that stand for words the tokenizer does not know; CLIP's own knows every word and names its end token."""
     return {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}
-
-
-def _check_checkpoint(model: str | os.PathLike[str]) -> None:
-    """Say what a local path lacks, where the loader would ask the hub for a repository of that name."""
-    path = Path(model)
-    if not path.is_dir():
-        if path.exists() or path.is_absolute() or str(model).startswith("."):
-            raise OSError(f"model: {model} is not a directory; expected a checkpoint directory or a hub id.")
-        return
-    if not (path / "config.json").is_file():
-        raise OSError(f"model: {model} holds no config.json; expected a transformers checkpoint directory.")
-    if not any(path.glob("*.safetensors")):
-        raise OSError(
-            f"model: {model} holds no safetensors weights; save the model with save_pretrained (pickled weights are "
-            "not loaded)."
-        )
-
-
-def _find_statistics(model: str | os.PathLike[str], revision: str | None) -> dict[str, ChannelStatistics]:
-    from transformers.utils import cached_file
-
-    found = cached_file(
-        model,
-        STATISTICS_FILE,
-        revision=revision,
-        _raise_exceptions_for_gated_repo=False,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    return load_statistics(found) if found else {}

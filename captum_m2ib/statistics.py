@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import LayerLike, resolve_for
 from captum_m2ib.layouts import Layout, real_elements
-from captum_m2ib.suffix import Suffix, Tap, borrowing
+from captum_m2ib.suffix import Suffix, Tap
 
 # Channels that hardly vary would make any deviation infinitely surprising.
 MINIMUM_STD = 1e-2

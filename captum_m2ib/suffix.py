@@ -5,18 +5,11 @@ layer, because it ran before the layer or belongs to the other tower, keeps its 
 instead of running the module, and executes only the calls that the layer's value flows through. Dependence is
 followed through every tensor operation of the recorded pass, differentiable or not, so nothing is assumed about the
 architecture.
-
-Calls are intercepted on :class:`torch.nn.Module` itself, for the current thread and only while a pass is running:
-no hook, ``forward`` attribute or buffer of the model is ever touched. What must be changed for the duration
-(training flags, ``requires_grad``) is borrowed and given back, also after an exception or an interrupt.
 """
 
 from __future__ import annotations
 
-import contextlib
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from captum_m2ib.batch_axis import BatchAxis, find_batch_axis
+from captum_m2ib.interception import Handler, intercept
 from captum_m2ib.layers import (
     Layer,
     Path,
@@ -34,71 +29,6 @@ from captum_m2ib.layers import (
     replace_at,
     tensors_in,
 )
-
-Handler = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class BatchAxis:
-    """Where the pairs run in a tensor: a dimension, and how many consecutive entries of it belong to one pair."""
-
-    dim: int
-    per_pair: int = 1
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """Bring the pairs to the front: (pairs, ...), with what a merged dimension held besides them kept in place."""
-        unflat = tensor.unflatten(self.dim, (-1, self.per_pair)).movedim(self.dim, 0)
-        return unflat.squeeze(self.dim + 1) if self.per_pair == 1 else unflat
-
-    def merge(self, tensor: Tensor) -> Tensor:
-        """The inverse of :meth:`split`, for any number of pairs."""
-        if self.per_pair == 1:
-            return tensor.movedim(0, self.dim)
-        return tensor.movedim(0, self.dim).flatten(self.dim, self.dim + 1)
-
-    def first(self, tensor: Tensor, pairs: int) -> Tensor:
-        """The part of the tensor that belongs to the first ``pairs`` pairs, as a copy."""
-        return tensor.narrow(self.dim, 0, pairs * self.per_pair).clone()
-
-    def repeat(self, tensor: Tensor, draws: int) -> Tensor:
-        """Repeat every pair ``draws`` times, the draws of one pair next to each other, as a copy."""
-        unflat = tensor.unflatten(self.dim, (-1, self.per_pair))
-        return unflat.repeat_interleave(draws, self.dim).flatten(self.dim, self.dim + 1)
-
-
-def find_batch_axis(tensor: Tensor, rows: int) -> BatchAxis | None:
-    r"""Find the dimension along which a batch runs, given that its last pair is a copy of its first.
-
-    A shape alone cannot tell a batch of one from a broadcast table, or eight pairs from eight heads; the planted
-    copy can: only along the batch are the first and the last entry equal.
-
-    Args:
-
-        tensor (Tensor): Something computed from the batch.
-        rows (int): Pairs in the batch, the copy included.
-
-    Returns:
-        BatchAxis or None: the axis; None if the tensor does not depend on the batch.
-    """
-    whole = [BatchAxis(dim) for dim, size in enumerate(tensor.shape) if size == rows]
-    # Windows and heads are merged behind the batch, into the first dimension.
-    first = tensor.shape[0] if tensor.ndim else 0
-    merged = [BatchAxis(0, first // rows)] if first > rows and first % rows == 0 else []
-    for axis in whole + merged:
-        pairs = tensor.unflatten(axis.dim, (rows, axis.per_pair))
-        if _nearly_equal(pairs.select(axis.dim, 0), pairs.select(axis.dim, rows - 1)):
-            return axis
-    return None
-
-
-def _nearly_equal(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return bool(torch.equal(a, b))
-    # Kernels may round rows of one batch differently; the square root of the precision is far above that and far
-    # below the difference between two unrelated entries.
-    finite = torch.where(a.isfinite(), a.abs(), 0.0)
-    tolerance = torch.finfo(a.dtype).eps ** 0.5 * float(finite.max()) if a.numel() else 0.0
-    return bool(torch.allclose(a, b, rtol=0.0, atol=tolerance, equal_nan=True))
 
 
 @dataclass
@@ -160,7 +90,7 @@ class Suffix:
             score does not depend on it.
         ValueError: if ``forward`` does not return one score per pair.
 
-    Use inside :func:`borrowing`, in the thread that built it.
+    Use inside :func:`captum_m2ib.interception.borrowing`, in the thread that built it.
     """
 
     def __init__(
@@ -176,7 +106,7 @@ class Suffix:
         self._taps = list(taps)
         recorder = _Recorder(self._taps, pairs + 1)
         planted = tuple(_repeat_first(argument, pairs) for argument in arguments)
-        with _intercept(recorder), recorder.dependence:
+        with intercept(recorder), recorder.dependence:
             recorder.dependence.mark(tensors_in(planted), _DATA)
             score = check_score(forward(planted), pairs + 1, pairs)
         recorder.check(score)
@@ -203,7 +133,7 @@ class Suffix:
             RuntimeError: if they are not, or the model's calls changed since the recorded pass.
         """
         arguments = tuple(_repeat_rows(argument, self._pairs, draws) for argument in self._arguments)
-        with _intercept(_Replayer(self, values, draws)):
+        with intercept(_Replayer(self, values, draws)):
             score = check_score(self._forward(arguments), self._pairs * draws, self._pairs)
         if torch.is_grad_enabled() and any(v.requires_grad for v in values.values()) and not score.requires_grad:
             names = ", ".join(repr(self._taps[index].layer.name) for index in values)
@@ -441,161 +371,3 @@ def check_score(score: Any, rows: int, pairs: int) -> Tensor:
     if not score.is_floating_point():
         raise ValueError(f"forward_func: expected floating-point scores, got {score.dtype}.")
     return score.reshape(rows)
-
-
-_state = threading.local()
-_lock = threading.RLock()
-_interceptors = 0
-_original_call: Any = None
-_borrowed: dict[int, _Loan] = {}
-
-
-@dataclass
-class _Loan:
-    """A module or parameter whose flag is changed while at least one run in any thread needs it so."""
-
-    owner: Any
-    value: bool
-    holders: int = 0
-
-
-@contextlib.contextmanager
-def borrowing(*roots: Any) -> Iterator[None]:
-    r"""Set the stage for recording and rerunning: autograd on, models in eval mode, parameters without gradients.
-
-    Whatever is changed is given back at the end: the training flag of every module called, ``requires_grad`` of
-    every parameter. Several threads may hold the same model at once; the last gives it back.
-
-    Args:
-
-        *roots: Modules known beforehand (modules met on the way are treated alike).
-    """
-    borrower, outer = _Borrower(), getattr(_state, "borrower", None)
-    try:
-        with torch.inference_mode(False), torch.enable_grad(), _plain_execution():
-            _state.borrower = borrower
-            for root in roots:
-                borrower.take(root)
-            yield
-    finally:
-        _state.borrower = outer
-        borrower.give_back()
-
-
-class _Borrower:
-    def __init__(self) -> None:
-        self._taken: dict[int, Any] = {}
-        self._warned = False
-
-    def take(self, root: nn.Module) -> None:
-        if id(root) in self._taken:
-            return
-        for module in root.modules():
-            if isinstance(module, nn.DataParallel):
-                raise ValueError(
-                    "forward_func: DataParallel replicates the model in threads of its own, where a layer cannot be "
-                    "taken over; pass the wrapped module (model.module) and one batch per device."
-                )
-            if id(module) in self._taken:
-                continue
-            self._borrow(module, "training")
-            for parameter in module.parameters(recurse=False):
-                if parameter.is_leaf:
-                    self._borrow(parameter, "requires_grad")
-
-    def _borrow(self, owner: Any, flag: str) -> None:
-        if id(owner) in self._taken:
-            return
-        with _lock:
-            loan = _borrowed.setdefault(id(owner), _Loan(owner, getattr(owner, flag)))
-            loan.holders += 1
-            self._taken[id(owner)] = flag
-            if getattr(owner, flag):
-                if flag == "training" and not self._warned:
-                    self._warned = True
-                    warnings.warn(
-                        "forward_func: the model is in training mode; it is explained in eval mode, and its mode is "
-                        "restored afterwards. Call model.eval() to silence this.",
-                        UserWarning,
-                        stacklevel=2,
-                    )
-                setattr(owner, flag, False)
-
-    def give_back(self) -> None:
-        with _lock:
-            for key, flag in self._taken.items():
-                loan = _borrowed[key]
-                loan.holders -= 1
-                if loan.holders == 0:
-                    del _borrowed[key]
-                    if getattr(loan.owner, flag) != loan.value:
-                        setattr(loan.owner, flag, loan.value)
-            self._taken.clear()
-
-
-@contextlib.contextmanager
-def _intercept(handler: Handler) -> Iterator[None]:
-    """Route this thread's module calls through ``handler(proceed, module, args, kwargs)``."""
-    global _interceptors, _original_call
-    with _lock:
-        if _interceptors == 0:
-            _original_call = nn.Module.__call__
-            nn.Module.__call__ = _call  # type: ignore[method-assign]
-        _interceptors += 1
-    outer, _state.handler = getattr(_state, "handler", None), handler
-    try:
-        yield
-    finally:
-        _state.handler = outer
-        with _lock:
-            _interceptors -= 1
-            if _interceptors == 0:
-                nn.Module.__call__ = _original_call  # type: ignore[method-assign]
-
-
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    handler = getattr(_state, "handler", None)
-    proceed = _original_call
-    if handler is None:
-        return proceed(module, *args, **kwargs)
-    _refuse_compiled(module)
-    _state.borrower.take(module)
-    return handler(proceed, module, args, kwargs)
-
-
-def _refuse_compiled(module: nn.Module) -> None:
-    compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-    if compiled and not hasattr(torch.compiler, "set_stance"):
-        raise RuntimeError(
-            f"forward_func: {type(module).__name__} is compiled, and this version of torch ({torch.__version__}) "
-            "cannot run it eagerly; pass the module that torch.compile was given."
-        )
-
-
-_plain_holders = 0
-_plain_exits = contextlib.ExitStack()
-
-
-@contextlib.contextmanager
-def _plain_execution() -> Iterator[None]:
-    """Run modules as written, one by one, while any thread needs it so.
-
-    Compiled code would run past the interception, and transformer layers of torch skip their submodules when no
-    gradient is needed. Both switches belong to the process.
-    """
-    global _plain_holders
-    with _lock:
-        if _plain_holders == 0:
-            enabled = torch.backends.mha.get_fastpath_enabled()
-            _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, enabled)
-            torch.backends.mha.set_fastpath_enabled(False)
-            if hasattr(torch.compiler, "set_stance"):
-                _plain_exits.enter_context(torch.compiler.set_stance("force_eager"))
-        _plain_holders += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _plain_holders -= 1
-            if _plain_holders == 0:
-                _plain_exits.close()

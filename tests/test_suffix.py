@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import threading
-
 import pytest
 import torch
-import torch.nn.functional as F
-from families import Case, Family, family_named, image_tower, pack, unpack
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from families import Case, Family, family_named, pack
 from torch import Tensor, nn
 
+from captum_m2ib.batch_axis import BatchAxis
+from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer, resolve_layer
-from captum_m2ib.suffix import BatchAxis, Suffix, Tap, borrowing, find_batch_axis
+from captum_m2ib.suffix import Suffix, Tap
 
 
 def layer_of(case: Case, choice) -> Layer:
@@ -350,158 +347,3 @@ def test_two_taps_can_be_replaced_together_or_alone():
     torch.testing.assert_close(alone, expected_alone)
     torch.testing.assert_close(both, expected_both)
     assert not torch.allclose(alone, both)
-
-
-# The batch axis.
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    rows=st.integers(2, 6),
-    others=st.lists(st.integers(1, 12), min_size=0, max_size=3),
-    place=st.integers(0, 3),
-    data=st.data(),
-)
-def test_the_batch_is_found_wherever_it_runs(rows, others, place, data):
-    place = min(place, len(others))
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    tensor = torch.randn(rows, *others, generator=generator)
-    tensor[-1] = tensor[0]
-    moved = tensor.movedim(0, place)
-    axis = find_batch_axis(moved, rows)
-    assert axis == BatchAxis(place)
-    torch.testing.assert_close(axis.split(moved), tensor, rtol=0, atol=0)
-    torch.testing.assert_close(axis.merge(tensor), moved, rtol=0, atol=0)
-    repeated = axis.split(axis.repeat(axis.first(moved, rows - 1), 3))
-    torch.testing.assert_close(repeated, tensor[:-1].repeat_interleave(3, 0), rtol=0, atol=0)
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(2, 5), heads=st.integers(2, 5), length=st.integers(1, 7), seed=st.integers(0, 99))
-def test_a_batch_merged_with_heads_is_found(rows, heads, length, seed):
-    tensor = torch.randn(rows, heads, length, 3, generator=torch.Generator().manual_seed(seed))
-    tensor[-1] = tensor[0]
-    merged = tensor.flatten(0, 1)
-    axis = find_batch_axis(merged, rows)
-    assert axis == BatchAxis(0, heads)
-    assert torch.equal(axis.split(merged), tensor) and torch.equal(axis.merge(tensor), merged)
-
-
-@settings(max_examples=40, deadline=None)
-@given(rows=st.integers(2, 6), shape=st.lists(st.integers(1, 12), min_size=1, max_size=3), seed=st.integers(0, 99))
-def test_a_table_of_random_numbers_is_no_batch(rows, shape, seed):
-    assert find_batch_axis(torch.randn(shape, generator=torch.Generator().manual_seed(seed)), rows) is None
-
-
-@pytest.mark.parametrize("rows", [2, 4])
-def test_a_table_that_repeats_its_channels_is_no_batch(rows):
-    angles = torch.arange(7.0)[:, None] * torch.rand(1, 8)
-    cosines = torch.cat([angles, angles], -1).cos()[None]
-    assert find_batch_axis(cosines, rows) is None
-
-
-def test_whole_numbers_and_infinities_are_compared():
-    ids = torch.tensor([[1, 2, 3], [4, 5, 6], [1, 2, 3]])
-    assert find_batch_axis(ids, 3) == BatchAxis(0)
-    mask = torch.zeros(3, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), float("-inf"))
-    assert find_batch_axis(mask, 3) == BatchAxis(0)
-    assert find_batch_axis(torch.tensor(1.0), 2) is None
-
-
-# What is borrowed is given back.
-
-
-def in_threads(*functions) -> None:
-    """Run each function with a common barrier in its own thread, and raise what they raise."""
-    errors: list[BaseException] = []
-    barrier = threading.Barrier(len(functions), timeout=30)
-
-    def guarded(function):
-        try:
-            function(barrier)
-        except BaseException as error:
-            errors.append(error)
-            barrier.abort()
-
-    threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
-def test_attention_path_of_overlapping_threads():
-    seen: list[bool] = []
-
-    def first(barrier):
-        with borrowing():
-            barrier.wait()
-            barrier.wait()
-        barrier.wait()
-
-    def second(barrier):
-        barrier.wait()
-        with borrowing():
-            barrier.wait()
-            barrier.wait()
-            seen.append(torch.backends.mha.get_fastpath_enabled())
-
-    in_threads(first, second)
-    left = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(True)
-    assert seen == [False] and left
-
-
-def test_compiler_stance_of_overlapping_threads():
-    from torch._dynamo import eval_frame
-
-    torch.compiler.set_stance("default")
-    model = image_tower().eval()
-
-    def first(barrier):
-        def score(arguments):
-            barrier.wait()
-            barrier.wait()
-            return model(arguments[0]).sum(1)
-
-        run(score)
-        barrier.wait()
-
-    def second(barrier):
-        def score(arguments):
-            barrier.wait()
-            barrier.wait()
-            return model(arguments[0]).sum(1)
-
-        barrier.wait()
-        run(score)
-
-    def run(score) -> None:
-        with borrowing(model):
-            Suffix(score, (torch.randn(2, 3, 32, 32),), 2, [Tap(Layer(model.blocks[0], "block"))])
-
-    in_threads(first, second)
-    left = eval_frame._stance.stance
-    torch.compiler.set_stance("default")
-    assert left == "default"
-
-
-def test_borrowing_restores_after_a_warning_becomes_an_error():
-    model = image_tower().train()
-    model.blocks[1].eval()
-    before = [module.training for module in model.modules()]
-    with pytest.raises(UserWarning, match="training mode"), borrowing(model):
-        pass
-    assert [module.training for module in model.modules()] == before
-
-
-def test_forward_outside_the_pass_is_untouched():
-    model = image_tower().eval()
-    picture = torch.randn(2, 3, 32, 32)
-    plain = model(picture)
-    with borrowing(model):
-        Suffix(lambda a: F.normalize(model(a[0])).sum(1), (picture,), 2, [Tap(Layer(model.blocks[0], "block"))])
-        torch.testing.assert_close(model(picture), plain)
-        assert unpack(model.blocks[0](torch.zeros(1, 2, 16))).shape == (1, 2, 16)

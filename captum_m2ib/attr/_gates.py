@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_m2ib.batch_axis import BatchAxis
 from captum_m2ib.bottleneck import NATS_PER_BIT, information, mean_information, sample
+from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer
 from captum_m2ib.layouts import Layout, real_elements
 from captum_m2ib.statistics import ChannelStatistics, floor_std
-from captum_m2ib.suffix import BatchAxis, Suffix, Tap, borrowing
+from captum_m2ib.suffix import Suffix, Tap
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
+from captum_m2ib.attr._arguments import PerModality, format_additional, format_inputs, make_settings, scorer
 from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
 from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
 from captum_m2ib.layers import Layer, LayerLike, resolve_for
@@ -19,10 +18,6 @@ from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, image_grid, to_
 from captum_m2ib.statistics import ChannelStatistics
 from captum_m2ib.suffix import Tap
 
-PUBLISHED_BETA = 0.1
-STANDARDISED_BETA = 1.0
-
-PerModality = float | Sequence[float]
 Statistics = Mapping[str, ChannelStatistics] | Sequence[Prior]
 
 
@@ -243,14 +238,14 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         show_progress: bool,
         with_record: bool,
     ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
-        tensors = _format_inputs(inputs, len(self.layers))
-        additional = _format_additional(additional_forward_args, tensors[0].shape[0])
+        tensors = format_inputs(inputs, len(self.layers))
+        additional = format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
         settings = make_settings(
             priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
         )
         gated = optimise(
-            *_scorer(self.forward_func, tensors, additional, target),
+            *scorer(self.forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             self.layouts,
@@ -329,8 +324,8 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             - **attributions** (*Tensor* or *list[Tensor]*):
                         Bits, of the shape of the layer's output (or input); a list if a list of layers was given.
         """
-        tensors = _format_inputs(inputs, None)
-        additional = _format_additional(additional_forward_args, tensors[0].shape[0])
+        tensors = format_inputs(inputs, None)
+        additional = format_additional(additional_forward_args, tensors[0].shape[0])
         several = isinstance(self.layer, list)
         layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
         priors = _priors(layers, self.statistics)
@@ -338,7 +333,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
         )
         gated = optimise(
-            *_scorer(self.forward_func, tensors, additional, target),
+            *scorer(self.forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             self._layouts_of(layers),
@@ -358,97 +353,6 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         if isinstance(self.forward_func, DualEncoder):
             return [self.forward_func.layouts[self.forward_func.owner(layer.module)] for layer in layers]
         return [None] * len(layers)
-
-
-def make_settings(
-    priors: Sequence[Prior],
-    beta: PerModality | None,
-    variance: PerModality,
-    lr: PerModality,
-    n_steps: int,
-    n_samples: int,
-    seed: int,
-    joint: bool,
-    internal_batch_size: int | None,
-    show_progress: bool,
-) -> Settings:
-    """Check an attribution's settings and give each modality its own."""
-    for name, number in (
-        ("n_steps", n_steps),
-        ("n_samples", n_samples),
-        ("internal_batch_size", internal_batch_size),
-    ):
-        if name == "internal_batch_size" and number is None:
-            continue
-        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
-    if not isinstance(seed, Integral) or seed < 0:
-        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}.")
-    count = len(priors)
-    betas = (
-        tuple(PUBLISHED_BETA if prior is None else STANDARDISED_BETA for prior in priors)
-        if beta is None
-        else _per_modality("beta", beta, count, least=0.0, inclusive=True)
-    )
-    return Settings(
-        betas,
-        _per_modality("variance", variance, count),
-        _per_modality("lr", lr, count),
-        int(n_steps),
-        int(n_samples),
-        int(seed),
-        bool(joint),
-        None if internal_batch_size is None else int(internal_batch_size),
-        show_progress,
-    )
-
-
-def _per_modality(
-    name: str, value: PerModality, count: int, least: float = 0.0, inclusive: bool = False
-) -> tuple[float, ...]:
-    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
-    if len(values) != count:
-        raise ValueError(f"{name}: expected a number or one per modality ({count}), got {len(values)}.")
-    for number in values:
-        fits = isinstance(number, Real) and (number >= least if inclusive else number > least)
-        if not fits or number == float("inf"):
-            bound = "of at least" if inclusive else "above"
-            raise ValueError(f"{name}: expected a finite number {bound} {least:g}, got {number!r}.")
-    return tuple(float(number) for number in values)
-
-
-def _format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
-    if not isinstance(inputs, Tensor) and not (
-        isinstance(inputs, tuple) and inputs and all(isinstance(tensor, Tensor) for tensor in inputs)
-    ):
-        raise ValueError(
-            f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}; prepare pictures and "
-            "captions with DualEncoder.prepare first."
-        )
-    tensors: tuple[Tensor, ...] = _captum.format_tensor_into_tuples(inputs)
-    if most is not None and len(tensors) > most:
-        raise ValueError(
-            f"inputs: expected at most {most} inputs, one per layer, got {len(tensors)}; pass what is not explained "
-            "as additional_forward_args, or name one layer per input."
-        )
-    sizes = [tensor.shape[0] if tensor.ndim else 0 for tensor in tensors]
-    if len(set(sizes)) > 1 or not sizes[0]:
-        raise ValueError(f"inputs: expected the same number of examples in each, at least one, got {sizes}.")
-    for index, tensor in enumerate(tensors):
-        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
-            raise ValueError(f"inputs[{index}]: expected finite numbers, got NaN or infinity; check the preprocessing.")
-    return tensors
-
-
-def _format_additional(additional: Any, pairs: int) -> tuple[Any, ...]:
-    arguments: tuple[Any, ...] = _captum.format_additional_forward_args(additional) or ()
-    for index, argument in enumerate(arguments):
-        if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] != pairs:
-            raise ValueError(
-                f"additional_forward_args[{index}]: expected one entry for each of the {pairs} pairs, got a tensor of "
-                f"shape {tuple(argument.shape)}; repeat what the pairs share, or let forward_func hold it."
-            )
-    return arguments
 
 
 def _as_forward_func(forward_func: Any) -> Any:
@@ -496,24 +400,6 @@ def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Pri
 def _roots(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
     owners = (forward_func, getattr(forward_func, "__self__", None), *(layer.module for layer in layers))
     return [owner for owner in owners if isinstance(owner, nn.Module)]
-
-
-def _scorer(
-    forward_func: Callable[..., Any], inputs: tuple[Tensor, ...], additional: tuple[Any, ...], target: Any
-) -> tuple[Callable[[tuple[Any, ...]], Any], tuple[Any, ...]]:
-    """The score as a function of one tuple of arguments, and that tuple; targets per pair travel as an argument."""
-    if target is None:
-        return (lambda arguments: forward_func(*arguments)), (*inputs, *additional)
-    per_pair = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
-    count = len(inputs)
-
-    def score(arguments: tuple[Any, ...]) -> Any:
-        *rest, chosen = arguments
-        if per_pair:
-            chosen = [tuple(one) if isinstance(one, list) else one for one in chosen.tolist()]
-        return _captum.run_forward(forward_func, tuple(rest[:count]), chosen, tuple(rest[count:]))
-
-    return score, (*inputs, *additional, torch.as_tensor(target) if per_pair else target)
 
 
 def _to_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck
+from captum_m2ib.attr._arguments import PUBLISHED_BETA
 from captum_m2ib.attr._gates import INITIAL_ALPHA, noise
-from captum_m2ib.attr.multi_modal_info_bottleneck import PUBLISHED_BETA
 from captum_m2ib.bottleneck import NATS_PER_BIT
 from captum_m2ib.dual_encoder import DualEncoder
 

@@ -1,0 +1,126 @@
+"""Check what ``attribute`` was given, before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from captum_m2ib import _captum
+from captum_m2ib.attr._gates import Prior, Settings
+
+PUBLISHED_BETA = 0.1
+STANDARDISED_BETA = 1.0
+PerModality = float | Sequence[float]
+
+
+def make_settings(
+    priors: Sequence[Prior],
+    beta: PerModality | None,
+    variance: PerModality,
+    lr: PerModality,
+    n_steps: int,
+    n_samples: int,
+    seed: int,
+    joint: bool,
+    internal_batch_size: int | None,
+    show_progress: bool,
+) -> Settings:
+    """Check an attribution's settings and give each modality its own."""
+    for name, number in (
+        ("n_steps", n_steps),
+        ("n_samples", n_samples),
+        ("internal_batch_size", internal_batch_size),
+    ):
+        if name == "internal_batch_size" and number is None:
+            continue
+        if not isinstance(number, Integral) or isinstance(number, bool) or number < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}.")
+    count = len(priors)
+    betas = (
+        tuple(PUBLISHED_BETA if prior is None else STANDARDISED_BETA for prior in priors)
+        if beta is None
+        else _per_modality("beta", beta, count, least=0.0, inclusive=True)
+    )
+    return Settings(
+        betas,
+        _per_modality("variance", variance, count),
+        _per_modality("lr", lr, count),
+        int(n_steps),
+        int(n_samples),
+        int(seed),
+        bool(joint),
+        None if internal_batch_size is None else int(internal_batch_size),
+        show_progress,
+    )
+
+
+def _per_modality(
+    name: str, value: PerModality, count: int, least: float = 0.0, inclusive: bool = False
+) -> tuple[float, ...]:
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * count
+    if len(values) != count:
+        raise ValueError(f"{name}: expected a number or one per modality ({count}), got {len(values)}.")
+    for number in values:
+        fits = isinstance(number, Real) and (number >= least if inclusive else number > least)
+        if not fits or number == float("inf"):
+            bound = "of at least" if inclusive else "above"
+            raise ValueError(f"{name}: expected a finite number {bound} {least:g}, got {number!r}.")
+    return tuple(float(number) for number in values)
+
+
+def format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
+    if not isinstance(inputs, Tensor) and not (
+        isinstance(inputs, tuple) and inputs and all(isinstance(tensor, Tensor) for tensor in inputs)
+    ):
+        raise ValueError(
+            f"inputs: expected a tensor or a tuple of tensors, got {type(inputs).__name__}; prepare pictures and "
+            "captions with DualEncoder.prepare first."
+        )
+    tensors: tuple[Tensor, ...] = _captum.format_tensor_into_tuples(inputs)
+    if most is not None and len(tensors) > most:
+        raise ValueError(
+            f"inputs: expected at most {most} inputs, one per layer, got {len(tensors)}; pass what is not explained "
+            "as additional_forward_args, or name one layer per input."
+        )
+    sizes = [tensor.shape[0] if tensor.ndim else 0 for tensor in tensors]
+    if len(set(sizes)) > 1 or not sizes[0]:
+        raise ValueError(f"inputs: expected the same number of examples in each, at least one, got {sizes}.")
+    for index, tensor in enumerate(tensors):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise ValueError(f"inputs[{index}]: expected finite numbers, got NaN or infinity; check the preprocessing.")
+    return tensors
+
+
+def format_additional(additional: Any, pairs: int) -> tuple[Any, ...]:
+    arguments: tuple[Any, ...] = _captum.format_additional_forward_args(additional) or ()
+    for index, argument in enumerate(arguments):
+        if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] != pairs:
+            raise ValueError(
+                f"additional_forward_args[{index}]: expected one entry for each of the {pairs} pairs, got a tensor of "
+                f"shape {tuple(argument.shape)}; repeat what the pairs share, or let forward_func hold it."
+            )
+    return arguments
+
+
+def scorer(
+    forward_func: Callable[..., Any], inputs: tuple[Tensor, ...], additional: tuple[Any, ...], target: Any
+) -> tuple[Callable[[tuple[Any, ...]], Any], tuple[Any, ...]]:
+    """The score as a function of one tuple of arguments, and that tuple; targets per pair travel as an argument."""
+    if target is None:
+        return (lambda arguments: forward_func(*arguments)), (*inputs, *additional)
+    per_pair = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
+    count = len(inputs)
+
+    def score(arguments: tuple[Any, ...]) -> Any:
+        *rest, chosen = arguments
+        if per_pair:
+            chosen = [tuple(one) if isinstance(one, list) else one for one in chosen.tolist()]
+        return _captum.run_forward(forward_func, tuple(rest[:count]), chosen, tuple(rest[count:]))
+
+    return score, (*inputs, *additional, torch.as_tensor(target) if per_pair else target)
