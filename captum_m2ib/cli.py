@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from captum_m2ib.explanation import Explanation
 
 # The scene that is explained when no picture is given: several objects, one of them named.
-EXAMPLE_SCENE = 3
+EXAMPLE_SCENE = 8
 _EXAMPLE_SIDE = 384
 
 
@@ -130,6 +130,11 @@ def _add_benchmark(commands: Any) -> None:
     meaning.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
     meaning.add_argument("--model", metavar="DIR", help="checkpoint trained on scenes (default: shipped model)")
     meaning.add_argument("--published", action="store_true", help="the paper's layers and prior")
+    meaning.add_argument(
+        "--without-statistics",
+        action="store_true",
+        help="as for a model that ships none: the pair's own patches and the vocabulary",
+    )
     meaning.set_defaults(run=_scenes)
 
 
@@ -172,12 +177,14 @@ def _example() -> tuple[Any, str]:
 
 
 def _load(given: argparse.Namespace) -> DualEncoder:
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     from captum_m2ib.dual_encoder import DualEncoder
     from captum_m2ib.scenes import CHECKPOINT
 
     logging.set_verbosity_error()
+    hub_logging.set_verbosity_error()
     logging.disable_progress_bar()
     with warnings.catch_warnings():
         # A command cannot go on without a processor as a program with tensors of its own can.
@@ -251,6 +258,8 @@ def _scenes(given: argparse.Namespace) -> None:
     from captum_m2ib.benchmark.scenes import measure, render
 
     encoder = _load(given)
+    if given.without_statistics:
+        encoder.statistics.clear()
     print(render(measure(_method(encoder, given), given.probes, given.seed)))
 
 

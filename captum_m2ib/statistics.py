@@ -158,6 +158,8 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Chann
         tensors[f"{name}.count"] = torch.tensor(channel.count)
     temporary = Path(f"{path}.part")
     save_file(tensors, temporary, metadata={"format": "pt"})
+    # safetensors writes for the owner alone.
+    temporary.chmod(0o644)
     os.replace(temporary, path)
 
 
