@@ -164,8 +164,7 @@ def _plain_execution() -> Iterator[None]:
     global _plain_holders
     with _lock:
         if _plain_holders == 0:
-            enabled = torch.backends.mha.get_fastpath_enabled()
-            _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, enabled)
+            _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)
             if hasattr(torch.compiler, "set_stance"):
                 _plain_exits.enter_context(torch.compiler.set_stance("force_eager"))

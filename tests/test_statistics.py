@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from families import clip_case, unpack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,6 +14,7 @@ from captum_m2ib.statistics import (
     MINIMUM_STD,
     ChannelStatistics,
     RunningStatistics,
+    estimate_statistics,
     floor_std,
     load_statistics,
     save_statistics,
@@ -98,3 +102,49 @@ def test_saved_and_loaded_are_equal(tmp_path):
 def test_impossible_statistics_are_refused(mean, std, message):
     with pytest.raises(ValueError, match=f"statistics: .*{message}"):
         ChannelStatistics(mean, std)
+
+
+def test_estimate_equals_statistics_of_all_real_positions():
+    case = clip_case()
+    model, (pixels, ids), mask = case.roots[0], case.inputs, case.additional[0]
+    layers = [model.vision_model.encoder.layers[0], "text_model.embeddings"]
+    batches = [(pixels[:2], ids[:2], mask[:2]), (pixels[2:], ids[2:], mask[2:])]
+    found = estimate_statistics(case.forward, layers, batches)
+    assert list(found) == ["vision_model.encoder.layers.0", "text_model.embeddings"]
+    held: dict[str, torch.Tensor] = {}
+    handles = [
+        module.register_forward_hook(lambda _, __, output, name=name: held.__setitem__(name, unpack(output)))
+        for name, module in (("image", layers[0]), ("text", model.text_model.embeddings))
+    ]
+    with torch.no_grad():
+        case.forward(pixels, ids, mask)
+    for handle in handles:
+        handle.remove()
+    assert not mask.bool().all()
+    for name, units in (("image", held["image"].flatten(0, 1)), ("text", held["text"][mask.bool()])):
+        estimate = found["vision_model.encoder.layers.0" if name == "image" else "text_model.embeddings"]
+        assert estimate.count == len(units)
+        torch.testing.assert_close(estimate.mean, units.mean(0), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(estimate.std, units.std(0), rtol=1e-4, atol=1e-6)
+
+
+def test_estimate_reads_prepared_pairs_and_the_input_side():
+    case = clip_case()
+    pairs = SimpleNamespace(inputs=case.inputs, additional_forward_args=case.additional)
+    layer = "vision_model.encoder.layers.1"
+    (at_input,) = estimate_statistics(case.forward, [layer], [pairs], attribute_to_layer_input=True).values()
+    (before,) = estimate_statistics(case.forward, ["vision_model.encoder.layers.0"], [pairs]).values()
+    torch.testing.assert_close(at_input.mean, before.mean)
+    torch.testing.assert_close(at_input.std, before.std)
+
+
+def test_estimate_of_nothing_is_an_error():
+    with pytest.raises(ValueError, match=r"^statistics: expected at least 2 positions to estimate from, got 0"):
+        estimate_statistics(clip_case().forward, ["text_model.embeddings"], [])
+
+
+def test_damaged_file_is_an_error(tmp_path):
+    path = tmp_path / "statistics.safetensors"
+    path.write_bytes(b"no statistics")
+    with pytest.raises(OSError, match=r"^statistics: .*is damaged"):
+        load_statistics(path)

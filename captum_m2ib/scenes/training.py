@@ -71,7 +71,7 @@ def train(
     workers: int | None = None,
     resume: bool = True,
     overwrite: bool = False,
-    save_every: int = 500,
+    save_every: int = 100,
     evaluate_every: int = 500,
     report_sets: int = 8,
     report_trials: int = 2048,
@@ -103,7 +103,7 @@ def train(
             8 on CUDA.
         resume (bool): Go on from the saved state if there is one. Default: True.
         overwrite (bool): Replace an output that is already there. Default: False.
-        save_every (int): Updates between saved states. Default: 500.
+        save_every (int): Updates between saved states. Default: 100.
         evaluate_every (int): Updates between the retrieval figures in the progress bar. Default: 500.
         report_sets (int): Sets of 256 held-out pairs in the report. Default: 8.
         report_trials (int): Naming trials in the report. Default: 2048.
