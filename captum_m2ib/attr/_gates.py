@@ -180,7 +180,9 @@ def optimise(
             chunk = tuple(_slice(argument, pairs, start, at_once) for argument in arguments)
             suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
             _check_finite("score of the untouched pairs", suffix.score, start)
-            gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings, start) for i in range(len(taps))]
+            for tap, hidden in zip(taps, suffix.hidden, strict=True):
+                _check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
+            gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings) for i in range(len(taps))]
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
                 steps = _descend(suffix, chosen, settings, start, bar.update)
@@ -197,10 +199,8 @@ def _gates(
     prior: Prior,
     layout: Layout | None,
     settings: Settings,
-    start: int,
 ) -> _Gates:
     held = suffix.hidden[index]
-    _check_finite(f"hidden state of layer {index}", held, start)
     hidden = held.to(torch.promote_types(held.dtype, torch.float32))
     real = real_elements(layout, hidden, index, arguments)
     mean, std = _prior(prior, hidden, real, settings.variance[index])
@@ -311,8 +311,7 @@ def _result(
     suffix: Suffix, gate: _Gates, layer: Layer, steps: list[tuple[Tensor, list[Tensor]]], after: Tensor | None
 ) -> Gated:
     bits = (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
-    real = gate.real
-    result = Gated(bits, suffix.axes[gate.index], real)
+    result = Gated(bits, suffix.axes[gate.index], gate.real)
     if after is not None:
         position = gate.index if len(steps[0][1]) > 1 else 0
         result.record = LayerRecord(

@@ -155,8 +155,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
-            internal_batch_size (int, optional): Most rows (pairs times draws) in one forward pass; bounds memory and
-                        changes no result. Default: None (all at once)
+            internal_batch_size (int, optional): Most rows (pairs times draws) in one pass of the optimisation; bounds
+                        memory and changes no result. Default: None (all at once)
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False

@@ -43,7 +43,9 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The benchmark on a small model, with peak memory made up: it is taken in other processes."""
     monkeypatch.setattr(speed, "base32_encoder", tiny_encoder)
     monkeypatch.setattr(speed, "random_pairs", tiny_pairs)
-    monkeypatch.setattr(speed, "_peak", lambda name, *_: {"published": 30.0, "ours": 20.0, "batched": 10.0}[name])
+    monkeypatch.setattr(
+        speed, "_peak", lambda name, *_: {"published": 30.0, "ours": 20.0, "batched": 10.0, "default": 5.0}[name]
+    )
     return monkeypatch
 
 
@@ -126,7 +128,7 @@ def test_blocks_are_those_of_both_towers():
 def test_measure(tiny: pytest.MonkeyPatch):
     report = measure(repeats=2, batch=3, layer=1)
     assert (report.batch, report.device) == (3, "cpu")
-    for cost, peak in ((report.published, 30.0), (report.ours, 20.0), (report.batched, 10.0)):
+    for cost, peak in ((report.published, 30.0), (report.ours, 20.0), (report.batched, 10.0), (report.default, 5.0)):
         low, median, high = cost.seconds
         assert 0 < low <= median <= high and cost.peak_mebibytes == peak and cost.gflop > 0
     assert report.published.gflop > 2 * report.ours.gflop
@@ -168,26 +170,32 @@ def test_numbers_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch, na
 
 def assert_table(report: SpeedReport) -> None:
     lines = render(report).splitlines()
-    assert len(lines) == 7
+    assert len(lines) == 8
     assert lines[0].startswith("Both maps of one pair, ") and lines[0].endswith(f" on {report.device}")
     assert re.split(r" {2,}", lines[1].strip()) == ["GFLOP", "seconds (min, max)", "peak MiB, whole run"]
-    names = ["published loop", "this library", f"this library, batch of {report.batch}, per pair"]
-    for line, name in zip(lines[2:5], names, strict=True):
+    batched, default = f"this library, batch of {report.batch}, per pair", "this library, its default layers"
+    names = ["published loop", "this library", batched, default]
+    for line, name in zip(lines[2:6], names, strict=True):
         found, flops, seconds, peak = re.split(r" {2,}", line)
         assert found == name and flops.isdigit() and peak.lstrip("-").isdigit()
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d, \d+\.\d\d\)", seconds)
-    assert re.fullmatch(r"ratio: \d+\.\d times fewer FLOPs, \d+\.\d times less time", lines[5])
-    assert re.fullmatch(r"largest difference .*: image \d\.\de-?\+?\d+, text \d\.\de-?\+?\d+", lines[6])
+    assert re.fullmatch(r"ratio: \d+\.\d times fewer FLOPs, \d+\.\d times less time", lines[6])
+    assert re.fullmatch(r"largest difference .*: image \d\.\de-?\+?\d+, text \d\.\de-?\+?\d+", lines[7])
 
 
 def test_render():
-    costs = Cost(1000.4, (2, 3, 4), 900.6), Cost(250.1, (1, 1.5, 2), 80), Cost(200, (0.5, 0.75, 1), 90)
+    costs = (
+        Cost(1000.4, (2, 3, 4), 900.6),
+        Cost(250.1, (1, 1.5, 2), 80),
+        Cost(200, (0.5, 0.75, 1), 90),
+        Cost(900, (1, 2, 3), 70),
+    )
     report = SpeedReport(*costs, 8, (1.5e-6, 2e-7), "cpu")
     assert_table(report)
     lines = render(report).splitlines()
     assert re.split(r" {2,}", lines[2]) == ["published loop", "1000", "3.00 (2.00, 4.00)", "901"]
-    assert lines[5] == "ratio: 4.0 times fewer FLOPs, 2.0 times less time"
-    assert lines[6].endswith("image 1.5e-06, text 2.0e-07")
+    assert lines[6] == "ratio: 4.0 times fewer FLOPs, 2.0 times less time"
+    assert lines[7].endswith("image 1.5e-06, text 2.0e-07")
 
 
 _take_peak = speed._peak_here
@@ -201,7 +209,7 @@ def use_memory(*_: Any, **__: Any) -> None:
 def small_peak(name: str, layer: int, batch: int, device: str) -> float:
     """Runs in a process of its own, where nothing is patched yet."""
     speed.base32_encoder, speed.random_pairs = tiny_encoder, tiny_pairs
-    speed.run_published = speed.run_ours = use_memory
+    speed.run_published = speed.run_ours = speed.run_default = use_memory
     return _take_peak(name, layer, batch, device)
 
 
@@ -213,12 +221,13 @@ def test_peak_memory_does_not_depend_on_what_this_process_holds(monkeypatch: pyt
     assert 60 <= peak <= 100
 
 
-@pytest.mark.parametrize("name", ["published", "ours", "batched"])
+@pytest.mark.parametrize("name", ["published", "ours", "batched", "default"])
 def test_peak_memory_of_each_run(tiny: pytest.MonkeyPatch, name: str):
     asked = []
     tiny.setattr(
         speed, "run_published", lambda encoder, pairs, layer: asked.append(("published", len(pairs[0]), layer))
     )
     tiny.setattr(speed, "run_ours", lambda encoder, pairs, layer: asked.append(("ours", len(pairs[0]), layer)))
+    tiny.setattr(speed, "run_default", lambda encoder, pairs, layer: asked.append(("default", len(pairs[0]), layer)))
     assert 0 <= speed._peak_here(name, 2, 3, "cpu") < 100
-    assert asked == [("published" if name == "published" else "ours", 3 if name == "batched" else 1, 2)]
+    assert asked == [(name if name in ("published", "default") else "ours", 3 if name == "batched" else 1, 2)]

@@ -223,7 +223,7 @@ def test_a_hidden_state_that_is_not_finite():
     case.roots[0].blocks[0].register_forward_hook(spoil)
     case.roots[0].blocks[1].register_forward_pre_hook(ignore)
     method = MultiModalInfoBottleneck(case.forward, [case.roots[0].blocks[0], case.roots[1].blocks[0]], case.layouts)
-    with pytest.raises(ValueError, match="hidden state of layer 0 is NaN or infinite"):
+    with pytest.raises(ValueError, match="hidden state of layer 'Block' is NaN or infinite"):
         case.attribute(method)
 
 
