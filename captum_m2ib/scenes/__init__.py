@@ -7,6 +7,7 @@ from pathlib import Path
 
 from captum_m2ib.scenes.captions import COLOURS, SHAPES
 from captum_m2ib.scenes.drawing import Scene, SceneObject, draw_batch, draw_scene
+from captum_m2ib.scenes.evaluation import evaluate_naming, evaluate_retrieval
 from captum_m2ib.scenes.model import build_model, build_tokenizer, load_checkpoint, save_checkpoint
 from captum_m2ib.scenes.probes import (
     ImageProbe,
@@ -16,7 +17,7 @@ from captum_m2ib.scenes.probes import (
     naming_trials,
     token_probes,
 )
-from captum_m2ib.scenes.training import evaluate_naming, evaluate_retrieval, train
+from captum_m2ib.scenes.training import train
 
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 """Directory of the trained compact dual encoder that comes with the package."""

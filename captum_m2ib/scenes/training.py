@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from captum_m2ib.scenes.captions import name_kinds
 from captum_m2ib.scenes.drawing import draw_batch, generator
+from captum_m2ib.scenes.evaluation import evaluate_naming, evaluate_retrieval
 from captum_m2ib.scenes.model import (
     build_model,
     build_tokenizer,
@@ -39,7 +40,6 @@ from captum_m2ib.scenes.model import (
     save_checkpoint,
     tokenize,
 )
-from captum_m2ib.scenes.probes import naming_trials
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -270,64 +270,6 @@ def naming_loss(
     return ((among_names + among_images) * kinds).sum() / (2 * kinds.sum())
 
 
-def evaluate_retrieval(
-    model: CLIPModel, *, sets: int = 8, size: int = 256, seed: int = 0, purpose: str = "held_out"
-) -> dict[str, float]:
-    """How often a picture finds its own caption among those of a set of held-out scenes.
-
-    Args:
-        model (transformers.CLIPModel): The compact dual encoder, on any device.
-        sets (int): Disjoint sets of scenes. Default: 8.
-        size (int): Scenes, and so captions, in a set. Default: 256.
-        seed (int): Which held-out scenes. Default: 0.
-        purpose (str): Their random stream; training draws from another one. Default: ``"held_out"``.
-
-    Returns:
-        dict[str, float]: ``top1`` and ``top5``, shares of pictures averaged over the sets; ``top1_std`` and
-            ``top5_std``, standard
-        deviations over the sets (0 for one set); ``sets`` and ``size``.
-    """
-    tokenizer, pixels = build_tokenizer(), image_side(model)
-    shares = []
-    for index in range(sets):
-        images, captions, _ = draw_batch(size, seed, pixels, purpose=purpose, index=index)
-        scores = _similarities(model, tokenizer, images, captions)
-        better = (scores > scores.diagonal()[:, None]).sum(dim=1)
-        shares.append([float((better < k).double().mean()) for k in (1, 5)])
-    mean, spread = np.mean(shares, axis=0).tolist(), np.std(shares, axis=0, ddof=min(1, sets - 1)).tolist()
-    return {
-        "top1": mean[0],
-        "top1_std": spread[0],
-        "top5": mean[1],
-        "top5_std": spread[1],
-        "sets": sets,
-        "size": size,
-    }
-
-
-def evaluate_naming(model: CLIPModel, n: int = 2048, seed: int = 0) -> dict[str, float]:
-    """How often the true one of eight captions of one object scores highest (chance: 1/8).
-
-    Args:
-        model (transformers.CLIPModel): The compact dual encoder, on any device.
-        n (int): Number of trials (see :func:`captum_m2ib.scenes.naming_trials`). Default: 2048.
-        seed (int): Which trials. Default: 0.
-
-    Returns:
-        dict[str, float]: ``accuracy``, its ``standard_error``, and ``n``.
-    """
-    tokenizer, chunk, right = build_tokenizer(), 256, 0
-    trials = naming_trials(n, seed, image_side(model))
-    for start in range(0, n, chunk):
-        part = trials[start : start + chunk]
-        captions = [caption for trial in part for caption in trial.captions]
-        scores = _similarities(model, tokenizer, np.stack([trial.image for trial in part]), captions)
-        choices = scores.reshape(len(part), len(part), -1).diagonal(dim1=0, dim2=1).argmax(dim=0)
-        right += int((choices == torch.tensor([trial.correct for trial in part])).sum())
-    accuracy = right / n
-    return {"accuracy": accuracy, "standard_error": math.sqrt(accuracy * (1 - accuracy) / n), "n": n}
-
-
 class _Steps(Dataset[tuple[torch.Tensor, ...]]):
     """Item i is the batch of step i.
 
@@ -421,15 +363,6 @@ def _rate(step: int, steps: int, warmup_steps: int) -> float:
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
-
-
-@torch.no_grad()
-def _similarities(model: CLIPModel, tokenizer: Tokenizer, images: np.ndarray, captions: list[str]) -> torch.Tensor:
-    """Cosine similarities of every picture with every caption, on the CPU."""
-    device = model.logit_scale.device
-    image_embeddings = embed_images(model, normalize_images(torch.from_numpy(images).to(device)))
-    text_embeddings = embed_texts(model, tokenize(tokenizer, captions).to(device))
-    return (image_embeddings @ text_embeddings.T).cpu()
 
 
 def _save_state(
