@@ -377,9 +377,11 @@ def _text_layout(tower: nn.Module) -> TextLayout | None:
     tables = (name for name, module in tower.named_modules() if isinstance(module, nn.Embedding))
     if all("position" in name for name in tables):
         return None
-    end = getattr(_config(tower, "text_config"), "eos_token_id", None)
+    config = _config(tower, "text_config")
+    end = getattr(config, "eos_token_id", None)
     # Old configurations of CLIP hold a wrong id, 2, by which transformers knows to pool at the highest id.
-    return TextLayout(mask_argument=2, end_token_id=end if isinstance(end, int) and end != 2 else None)
+    legacy = end == 2 and str(getattr(config, "model_type", "")).startswith(("clip", "groupvit", "xclip"))
+    return TextLayout(2, end if isinstance(end, int) and not legacy else None, ends_at_highest=legacy)
 
 
 def _blocks(tower: nn.Module, kind: str) -> nn.ModuleList:

@@ -42,10 +42,13 @@ class TextLayout:
             then additional arguments). Default: None
         end_token_id (int, optional): Tokens after the first end token are padding when there is no mask.
             Default: None
+        ends_at_highest (bool, optional): The end token is the one with the highest id, as in CLIP's first vocabulary,
+            whatever that id is. Default: False
     """
 
     mask_argument: int | None = None
     end_token_id: int | None = None
+    ends_at_highest: bool = False
 
 
 Layout: TypeAlias = PatchLayout | TextLayout
@@ -78,7 +81,11 @@ def real_tokens(layout: TextLayout, ids: Tensor, arguments: Sequence[Any]) -> Te
         mask = arguments[layout.mask_argument]
         if isinstance(mask, Tensor):
             return mask.bool()
-    if layout.end_token_id is None or ids.is_floating_point():
+    if ids.is_floating_point():
+        return None
+    if layout.ends_at_highest:
+        return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
+    if layout.end_token_id is None:
         return None
     ends = (ids == layout.end_token_id).int()
     return ends.cumsum(1) - ends < 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import clip_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -121,3 +122,16 @@ def test_tokens_get_their_channels_sum_and_padding_nothing():
         to_tokens(elements, None, torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(ValueError, match="layouts: expected a hidden state with 3 tokens"):
         to_tokens(torch.zeros(2, 3), None, ids)
+
+
+def test_the_highest_id_ends_a_caption_of_the_first_vocabulary():
+    ids = torch.tensor([[5, 9, 3, 1], [5, 2, 9, 9], [9, 1, 1, 1]])
+    real = real_tokens(TextLayout(ends_at_highest=True), ids, (None, ids))
+    assert real.tolist() == [[True, True, False, False], [True, True, True, False], [True, False, False, False]]
+    mask = torch.tensor([[1, 1, 1, 0]]).expand(3, 4)
+    assert torch.equal(real_tokens(TextLayout(0, ends_at_highest=True), ids, (mask,)), mask.bool())
+
+
+def test_a_legacy_configuration_says_so():
+    layouts = clip_case(end=2).forward.layouts
+    assert layouts[1] == TextLayout(mask_argument=2, end_token_id=None, ends_at_highest=True)
