@@ -68,16 +68,12 @@ def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
 
 def resolve_for(forward_func: Any, layer: LayerLike) -> Layer:
     """Resolve a layer of whatever computes the score: names start at its ``roots()``, or at itself if a module."""
-    if hasattr(forward_func, "roots"):
-        roots = list(forward_func.roots())
-    else:
-        roots = [forward_func if isinstance(forward_func, nn.Module) else None]
+    if not hasattr(forward_func, "roots"):
+        return resolve_layer(layer, forward_func if isinstance(forward_func, nn.Module) else None)
+    roots = forward_func.roots()
     name = layer[0] if isinstance(layer, tuple) else layer
-    for root in roots[1:]:
-        if isinstance(name, str) and name in dict(root.named_modules(remove_duplicate=False)):
-            known = dict(roots[0].named_modules(remove_duplicate=False))
-            return resolve_layer(layer, roots[0] if name in known else root)
-    return resolve_layer(layer, roots[0])
+    knowing = (root for root in roots if name in dict(root.named_modules(remove_duplicate=False)))
+    return resolve_layer(layer, next(knowing, roots[0]))
 
 
 def _name_of(module: nn.Module, root: nn.Module | None) -> str:
@@ -109,14 +105,15 @@ def is_transparent(structure: Any) -> bool:
 
 
 def find_hidden(structure: Any) -> Path | None:
-    r"""Where the hidden state sits: a tensor under a usual name, else the first of at least three dimensions.
+    r"""Where the hidden state sits: the first positional tensor of three dimensions, else one under a usual name.
 
     Args:
 
         structure (Any): A layer's output, or ``(args, kwargs)`` of its call.
 
     Returns:
-        tuple or None: the path of keys, or None if there is no floating-point tensor of two dimensions or more.
+        tuple or None: the path of keys; tensors of two dimensions are taken where there is none of three. None if
+        there is no such floating-point tensor.
     """
     candidates = [(path, tensor) for path, tensor in _walk(structure) if tensor.is_floating_point()]
     for least in (3, 2):

@@ -8,10 +8,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import families
 import pytest
 import torch
+
+from captum_m2ib.scenes import build_model, save_checkpoint
 
 FAMILY_NAMES = [family.name for family in families.FAMILIES]
 
@@ -23,6 +26,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small untrained model of the shipped kind, as a checkpoint directory."""
+    folder = tmp_path_factory.mktemp("model") / "checkpoint"
+    sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
+    save_checkpoint(build_model(**sizes), folder)
+    return folder
 
 
 @pytest.fixture(params=families.FAMILIES, ids=FAMILY_NAMES)

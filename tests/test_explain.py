@@ -13,18 +13,9 @@ from PIL import Image
 from test_explanation import assert_equal
 
 from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, explain
-from captum_m2ib.scenes import build_model, save_checkpoint
 
 CAPTIONS = ["a red circle", "there is a blue square and a green ring", "a star"]
 QUICK: dict[str, Any] = {"n_steps": 3, "n_samples": 4}
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("explain") / "checkpoint"
-    sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
-    save_checkpoint(build_model(**sizes), folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -143,13 +143,15 @@ def measure(method: MultiModalInfoBottleneck, probes: int = 200, seed: int = 0, 
         **settings: Further arguments of ``attribute``.
 
     Returns:
-        dict: figure name, ``image ...`` or ``text ...``, to :class:`Estimate`.
+        dict: figure name, ``image ...`` or ``text ...``, to :class:`Estimate`. The area of the mask is what pointing
+        and mass reach by chance.
     """
     if probes < 1:
         raise ValueError(f"probes: expected at least 1, got {probes}.")
     side = method.forward_func.prepare(image_probes(1, seed)[0].image, "a scene").inputs[0].shape[-1]
     pictures, captions = image_probes(probes, seed, side), token_probes(probes, seed, side)
     figures = {f"image {name}": values for name, values in image_figures(method, pictures, **settings).items()}
+    figures["image area of the mask"] = [float(probe.mask.mean()) for probe in pictures]
     figures |= {f"text {name}": values for name, values in token_figures(method, captions, **settings).items()}
     return {name: bootstrap(values) for name, values in figures.items()}
 

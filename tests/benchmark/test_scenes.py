@@ -219,8 +219,9 @@ def test_measure_gathers_every_figure(monkeypatch: pytest.MonkeyPatch):
     prepared = SimpleNamespace(inputs=(torch.zeros(1, 3, 32, 32),))
     method: Any = SimpleNamespace(forward_func=SimpleNamespace(prepare=lambda *_: prepared))
     found = measure(method, 3, 7, n_steps=2)
-    assert list(found) == ["image auroc", "text auroc"]
-    assert all(estimate == bootstrap([0.25, 0.75]) for estimate in found.values())
+    assert list(found) == ["image auroc", "image area of the mask", "text auroc"]
+    assert found["image auroc"] == found["text auroc"] == bootstrap([0.25, 0.75])
+    assert found["image area of the mask"] == bootstrap([probe.mask.mean() for probe in image_probes(3, 7, 32)])
     assert asked == [
         ("image", method, 3, (32, 32, 3), {"n_steps": 2}),
         ("text", method, 3, (32, 32, 3), {"n_steps": 2}),
