@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     )
     from captum_m2ib.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.explanation import Explanation, explain
-    from captum_m2ib.layouts import PatchLayout, TextLayout
+    from captum_m2ib.layouts import PackedLayout, PatchLayout, TextLayout
     from captum_m2ib.statistics import (
         ChannelStatistics,
         estimate_statistics,
@@ -37,7 +37,7 @@ _HOMES = {
     ),
     "dual_encoder": ("DualEncoder", "Pairs"),
     "explanation": ("Explanation", "explain"),
-    "layouts": ("PatchLayout", "TextLayout"),
+    "layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
     "statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
 }
 
@@ -49,6 +49,7 @@ __all__ = [
     "LayerRecord",
     "MultiModalInfoBottleneck",
     "OptimizationRecord",
+    "PackedLayout",
     "Pairs",
     "PatchLayout",
     "TextLayout",

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_m2ib.pairs import OpenClipProcessor
 from captum_m2ib.statistics import ChannelStatistics, load_statistics
 
 STATISTICS_FILE = "bottleneck_statistics.safetensors"
@@ -63,7 +64,8 @@ def load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:
     from transformers import AutoProcessor
 
     try:
-        return AutoProcessor.from_pretrained(model, revision=revision)
+        # One backend everywhere, so that a map does not depend on whether torchvision is installed.
+        return AutoProcessor.from_pretrained(model, revision=revision, backend="pil")
     except Exception as error:  # A malformed file raises whatever its parser met.
         reason = (str(error).splitlines() or [""])[0] or type(error).__name__
         warnings.warn(
@@ -72,6 +74,21 @@ def load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:
             stacklevel=3,
         )
         return None
+
+
+def load_open_clip(model: str, pretrained: str | None, options: dict[str, Any]) -> tuple[nn.Module, OpenClipProcessor]:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f"open_clip: cannot be imported ({error}); install it with: pip install 'captum_m2ib[open-clip]'."
+        ) from error
+    try:
+        loaded, _, transform = open_clip.create_model_and_transforms(model, pretrained=pretrained, **options)
+        tokenizer = open_clip.get_tokenizer(model)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise OSError(f"model: open_clip cannot load {model} with weights {pretrained}: {error}") from error
+    return loaded, OpenClipProcessor(transform, tokenizer)
 
 
 def find_statistics(model: str | os.PathLike[str], revision: str | None) -> dict[str, ChannelStatistics]:

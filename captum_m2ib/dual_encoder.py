@@ -1,67 +1,41 @@
 """Any two towers as one ``forward_func``: the cosine similarity of each aligned pair.
 
-Works on transformers models that offer ``get_image_features`` and ``get_text_features``, on models with
-``encode_image`` and ``encode_text``, and on two separate towers. Everything else here serves that function: loading,
-preparing inputs through the model's own processor, the towers' layouts, and the layers worth explaining at.
+Works on transformers models that offer ``get_image_features`` and ``get_text_features`` (or what
+:mod:`captum_m2ib.families` knows of them), on models with ``encode_image`` and ``encode_text`` (open_clip), and on
+two separate towers. Everything else here serves that function: loading, preparing inputs through the model's own
+processor, the towers' layouts, and the layers worth explaining at.
 """
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_model, load_processor
-from captum_m2ib.layers import tensors_in
-from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, real_tokens
-from captum_m2ib.pictures import PictureLike, load_pictures, seen_part
-from captum_m2ib.statistics import ChannelStatistics, RunningStatistics
+from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_model, load_open_clip, load_processor
+from captum_m2ib.families import Family, Side, derive_layout, family_of
+from captum_m2ib.layers import LayerLike
+from captum_m2ib.layouts import Layout, TextLayout, real_tokens
+from captum_m2ib.pairs import Pairs, prepare_pairs
+from captum_m2ib.pictures import PictureLike
+from captum_m2ib.statistics import ChannelStatistics
+from captum_m2ib.towers import config_of, find_embeddings, refine, stages_of, vocabulary_statistics
 
-_METHODS = (("get_image_features", "get_text_features"), ("encode_image", "encode_text"))
+__all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
 
-
-@dataclass(frozen=True)
-class Pairs:
-    r"""Model inputs for a batch of pairs, with what is needed to show them.
-
-    Attributes:
-
-        inputs (tuple[Tensor, Tensor]): ``pixel_values``, (N, C, H, W), and ``input_ids``, (N, L).
-        additional_forward_args (tuple[Tensor, ...]): ``attention_mask``, (N, L), where the tokenizer makes one.
-        captions (tuple[str, ...]): The captions as given.
-        tokens (tuple[tuple[str, ...], ...]): Per pair, the token at each of the L positions as a string.
-        special (tuple[tuple[bool, ...], ...]): Per pair, which tokens the tokenizer added.
-        pictures (tuple[numpy.ndarray, ...]): Per pair, the part of the picture that the model sees, uint8,
-            (height, width, 3), at a resolution fit for looking at.
-    """
-
-    inputs: tuple[Tensor, Tensor]
-    additional_forward_args: tuple[Tensor, ...]
-    captions: tuple[str, ...]
-    tokens: tuple[tuple[str, ...], ...]
-    special: tuple[tuple[bool, ...], ...]
-    pictures: tuple[np.ndarray, ...]
-
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def to(self, device: torch.device | str) -> Pairs:
-        """The same pairs with their tensors on another device."""
-        return Pairs(
-            (self.inputs[0].to(device), self.inputs[1].to(device)),
-            tuple(argument.to(device) for argument in self.additional_forward_args),
-            self.captions,
-            self.tokens,
-            self.special,
-            self.pictures,
-        )
+_OWN = {
+    "text": Side("text", "", ("input_ids", "attention_mask"), (), named=False),
+    **{
+        name: Side(name, "", (argument,), (), named=False)
+        for name, argument in (("image", "pixel_values"), ("video", "pixel_values"), ("audio", "input_features"))
+    },
+}
 
 
 class _Tower(nn.Module):
@@ -70,28 +44,44 @@ class _Tower(nn.Module):
     It refers to the model without owning it: the model stays registered once, under its own names.
     """
 
-    def __init__(self, model: nn.Module, method: str | None, argument: str, result: str) -> None:
+    def __init__(self, model: nn.Module, side: Side) -> None:
         super().__init__()
+        self.model: nn.Module
         self.__dict__["model"] = model
-        self.method, self.argument, self.result = method, argument, result
+        self.side = side
         self.training = False
 
-    def forward(self, inputs: Tensor, *additional: Any) -> Tensor:
-        run: Any = self.model if self.method is None else getattr(self.model, self.method)
-        named = self.method is not None and self.method.startswith("get_")
-        mask = {"attention_mask": additional[0]} if additional and named else {}
-        output = run(**{self.argument: inputs}, **mask) if named else run(inputs, *additional)
-        return _embedding(output, self.result, type(self.model).__name__)
+    def forward(self, inputs: Tensor, *extras: Any) -> Any:
+        side = self.side
+        method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
+        if not side.named:
+            return method(inputs, *extras)
+        given = {
+            name: value for name, value in zip(side.arguments, (inputs, *extras), strict=False) if value is not None
+        }
+        run = method if isinstance(side.encode, str) else functools.partial(side.encode, self.model)
+        if self._is_resized(inputs) and "interpolate_pos_encoding" in inspect.signature(run).parameters:
+            given["interpolate_pos_encoding"] = True
+        return run(**given)
+
+    def _is_resized(self, inputs: Tensor) -> bool:
+        """Whether pictures come in another size than the tower stores positions for."""
+        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
+        if self.side.modality != "image" or native is None or inputs.ndim != 4:
+            return False
+        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
 
 
-def _embedding(output: Any, result: str, owner: str) -> Tensor:
-    for name in (None, result, "pooler_output"):
+def _embedding(output: Any, owner: str) -> Tensor:
+    output = output[0] if isinstance(output, tuple) and output else output
+    for name in (None, "image_embeds", "text_embeds", "pooler_output"):
         found = output if name is None else getattr(output, name, None)
         if isinstance(found, Tensor):
             return found
     raise TypeError(
         f"model: expected {owner} to return an embedding per example, (N, dimensions), as a tensor or under "
-        f"{result!r} or 'pooler_output', got {type(output).__name__}; wrap the tower in a module that returns it."
+        f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
+        "that returns it."
     )
 
 
@@ -100,9 +90,12 @@ class DualEncoder(nn.Module):
 
     Args:
 
-        *towers (nn.Module): Either one model that offers ``get_image_features`` and ``get_text_features``
-            (transformers) or ``encode_image`` and ``encode_text``, or two towers, the image's first, each returning
-            an embedding per example.
+        *towers (nn.Module): Either one model of a known family, or that offers ``get_image_features`` and
+            ``get_text_features`` (transformers) or ``encode_image`` and ``encode_text`` (open_clip), or two towers,
+            each returning an embedding per example. The same tower may be given twice.
+        modalities (tuple[str, str], optional): What is compared: two of ``"image"``, ``"text"``, ``"audio"`` and
+            ``"video"``, such as ("image", "image") for pictures compared through one tower. Default: None (what the
+            model compares; ("image", "text") for two towers)
         processor (optional): The processor of the model, for :meth:`prepare`. Default: None
         layouts (tuple, optional): Layouts of the towers where they cannot be derived. Default: None
         statistics (mapping, optional): Layer name to :class:`ChannelStatistics`, for the standardised prior.
@@ -110,6 +103,7 @@ class DualEncoder(nn.Module):
 
     Raises:
         TypeError: if the towers offer neither of these.
+        ValueError: if the model does not read one of the modalities.
 
     Examples::
 
@@ -122,26 +116,32 @@ class DualEncoder(nn.Module):
     def __init__(
         self,
         *towers: nn.Module,
+        modalities: tuple[str, str] | None = None,
         processor: Any = None,
         layouts: tuple[Layout | None, ...] | None = None,
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> None:
         super().__init__()
         self._towers: tuple[_Tower, _Tower]
+        if len(towers) not in (1, 2):
+            raise TypeError(f"towers: expected one model or two towers, got {len(towers)} arguments.")
         if len(towers) == 1:
             self.model = towers[0]
-            self.__dict__["_towers"] = _towers_of(towers[0])
-        elif len(towers) == 2:
-            self.image_tower, self.text_tower = towers
-            self.__dict__["_towers"] = (
-                _Tower(towers[0], None, "pixel_values", "image_embeds"),
-                _Tower(towers[1], None, "input_ids", "text_embeds"),
-            )
+            self._family = _known_family(towers[0])
+            self._sides = _chosen_sides(self._family, modalities, towers[0])
         else:
-            raise TypeError(f"towers: expected one model or two towers, got {len(towers)} arguments.")
+            self.image_tower, self.text_tower = towers
+            self._family = Family(tuple(_OWN.values()))
+            self._sides = _chosen_sides(self._family, modalities or ("image", "text"), towers[0])
+        # Outside the registry of modules, so that parameters keep the model's own names.
+        self.__dict__["_towers"] = tuple(
+            _Tower(tower, side)
+            for tower, side in zip(towers if len(towers) == 2 else towers * 2, self._sides, strict=True)
+        )
+        self._slots = _slots(self._sides)
+        self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts()
         self.processor = processor
         self.statistics: dict[str, ChannelStatistics] = dict(statistics or {})
-        self._given_layouts = layouts
         self.training = any(tower.training for tower in towers)
 
     @classmethod
@@ -176,14 +176,46 @@ class DualEncoder(nn.Module):
         encoder.statistics.update(find_statistics(model, revision))
         return encoder.to(device) if device is not None else encoder
 
-    def forward(self, image: Tensor, text: Tensor, *additional: Any) -> Tensor:
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: str,
+        pretrained: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> DualEncoder:
+        r"""Load a model of open_clip with its own transform and tokenizer (extra ``open-clip``).
+
+        Args:
+
+            model (str): Name of an architecture, or ``"hf-hub:..."`` or ``"local-dir:..."`` for a checkpoint with its
+                configuration.
+            pretrained (str, optional): Tag of the weights or path of a file. Default: None (what the checkpoint holds;
+                random weights for a bare architecture)
+            device (torch.device or str, optional): Default: None (stays on the CPU)
+            **options: Passed on to ``open_clip.create_model_and_transforms``. Pickled weights are read with
+                ``weights_only=True``, which runs no code.
+
+        Returns:
+            DualEncoder: in eval mode.
+
+        Raises:
+            ImportError: if open_clip is not installed.
+            OSError: if there is no such model or its weights cannot be read.
+        """
+        loaded, processor = load_open_clip(model, pretrained, options)
+        encoder = cls(loaded.eval(), processor=processor)
+        return encoder.to(device) if device is not None else encoder
+
+    def forward(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
         r"""Cosine similarity of each aligned pair.
 
         Args:
 
-            image (Tensor): (N, C, H, W).
-            text (Tensor): Token ids, (N, L).
-            *additional: Further arguments of the text tower, the attention mask, (N, L), first.
+            first (Tensor): What the first tower reads, e.g. pictures, (N, C, H, W).
+            second (Tensor): What the second tower reads, e.g. token ids, (N, L).
+            *additional: Further arguments, in the order of :attr:`argument_names`; attention masks, (N, L), come first.
 
         Returns:
             Tensor: (N,).
@@ -191,27 +223,55 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: if the batch sizes differ or the token ids are not integers.
         """
-        if image.shape[0] != text.shape[0]:
+        if first.shape[0] != second.shape[0]:
+            kinds = [side.modality for side in self._sides]
             raise ValueError(
-                f"inputs: expected one text per image, got {image.shape[0]} images and {text.shape[0]} texts; repeat "
-                "the one that is shared."
+                f"inputs: expected one {kinds[1]} per {kinds[0]}, got {first.shape[0]} {kinds[0]}s and "
+                f"{second.shape[0]} {kinds[1]}s; repeat the one that is shared."
             )
-        if isinstance(self.layouts[1], TextLayout) and text.is_floating_point():
-            raise ValueError(
-                f"inputs: expected integer token ids, got {text.dtype}; ids cannot be perturbed or averaged like "
-                "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
-            )
-        image_embedding, text_embedding = self._towers[0](image), self._towers[1](text, *additional)
-        # Half-precision scores differ by steps as large as what a token contributes.
-        precise = torch.promote_types(image_embedding.dtype, torch.float32)
-        return F.cosine_similarity(image_embedding.to(precise), text_embedding.to(precise), dim=-1)
+        for inputs, layout in zip((first, second), self.layouts, strict=False):
+            if isinstance(layout, TextLayout) and inputs.is_floating_point():
+                raise ValueError(
+                    f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
+                    "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
+                )
+        given = dict(zip(self._slots[2:], additional, strict=False))
+        beyond = additional[len(self._slots) - 2 :]
+        outputs = []
+        for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
+            extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
+            while extras and extras[-1] is None:
+                extras.pop()
+            outputs.append(tower(inputs, *extras, *(beyond if index else ())))
+        return _similarity(*self._joined(*outputs))
+
+    def _joined(self, first: Any, second: Any) -> tuple[Tensor, Tensor]:
+        names = [type(tower.model).__name__ for tower in self._towers]
+        if self._family.join is not None and self._sides == self._family.sides:
+            return self._family.join(self.model, first, _embedding(second, names[1]))
+        return _embedding(first, names[0]), _embedding(second, names[1])
+
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """What :meth:`forward` reads, in its order: the two inputs, attention masks, then what else there is."""
+        return tuple(name for _, name in self._slots)
+
+    def _derived_layouts(self) -> tuple[Layout | None, ...]:
+        found = []
+        for index, side in enumerate(self._sides):
+            positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
+            found.append(derive_layout(side, self._side(index), positions))
+        return tuple(found)
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:
-        """Layouts of the towers: as given, or derived from the model's configuration."""
-        if self._given_layouts is not None:
-            return self._given_layouts
-        return _image_layout(self._side(0)), _text_layout(self._side(1))
+        """Layouts of the towers: as given, or derived from their modules and configuration."""
+        return self._layouts
+
+    def layout_of(self, layer: nn.Module, modality: int | None = None) -> Layout | None:
+        """The layout that holds in one layer: its tower's, with what is particular to the layer."""
+        modality = self.owner(layer) if modality is None else modality
+        return refine(self.layouts[modality], self._side(modality), layer)
 
     @property
     def device(self) -> torch.device:
@@ -223,24 +283,33 @@ class DualEncoder(nn.Module):
         return (self.model, self) if "model" in self._modules else (self,)
 
     def owner(self, layer: nn.Module) -> int:
-        """Which tower a layer belongs to: 0 for the image's, 1 for the text's."""
-        return int(any(module is layer for module in self._side(1).modules()))
+        """Which tower a layer belongs to: 0 for the first, 1 for the second; 0 if both use it."""
+        sides = [self._side(index) for index in (0, 1)]
+        inside = [any(module is layer for module in side.modules()) for side in sides]
+        # A tower that is not kept apart from the whole model owns what no other tower does.
+        whole = [side is self._modules.get("model") for side in sides]
+        return int(inside[1] and (not inside[0] or (whole[0] and not whole[1])))
 
-    def recommended_layers(self) -> tuple[nn.Module, nn.Module]:
-        r"""The layers that measured best: the image tower's first block, the text tower's embeddings.
+    def recommended_layers(self) -> tuple[LayerLike, LayerLike]:
+        r"""The layers that measured best: an image tower's first block, a text tower's embeddings.
 
         From the first block on, the pooled position of a text tower already holds what the score needs, so that
-        information goes round the gates of the other tokens; at the embeddings it cannot.
+        information goes round the gates of the other tokens; at the embeddings it cannot. Towers whose grid becomes
+        coarser from stage to stage are taken at the end of the last stage but one, where one unit covers about what a
+        patch of a plain tower does. One tower for both inputs is reached twice: the layers name the calls.
 
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
-        return _blocks(self._side(0), "image")[0], _embeddings(self._side(1))
+        return self._told_apart([self._recommended(index) for index in (0, 1)])
 
-    def published_layers(self) -> tuple[nn.Module, nn.Module]:
+    def published_layers(self) -> tuple[LayerLike, LayerLike]:
         """The layers of the M2IB paper: the output of the block at three quarters of each tower's depth."""
-        image, text = _blocks(self._side(0), "image"), _blocks(self._side(1), "text")
-        return image[_three_quarters(len(image))], text[_three_quarters(len(text))]
+        found = []
+        for index in (0, 1):
+            blocks = [block for stage in self._stages(index) for block in stage]
+            found.append(blocks[_three_quarters(len(blocks))])
+        return self._told_apart(found)
 
     def statistics_of(self, layer: nn.Module) -> ChannelStatistics | None:
         r"""What is known of a layer's channels without seeing data: shipped statistics, or the vocabulary's.
@@ -250,14 +319,15 @@ class DualEncoder(nn.Module):
             layer (nn.Module): A layer of this encoder.
 
         Returns:
-            ChannelStatistics or None: as shipped with the checkpoint; for the embeddings of the text tower those of
+            ChannelStatistics or None: as shipped with the checkpoint; for the embeddings of a text tower those of
             every token of the vocabulary; else None.
         """
         for root in self.roots():
             for name, module in root.named_modules():
                 if module is layer and name in self.statistics:
                     return self.statistics[name]
-        return _vocabulary_statistics(layer) if layer is _find_embeddings(self._side(1)) else None
+        text = [self._side(i) for i, side in enumerate(self._sides) if side.modality == "text"]
+        return vocabulary_statistics(layer) if any(layer is find_embeddings(tower) for tower in text) else None
 
     def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
@@ -269,31 +339,31 @@ class DualEncoder(nn.Module):
             captions (str or sequence of str): A single caption is paired with every picture.
 
         Returns:
-            Pairs: the inputs on the model's device, captions padded to the longest.
+            Pairs: the inputs on the model's device, captions padded as the model was trained.
 
         Raises:
             ValueError: if the numbers of pictures and captions differ, a caption is empty, a picture cannot be read
-                or is too large, or the encoder has no processor.
+                or is too large, the encoder has no processor, or it does not compare pictures with captions.
         """
         if self.processor is None:
             raise ValueError(
                 "processor: this DualEncoder has none; load it with DualEncoder.from_pretrained or pass "
                 "DualEncoder(model, processor=...)."
             )
-        texts, pictures = _align(_captions(captions), load_pictures(images))
-        pixels = self.processor.image_processor(images=pictures, return_tensors="pt")["pixel_values"]
-        encoded = self._tokenize(texts)
-        ids, mask = encoded["input_ids"], encoded.get("attention_mask")
-        tokenizer = self.processor.tokenizer
-        special = set(tokenizer.all_special_ids) - _unknown_tokens(tokenizer)
-        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
-        pairs = Pairs(
-            (pixels.to(dtype), ids),
-            () if mask is None else (mask,),
-            tuple(texts),
-            tuple(tuple(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist()),
-            tuple(tuple(token in special for token in row) for row in ids.tolist()),
-            tuple(seen_part(picture, self.processor.image_processor, pixels.shape[-2:]) for picture in pictures),
+        kinds = tuple(side.modality for side in self._sides)
+        if kinds != ("image", "text"):
+            raise ValueError(
+                f"prepare: expected an encoder of pictures and captions, this one compares {kinds[0]} with {kinds[1]}; "
+                f"make tensors with encoder.processor and pass them in the order {', '.join(self.argument_names)}."
+            )
+        pairs = prepare_pairs(
+            self.processor,
+            self.argument_names,
+            images,
+            captions,
+            getattr(config_of(self._side(1), "text_config"), "max_position_embeddings", None),
+            self._sides[1].padding,
+            next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
         )
         return pairs.to(self.device)
 
@@ -303,157 +373,80 @@ class DualEncoder(nn.Module):
         real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
         return [len(row) for row in pairs.tokens] if real is None else real.sum(1).tolist()
 
-    def _tokenize(self, captions: list[str]) -> Any:
-        tokenizer = self.processor.tokenizer
-        positions = getattr(_config(self._side(1), "text_config"), "max_position_embeddings", None)
-        limit = min(positions or tokenizer.model_max_length, tokenizer.model_max_length)
-        unknown = _unknown_tokens(tokenizer)
-        for caption, ids in zip(captions, tokenizer(captions)["input_ids"], strict=True):
-            if len(ids) > limit:
-                warnings.warn(
-                    f"captions: the model reads {limit} tokens, {caption[:40]!r}... has {len(ids)}; the rest is cut.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-            if unknown & set(ids):
-                warnings.warn(
-                    f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown words all "
-                    "look the same to the model.",
-                    UserWarning,
-                    stacklevel=3,
-                )
-        return tokenizer(captions, padding="longest", truncation=True, max_length=limit, return_tensors="pt")
-
     def _side(self, index: int) -> nn.Module:
         """The module that holds one tower's layers."""
         if "model" not in self._modules:
             return (self.image_tower, self.text_tower)[index]
-        for name in (("vision_model", "visual"), ("text_model", "text"))[index]:
-            found = getattr(self.model, name, None)
-            if isinstance(found, nn.Module):
-                return found
-        return self.model
+        return self._sides[index].tower(self.model)
+
+    def _stages(self, index: int) -> list[list[nn.Module]]:
+        tower, kind = self._side(index), self._sides[index].modality
+        found = stages_of(tower)
+        if not found:
+            raise ValueError(
+                f"layers: found no list of blocks in the {kind} tower {type(tower).__name__}; name the layers, e.g. "
+                "MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
+            )
+        return found
+
+    def _recommended(self, index: int) -> nn.Module:
+        tower = self._side(index)
+        if self._sides[index].modality != "text":
+            stages = self._stages(index)
+            return stages[0][0] if len(stages) == 1 else stages[-2][-1]
+        found = find_embeddings(tower)
+        if found is None:
+            raise ValueError(
+                f"layers: found no table of tokens in the text tower {type(tower).__name__}; name the layers, e.g. "
+                "MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
+            )
+        return found
+
+    def _told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+        first, second = layers
+        return ((first, 0), (second, 1)) if first is second else (first, second)
 
 
 def is_dual_encoder(model: Any) -> bool:
-    """Whether a model offers both towers under the names that transformers or CLIP's own code use."""
-    return any(all(hasattr(model, name) for name in names) for names in _METHODS)
+    """Whether a model offers both towers under names that are known."""
+    return family_of(model) is not None
 
 
-def _towers_of(model: nn.Module) -> tuple[_Tower, _Tower]:
-    for image, text in _METHODS:
-        if hasattr(model, image) and hasattr(model, text):
-            return (
-                _Tower(model, image, "pixel_values", "image_embeds"),
-                _Tower(model, text, "input_ids", "text_embeds"),
-            )
-    raise TypeError(
-        "model: expected get_image_features and get_text_features, or encode_image and encode_text, got "
-        f"{type(model).__name__}, which offers neither; pass DualEncoder(image_tower, text_tower) instead."
-    )
-
-
-def _config(tower: nn.Module, part: str) -> Any:
-    config = getattr(tower, "config", None)
-    return getattr(config, part, config)
-
-
-def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
-
-
-def _image_layout(tower: nn.Module) -> PatchLayout | None:
-    config = _config(tower, "vision_config")
-    if getattr(config, "patch_size", None) is None or getattr(config, "image_size", None) is None:
-        return None
-    patch, size = _pair(config.patch_size), _pair(config.image_size)
-    tables = (m for n, m in tower.named_modules() if isinstance(m, nn.Embedding) and "position" in n)
-    # A tower stores a position for each prefix token and each patch of its native picture.
-    positions = next((table.num_embeddings for table in tables), 0)
-    return PatchLayout(patch, max(positions - (size[0] // patch[0]) * (size[1] // patch[1]), 0))
-
-
-def _text_layout(tower: nn.Module) -> TextLayout | None:
-    tables = (name for name, module in tower.named_modules() if isinstance(module, nn.Embedding))
-    if all("position" in name for name in tables):
-        return None
-    config = _config(tower, "text_config")
-    end = getattr(config, "eos_token_id", None)
-    # Old configurations of CLIP hold a wrong id, 2, by which transformers knows to pool at the highest id.
-    legacy = end == 2 and str(getattr(config, "model_type", "")).startswith(("clip", "groupvit", "xclip"))
-    return TextLayout(2, end if isinstance(end, int) and not legacy else None, ends_at_highest=legacy)
-
-
-def _blocks(tower: nn.Module, kind: str) -> nn.ModuleList:
-    lists = [module for module in tower.modules() if isinstance(module, nn.ModuleList) and len(module)]
-    if not lists:
-        raise ValueError(
-            f"layers: found no list of blocks in the {kind} tower {type(tower).__name__}; name the layers, e.g. "
-            "MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
+def _known_family(model: nn.Module) -> Family:
+    family = family_of(model)
+    if family is None:
+        raise TypeError(
+            "model: expected get_image_features and get_text_features, or encode_image and encode_text, got "
+            f"{type(model).__name__}, which offers neither; pass DualEncoder(image_tower, text_tower) instead."
         )
-    return max(lists, key=len)
+    return family
+
+
+def _chosen_sides(family: Family, modalities: tuple[str, str] | None, owner: nn.Module) -> tuple[Side, Side]:
+    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides)
+    found = [side for side in map(family.side, kinds) if side is not None]
+    if len(kinds) != 2 or len(found) != 2:
+        offered = ", ".join(sorted({side.modality for side in family.sides}))
+        raise ValueError(
+            f"modalities: expected two of what {type(owner).__name__} reads ({offered}), got {modalities!r}."
+        )
+    return found[0], found[1]
+
+
+def _slots(sides: tuple[Side, Side]) -> list[tuple[int, str]]:
+    """What forward reads, in its order: of which side, and under which name."""
+    extras = [(index, name) for index, side in enumerate(sides) for name in side.arguments[1:]]
+    masks = [slot for slot in extras if slot[1] == "attention_mask"]
+    inputs = [(index, side.arguments[0]) for index, side in enumerate(sides)]
+    return [*inputs, *masks, *(slot for slot in extras if slot not in masks)]
+
+
+def _similarity(first: Tensor, second: Tensor) -> Tensor:
+    # Half-precision scores differ by steps as large as what a token contributes.
+    precise = torch.promote_types(first.dtype, torch.float32)
+    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)
 
 
 def _three_quarters(depth: int) -> int:
     # After the last block only the pooled position reaches the score: gates of the others would mean nothing.
     return max(min(3 * depth // 4, depth - 2), 0)
-
-
-def _find_embeddings(tower: nn.Module) -> nn.Module | None:
-    return next((module for name, module in tower.named_modules() if name.split(".")[-1] == "embeddings"), None)
-
-
-def _embeddings(tower: nn.Module) -> nn.Module:
-    found = _find_embeddings(tower)
-    if found is None:
-        raise ValueError(
-            f"layers: found no module named 'embeddings' in the text tower {type(tower).__name__}; name the layers, "
-            "e.g. MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
-        )
-    return found
-
-
-def _vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
-    """Channels over every token of the vocabulary, each at one position, positions cycling."""
-    tables = {name: module for name, module in embeddings.named_modules() if isinstance(module, nn.Embedding)}
-    tokens = next((table for name, table in tables.items() if "position" not in name), None)
-    positions = next((table for name, table in tables.items() if "position" in name), None)
-    if tokens is None:
-        return None
-    length = positions.num_embeddings if positions is not None else 64
-    running = RunningStatistics()
-    with torch.no_grad():
-        for ids in torch.arange(tokens.num_embeddings, device=tokens.weight.device).split(length):
-            running.update(tensors_in(embeddings(input_ids=ids[None]))[0].flatten(0, -2))
-    return running.result()
-
-
-def _captions(captions: str | Sequence[str]) -> list[str]:
-    given = [captions] if isinstance(captions, str) else list(captions)
-    if not given:
-        raise ValueError("captions: expected at least one caption, got none.")
-    for index, caption in enumerate(given):
-        if not isinstance(caption, str) or not caption.strip():
-            got = "an empty one" if isinstance(caption, str) else type(caption).__name__
-            raise ValueError(f"captions[{index}]: expected a caption with at least one word, got {got}.")
-        if any("\ud800" <= character <= "\udfff" for character in caption):
-            raise ValueError(f"captions[{index}]: expected text, got bytes that are not UTF-8; decode it first.")
-    return given
-
-
-def _align(captions: list[str], pictures: list[Any]) -> tuple[list[str], list[Any]]:
-    count = max(len(captions), len(pictures))
-    if len(captions) not in (1, count) or len(pictures) not in (1, count):
-        raise ValueError(
-            f"captions: expected one per picture or a single one for all, got {len(pictures)} pictures and "
-            f"{len(captions)} captions."
-        )
-    return (
-        captions * count if len(captions) == 1 else captions,
-        pictures * count if len(pictures) == 1 else pictures,
-    )
-
-
-def _unknown_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for words the tokenizer does not know; CLIP's own knows every word and names its end token."""
-    return {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}

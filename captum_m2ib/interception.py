@@ -87,6 +87,11 @@ def _refuse_compiled(module: nn.Module) -> None:
         )
 
 
+def is_stateless(module: nn.Module) -> bool:
+    """Whether a module holds nothing: no parameters, no buffers, no other modules."""
+    return not (module._parameters or module._buffers or module._modules)
+
+
 @dataclass
 class _Loan:
     """A module or parameter whose flag is changed while at least one run in any thread needs it so."""
@@ -115,12 +120,13 @@ class _Borrower:
                 )
             if id(module) in self._taken:
                 continue
-            self._borrow(module, "training")
+            # A function in a module's guise, made anew for each pass, is always in training mode: nobody chose it.
+            self._borrow(module, "training", quietly=module is root and is_stateless(module))
             for parameter in module.parameters(recurse=False):
                 if parameter.is_leaf:
                     self._borrow(parameter, "requires_grad")
 
-    def _borrow(self, owner: Any, flag: str) -> None:
+    def _borrow(self, owner: Any, flag: str, quietly: bool = False) -> None:
         if id(owner) in self._taken:
             return
         with _lock:
@@ -128,7 +134,7 @@ class _Borrower:
             loan.holders += 1
             self._taken[id(owner)] = flag
             if getattr(owner, flag):
-                if flag == "training" and not self._warned:
+                if flag == "training" and not self._warned and not quietly:
                     self._warned = True
                     warnings.warn(
                         "forward_func: the model is in training mode; it is explained in eval mode, and its mode is "

@@ -1,12 +1,17 @@
-"""How the units of a hidden state map onto the units of an input: layouts are data, two functions read them.
+r"""How the units of a hidden state map onto the units of an input: layouts are data, a few functions read them.
 
-``image_grid`` and ``text_units`` reduce information per element, (N, ...), to one number per patch or token;
-``to_pixels`` and ``to_tokens`` give it the shape of the input. Bits are moved, never made: resizing keeps a map's sum.
+A layout says how a tower cuts its input into units (patches of a picture, tubes of a video, pieces of a spectrogram,
+tokens of a caption). :func:`to_units` sums information per element, (N, ...), to one number per unit, and
+:func:`to_input` gives that the shape of the input. Bits are moved, never made: both keep sums.
+
+Where the units are in a hidden state is told from its shape: tokens with or without prefix, a map with its channels
+first or last, windows, or one of the coarser grids of a hierarchical tower. Nothing is taken from a square root.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,19 +19,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+HALVINGS = (1, 2, 4, 8, 16, 32, 64)
+
 
 @dataclass(frozen=True)
 class PatchLayout:
-    r"""An image tower: a grid of patches, as tokens after some prefix tokens or as a convolutional map.
+    r"""An input cut into a grid: pictures by height and width, videos also by frame, spectrograms by time and pitch.
 
     Args:
 
-        patch_size (tuple[int, int]): Height and width of a patch in pixels. A convolutional map, (N, C, h, w), brings
-            its own grid and ignores it.
+        patch_size (tuple[int, ...]): Extent of a patch along each axis of the grid, in elements of the input: (height,
+            width) for a picture, (frames, height, width) for a video. (1, 1) with ``coarser`` covers every tower that
+            halves its grid as it goes.
         prefix (int, optional): Tokens before the first patch (class token, registers). Default: 0
+        suffix (int, optional): Tokens after the last patch (group tokens). A layer may lack the prefix, the suffix or
+            both. Default: 0
+        axes (tuple[int, ...], optional): The input's dimensions that the grid lies on. Default: None (the last ones)
+        coarser (tuple[int, ...], optional): By which factors the stages of a hierarchical tower merge patches.
+            Default: (1,)
+        size (tuple[int, ...], optional): Extent of those axes inside the tower, where it resizes its input. Default:
+            None (as the input comes)
+        fold (int, optional): Into how many pieces the first axis is cut, which are then stacked along the second, as
+            HTS-AT does with a spectrogram. Default: 1
+        window (int, optional): Side of the square windows within which attention works. Default: None
+        shift (int, optional): By how many patches windows are shifted in this layer. Default: 0
     """
 
-    patch_size: tuple[int, int]
+    patch_size: tuple[int, ...]
+    prefix: int = 0
+    suffix: int = 0
+    axes: tuple[int, ...] | None = None
+    coarser: tuple[int, ...] = (1,)
+    size: tuple[int, ...] | None = None
+    fold: int = 1
+    window: int | None = None
+    shift: int = 0
+
+
+@dataclass(frozen=True)
+class PackedLayout:
+    r"""An input that is a sequence of patches already, (N, patches, values), of pictures of any shape.
+
+    Args:
+
+        mask_argument (int, optional): Position, among all arguments of forward_func, of the mask that tells patches
+            from padding, (N, patches). Default: None
+        shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2). Default: None
+        prefix (int, optional): Tokens before the first patch. Default: 0
+    """
+
+    mask_argument: int | None = None
+    shapes_argument: int | None = None
     prefix: int = 0
 
 
@@ -34,7 +77,8 @@ class PatchLayout:
 class TextLayout:
     r"""A text tower: one token of the hidden state per token of the input.
 
-    Which tokens are real is read from an attention mask where there is one, else from the end token.
+    Which tokens are real is read from an attention mask where there is one, else from the end token, else from the
+    id of padding.
 
     Args:
 
@@ -44,14 +88,43 @@ class TextLayout:
             Default: None
         ends_at_highest (bool, optional): The end token is the one with the highest id, as in CLIP's first vocabulary,
             whatever that id is. Default: False
+        pad_token_id (int, optional): Tokens of this id are padding when there is no mask. Default: None
+        reads_padding (bool, optional): The tower reads padding like words, as SigLIP does. Padding is then told from
+            words at the embeddings only; in later layers it holds what it has read, and every token counts. Default:
+            False
+        prefix (int, optional): Tokens that the tower itself puts before the input's. Default: 0
+        suffix (int, optional): Tokens that the tower itself puts after them (CoCa's class token). A layer may lack
+            the prefix, the suffix or both. Default: 0
     """
 
     mask_argument: int | None = None
     end_token_id: int | None = None
     ends_at_highest: bool = False
+    pad_token_id: int | None = None
+    reads_padding: bool = False
+    prefix: int = 0
+    suffix: int = 0
 
 
-Layout: TypeAlias = PatchLayout | TextLayout
+Layout: TypeAlias = PatchLayout | PackedLayout | TextLayout
+
+
+def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+    """Which tokens or packed patches are real, (N, L) boolean, or None if the layout cannot tell (then all are)."""
+    if isinstance(layout, PatchLayout):
+        return None
+    if layout.mask_argument is not None and layout.mask_argument < len(arguments):
+        mask = arguments[layout.mask_argument]
+        if isinstance(mask, Tensor):
+            return mask.bool()
+    if isinstance(layout, PackedLayout) or inputs.is_floating_point():
+        return None
+    if layout.ends_at_highest:
+        return torch.arange(inputs.shape[1], device=inputs.device) <= inputs.argmax(1, keepdim=True)
+    if layout.end_token_id is not None:
+        ends = (inputs == layout.end_token_id).int()
+        return ends.cumsum(1) - ends < 1
+    return None if layout.pad_token_id is None else inputs != layout.pad_token_id
 
 
 def real_elements(layout: Layout | None, hidden: Tensor, modality: int, arguments: Sequence[Any]) -> Tensor | None:
@@ -60,110 +133,240 @@ def real_elements(layout: Layout | None, hidden: Tensor, modality: int, argument
     Args:
 
         layout (Layout or None): The modality's layout; without one everything is real.
-        hidden (Tensor): The hidden state, (N, tokens, channels) or (N, channels, h, w).
+        hidden (Tensor): The hidden state, (N, tokens, channels) or any other shape.
         modality (int): Position of the modality's input among the arguments.
         arguments (sequence): All arguments of forward_func.
 
     Returns:
         Tensor or None: Boolean, broadcastable to ``hidden``; None if every element is real.
     """
-    if not isinstance(layout, TextLayout) or hidden.ndim != 3:
+    if layout is None or isinstance(layout, PatchLayout) or hidden.ndim != 3:
         return None
-    real = real_tokens(layout, arguments[modality], arguments)
-    if real is None or real.shape[1] != hidden.shape[1]:
+    inputs = arguments[modality]
+    real = real_tokens(layout, inputs, arguments)
+    start = None if real is None else _first_of(layout, hidden.shape[1], inputs.shape[1])
+    if real is None or start is None:
         return None
+    # What the tower adds of its own is read by it, whatever the caption's length.
+    real = F.pad(real, (start, hidden.shape[1] - start - inputs.shape[1]), value=True)
     return real.to(hidden.device).unsqueeze(-1)
 
 
-def real_tokens(layout: TextLayout, ids: Tensor, arguments: Sequence[Any]) -> Tensor | None:
-    """Which tokens are real, (N, L) boolean, or None if the layout cannot tell (then all are)."""
-    if layout.mask_argument is not None and layout.mask_argument < len(arguments):
-        mask = arguments[layout.mask_argument]
-        if isinstance(mask, Tensor):
-            return mask.bool()
-    if ids.is_floating_point():
-        return None
-    if layout.ends_at_highest:
-        return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
-    if layout.end_token_id is None:
-        return None
-    ends = (ids == layout.end_token_id).int()
-    return ends.cumsum(1) - ends < 1
-
-
-def image_grid(layout: PatchLayout, elements: Tensor, size: Sequence[int]) -> Tensor:
-    r"""Sum information over channels and arrange it as the picture's patches.
+def channel_axis(layout: Layout | None, hidden: Tensor, inputs: Tensor | None) -> int:
+    r"""The dimension of a hidden state, (N, ...), along which its channels run.
 
     Args:
 
-        layout (PatchLayout): The tower's layout.
-        elements (Tensor): Information per element, (N, tokens, channels) or (N, channels, h, w).
-        size (sequence of int): Height and width of the input in pixels.
+        layout (Layout or None): The layout of its tower.
+        hidden (Tensor): The hidden state, pairs first.
+        inputs (Tensor or None): The tower's input.
 
     Returns:
-        Tensor: (N, grid height, grid width), without what prefix tokens carry.
+        int: as the layout tells; else 1 for maps of four dimensions and the last for everything else.
+    """
+    if isinstance(layout, PatchLayout) and inputs is not None and inputs.ndim > len(layout.patch_size):
+        found = _find_grid(layout, hidden.shape, _extents(layout, inputs))
+        if found is not None:
+            return found.channels
+    return 1 if hidden.ndim == 4 else hidden.ndim - 1
+
+
+def to_units(layout: Layout, elements: Tensor, inputs: Tensor, real: Tensor | None = None) -> Tensor:
+    r"""Sum information over channels and arrange it as the input's patches or tokens.
+
+    Args:
+
+        layout (Layout): The tower's layout.
+        elements (Tensor): Information per element, (N, ...) of the hidden state's shape.
+        inputs (Tensor): The tower's input.
+        real (Tensor, optional): What :func:`real_elements` told. Default: None
+
+    Returns:
+        Tensor: (N, \*grid) for a :class:`PatchLayout`, without what prefix tokens carry; else (N, L), exactly 0 at
+        padding.
 
     Raises:
-        ValueError: if the tokens are not the prefix and the grid that the layout says.
+        ValueError: if the hidden state does not have the units that the layout says.
     """
-    if elements.ndim == 4:
-        return elements.sum(1)
-    rows, columns = (side // patch for side, patch in zip(size, layout.patch_size, strict=True))
-    if elements.ndim == 3 and elements.shape[1] in (rows * columns, layout.prefix + rows * columns):
-        return elements.sum(-1)[:, -rows * columns :].unflatten(1, (rows, columns))
-    raise ValueError(
-        f"layouts: expected {layout.prefix} prefix tokens and a grid of {rows} x {columns} patches (an input of "
-        f"{size[0]} x {size[1]} pixels, patches of {layout.patch_size[0]} x {layout.patch_size[1]}), got a hidden "
-        f"state of shape {tuple(elements.shape)}; pass layouts=(PatchLayout(patch_size=(height, width), prefix=n), "
-        "...) that fits the tower, or a layer before its tokens are pooled."
+    if isinstance(layout, PatchLayout):
+        return _grid_units(layout, elements, inputs)
+    length = inputs.shape[1]
+    start = _first_of(layout, elements.shape[1], length) if elements.ndim == 3 else None
+    if start is None:
+        kind = "packed patch" if isinstance(layout, PackedLayout) else "input token"
+        raise ValueError(
+            f"layouts: expected a hidden state with {length} tokens, one per {kind}, got the shape "
+            f"{tuple(elements.shape)}; choose a layer before the tokens are pooled, or pass a layout whose prefix and "
+            "suffix count the tokens that the tower adds."
+        )
+    bits = elements.sum(-1)
+    bits = bits if real is None else torch.where(real.squeeze(-1), bits, 0.0)
+    return bits[:, start : start + length].contiguous()
+
+
+def to_input(layout: Layout, units: Tensor, inputs: Tensor) -> Tensor:
+    r"""Spread units over the input that they came from, keeping the sum.
+
+    Args:
+
+        layout (Layout): The tower's layout.
+        units (Tensor): What :func:`to_units` gave.
+        inputs (Tensor): The tower's input.
+
+    Returns:
+        Tensor: of the input's shape. Grids are resized (bi- or tri-)linearly over what patches cover; what lies on no
+        axis of the grid (colour channels, the values of a packed patch) shares equally.
+    """
+    if isinstance(layout, PatchLayout):
+        return _spread_grid(layout, units, inputs)
+    beyond = inputs.shape[2:]
+    shared = units / math.prod(beyond)
+    return shared.view(*units.shape, *[1] * len(beyond)).expand(inputs.shape).contiguous()
+
+
+def _first_of(layout: PackedLayout | TextLayout, tokens: int, length: int) -> int | None:
+    """The position of the first input unit among so many tokens of a hidden state."""
+    suffix = layout.suffix if isinstance(layout, TextLayout) else 0
+    return _start(tokens, length, layout.prefix, suffix)
+
+
+def _start(tokens: int, units: int, prefix: int, suffix: int) -> int | None:
+    extras = {0: 0, suffix: 0, prefix: prefix, prefix + suffix: prefix}
+    return extras.get(tokens - units)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Where a hidden state holds a grid: the channels' dimension, the grid, and how its cells lie."""
+
+    channels: int
+    cells: tuple[int, ...]
+    start: int = 0
+    windows: bool = False
+
+
+def _axes(layout: PatchLayout, inputs: Tensor) -> tuple[int, ...]:
+    count = len(layout.patch_size)
+    return layout.axes if layout.axes is not None else tuple(range(inputs.ndim - count, inputs.ndim))
+
+
+def _extents(layout: PatchLayout, inputs: Tensor) -> tuple[int, ...]:
+    return layout.size or tuple(inputs.shape[axis] for axis in _axes(layout, inputs))
+
+
+def _grids(layout: PatchLayout, extents: Sequence[int]) -> Iterator[tuple[int, ...]]:
+    """The grids that the tower's stages may have, the finest first."""
+    for factor in layout.coarser:
+        # Frames are not merged where a patch is one frame of a video.
+        steps = [p if len(extents) > 2 and not i else p * factor for i, p in enumerate(layout.patch_size)]
+        floor = tuple(e // s for e, s in zip(extents, steps, strict=True))
+        ceiling = tuple(-(-e // s) for e, s in zip(extents, steps, strict=True))
+        if min(floor) and (layout.fold == 1 or floor[0] % layout.fold == 0):
+            yield floor
+        if ceiling != floor and layout.fold == 1:
+            yield ceiling
+
+
+def _stored(layout: PatchLayout, cells: tuple[int, ...]) -> tuple[int, ...]:
+    """A grid as the tower holds it: folded or not."""
+    return cells if layout.fold == 1 else (cells[1] * layout.fold, cells[0] // layout.fold)
+
+
+def _find_grid(layout: PatchLayout, shape: Sequence[int], extents: Sequence[int]) -> _Grid | None:
+    last, inner = len(shape) - 1, tuple(shape[1:])
+    for cells in _grids(layout, extents):
+        stored = _stored(layout, cells)
+        if inner[1:] == stored:
+            return _Grid(1, cells)
+        if inner[:-1] == stored:
+            return _Grid(last, cells)
+        ahead = last - 2
+        if 0 <= ahead < len(stored) and inner[:ahead] == stored[:ahead]:
+            start = _start(inner[ahead], math.prod(stored[ahead:]), layout.prefix, layout.suffix)
+            if start is not None:
+                return _Grid(last, cells, start)
+        if layout.window is not None and last == 3 and inner[:2] == _window_shape(layout, stored):
+            return _Grid(last, cells, windows=True)
+    own = inner[1:]
+    is_own = len(own) == len(extents) and layout.fold == 1 and _has_aspect(own, extents)
+    return _Grid(1, own) if is_own else None
+
+
+def _has_aspect(cells: Sequence[int], extents: Sequence[int]) -> bool:
+    """Whether a convolution that pads in its own way could have made this grid with one stride for all axes."""
+    stride = max(extent / count for extent, count in zip(extents, cells, strict=True))
+    return all(abs(extent / stride - count) <= 1.5 for extent, count in zip(extents, cells, strict=True))
+
+
+def _window(layout: PatchLayout, stored: Sequence[int]) -> tuple[int, int]:
+    """Side and shift of the windows on a grid; a grid no larger than a window is one window."""
+    side = min(layout.window or 1, *stored)
+    return side, layout.shift if min(stored) > side else 0
+
+
+def _window_shape(layout: PatchLayout, stored: Sequence[int]) -> tuple[int, int]:
+    side, _ = _window(layout, stored)
+    return math.prod(-(-count // side) for count in stored), side * side
+
+
+def _grid_units(layout: PatchLayout, elements: Tensor, inputs: Tensor) -> Tensor:
+    extents = _extents(layout, inputs)
+    found = _find_grid(layout, elements.shape, extents)
+    if found is None:
+        raise ValueError(_no_grid(layout, elements, extents))
+    cells, stored = elements.sum(found.channels), _stored(layout, found.cells)
+    if found.windows:
+        cells = _join_windows(layout, cells, stored)
+    elif cells.shape[1:] != stored:
+        ahead = cells.ndim - 2
+        rest = stored[ahead:]
+        cells = cells[..., found.start : found.start + math.prod(rest)].unflatten(-1, rest)
+    if layout.fold > 1:
+        cells = cells.unflatten(1, (layout.fold, -1)).transpose(2, 3).flatten(1, 2)
+    return cells.contiguous()
+
+
+def _join_windows(layout: PatchLayout, cells: Tensor, stored: Sequence[int]) -> Tensor:
+    """Windows, (N, windows, side * side), as the grid they were cut from after a cyclic shift."""
+    side, shift = _window(layout, stored)
+    rows, columns = (-(-count // side) for count in stored)
+    tiled = cells.unflatten(1, (rows, columns)).unflatten(3, (side, side)).transpose(2, 3)
+    whole = tiled.flatten(3, 4).flatten(1, 2).roll((shift, shift), (1, 2))
+    return whole[:, : stored[0], : stored[1]]
+
+
+def _no_grid(layout: PatchLayout, elements: Tensor, extents: Sequence[int]) -> str:
+    grids = [" x ".join(map(str, _stored(layout, cells))) for cells in _grids(layout, extents)]
+    known = f"a grid of {' or '.join(grids)} patches" if grids else "a grid with at least one patch"
+    return (
+        f"layouts: expected {layout.prefix} prefix tokens and {known} (an input of {' x '.join(map(str, extents))}, "
+        f"patches of {' x '.join(map(str, layout.patch_size))}), got a hidden state of shape "
+        f"{tuple(elements.shape)}; pass layouts=(PatchLayout(patch_size=(height, width), prefix=n), ...) that fits the "
+        "tower, or a layer before its tokens are pooled."
     )
 
 
-def to_pixels(layout: PatchLayout, grid: Tensor, inputs: Tensor) -> Tensor:
-    r"""Spread a map of patches over the pixels, keeping its sum.
-
-    Args:
-
-        layout (PatchLayout): The tower's layout.
-        grid (Tensor): (N, grid height, grid width).
-        inputs (Tensor): The pictures, (N, C, H, W).
-
-    Returns:
-        Tensor: (N, C, H, W); resized bilinearly over the area that patches cover, shared equally by the channels.
-    """
-    channels, *size = inputs.shape[-3:]
-    height, width = size
-    # Patches that do not divide the picture leave a margin that the model never sees.
+def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
+    axes = [axis % inputs.ndim for axis in _axes(layout, inputs)]
+    sides = [inputs.shape[axis] for axis in axes]
     covered = [
-        count * patch if side // patch == count else side
-        for side, count, patch in zip(size, grid.shape[1:], layout.patch_size, strict=True)
+        side if layout.size else _covered(side, count, patch, layout.coarser)
+        for side, count, patch in zip(sides, units.shape[1:], layout.patch_size, strict=True)
     ]
-    fine = F.interpolate(grid.unsqueeze(1), size=covered, mode="bilinear", align_corners=False)
-    before, after = grid.sum((1, 2)), fine.sum((1, 2, 3))
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(axes)]
+    fine = F.interpolate(units.unsqueeze(1), size=covered, mode=mode, align_corners=False).squeeze(1)
+    before, after = units.flatten(1).sum(1), fine.flatten(1).sum(1)
     scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
-    fine = F.pad(fine * scale[:, None, None, None], (0, width - covered[1], 0, height - covered[0]))
-    return (fine / channels).expand(-1, channels, -1, -1).contiguous()
+    fine = fine * scale.view(-1, *[1] * len(axes))
+    # Patches that do not divide the input leave a margin that the model never sees.
+    margins = [extra for side, part in zip(sides[::-1], covered[::-1], strict=True) for extra in (0, side - part)]
+    fine = F.pad(fine, margins)
+    others = [axis for axis in range(1, inputs.ndim) if axis not in axes]
+    for axis in others:
+        fine = fine.unsqueeze(axis)
+    return (fine / math.prod(inputs.shape[axis] for axis in others)).expand(inputs.shape).contiguous()
 
 
-def to_tokens(elements: Tensor, real: Tensor | None, ids: Tensor) -> Tensor:
-    r"""One value per token: information summed over channels, exactly 0 at padding.
-
-    Args:
-
-        elements (Tensor): Information per element, (N, L, channels).
-        real (Tensor, optional): (N, L, 1) boolean.
-        ids (Tensor): The input tokens, (N, L).
-
-    Returns:
-        Tensor: (N, L).
-
-    Raises:
-        ValueError: if the hidden state does not have one token per input token.
-    """
-    if elements.ndim != 3 or elements.shape[1] != ids.shape[1]:
-        raise ValueError(
-            f"layouts: expected a hidden state with {ids.shape[1]} tokens, one per input token, got the shape "
-            f"{tuple(elements.shape)}; choose a layer before the tokens are pooled."
-        )
-    bits = elements.sum(-1)
-    return bits.contiguous() if real is None else torch.where(real.squeeze(-1), bits, 0.0).contiguous()
+def _covered(side: int, count: int, patch: int, coarser: Sequence[int]) -> int:
+    steps = (patch * factor for factor in coarser)
+    return next((count * step for step in steps if side // step == count), side)

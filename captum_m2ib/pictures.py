@@ -110,6 +110,12 @@ def seen_part(picture: Image, processor: Any, size: Sequence[int]) -> np.ndarray
         width, height = min(size[1] * scale, right), min(size[0] * scale, bottom)
         left, top = (right - width) / 2, (bottom - height) / 2
         right, bottom = left + width, top + height
+    return shown_part(picture, (left, top, right, bottom))
+
+
+def shown_part(picture: Image, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
+    """A box (left, top, right, bottom) of a picture, or all of it, with its longer side at most 448, uint8."""
+    left, top, right, bottom = box or (0.0, 0.0, float(picture.width), float(picture.height))
     ratio = min(1.0, _SHOWN_SIDE / max(right - left, bottom - top))
     shown = max(1, round((right - left) * ratio)), max(1, round((bottom - top) * ratio))
     return np.asarray(picture.resize(shown, box=(left, top, right, bottom)))

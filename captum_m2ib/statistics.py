@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import LayerLike, resolve_for
-from captum_m2ib.layouts import Layout, real_elements
+from captum_m2ib.layouts import Layout, channel_axis, real_elements
 from captum_m2ib.suffix import Suffix, Tap
 
 # Channels that hardly vary would make any deviation infinitely surprising.
@@ -87,13 +87,12 @@ def floor_std(std: Tensor) -> Tensor:
     return torch.where(largest > 0, std.maximum(MINIMUM_STD * largest), 1.0)
 
 
-def units_of(hidden: Tensor, real: Tensor | None = None) -> Tensor:
+def positions_of(hidden: Tensor, channels: int, real: Tensor | None = None) -> Tensor:
     """The positions of a hidden state as rows of channels, (n, channels), padding left out."""
-    if hidden.ndim == 4:
-        hidden = hidden.flatten(2).transpose(1, 2)
-    if real is not None and hidden.ndim == 3:
-        return hidden[real.squeeze(-1).expand(hidden.shape[:2])]
-    return hidden.flatten(0, -2)
+    rows = hidden.movedim(channels, -1)
+    if real is not None:
+        return rows[real.squeeze(-1).expand(rows.shape[:-1])]
+    return rows.flatten(0, -2)
 
 
 def estimate_statistics(
@@ -129,15 +128,20 @@ def estimate_statistics(
     taps = [Tap(layer, attribute_to_layer_input) for layer in found]
     owners = [forward_func.owner(layer.module) if hasattr(forward_func, "owner") else None for layer in found]
     if layouts is None:
-        layouts = [None if owner is None else forward_func.layouts[owner] for owner in owners]
+        layouts = [
+            None if owner is None else forward_func.layout_of(layer.module, owner)
+            for layer, owner in zip(found, owners, strict=True)
+        ]
     running = [RunningStatistics() for _ in found]
     with borrowing(*(layer.module for layer in found)):
         for batch in tqdm(loader, desc="Statistics", unit="batch", disable=not show_progress):
             arguments = (*batch.inputs, *batch.additional_forward_args) if hasattr(batch, "inputs") else tuple(batch)
             suffix = Suffix(lambda given: forward_func(*given), arguments, arguments[0].shape[0], taps)
             for index, (hidden, layout) in enumerate(zip(suffix.hidden, layouts, strict=True)):
-                real = real_elements(layout, hidden, owners[index] or 0, arguments)
-                running[index].update(units_of(hidden, real))
+                explained = owners[index] or 0
+                real = real_elements(layout, hidden, explained, arguments)
+                channels = channel_axis(layout, hidden, arguments[explained])
+                running[index].update(positions_of(hidden, channels, real))
     return {layer.name: estimate.result() for layer, estimate in zip(found, running, strict=True)}
 
 

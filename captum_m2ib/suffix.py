@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_m2ib.batch_axis import BatchAxis, find_batch_axis
-from captum_m2ib.interception import Handler, intercept
+from captum_m2ib.interception import Handler, intercept, is_stateless
 from captum_m2ib.layers import (
     Layer,
     Path,
@@ -41,6 +41,8 @@ class _Call:
     reach: frozenset[int] = frozenset()
     output: Any = None
     reusable: bool = False
+    # Whether a constant was made for so many rows; None until a run of another size has told.
+    sized: bool | None = False
     tap: int | None = None
 
 
@@ -221,6 +223,8 @@ class _Recorder:
         call.reusable = is_transparent(output) and not changed and not aliases
         if call.reusable:
             call.output = self._keep(output)
+            constant = [tensor for tensor in returned if _DATA not in self.dependence.of([tensor])]
+            call.sized = None if constant else False
             # Whenever such a part could be reused, so could this whole.
             for part in self.calls[call.start + 1 : call.end]:
                 if part.reach >= call.reach:
@@ -314,13 +318,24 @@ class _Replayer:
             structure = self._hand_out(self._suffix._structures[tap])
             return replace_at(structure, self._suffix._paths[tap], self._value(tap))
         if call.reusable and not (call.reach & self._replaced):
-            self._cursor = call.end
-            return self._hand_out(call.output)
+            if call.sized is False:
+                self._cursor = call.end
+                return self._hand_out(call.output)
+            return self._remake(call, proceed(module, *args, **kwargs))
         return proceed(module, *args, **kwargs)
+
+    def _remake(self, call: _Call, output: Any) -> Any:
+        """Run a constant again, such as a query repeated for each row, unless its shape proves to be fixed."""
+        if call.sized is None and self._suffix._pairs * self._draws != self._suffix._pairs + 1:
+            kept: list[Any] = []
+            map_leaves(call.output, kept.append, _Kept)
+            pairs = zip(tensors_in(output), kept, strict=True)
+            call.sized = any(k.axis is None and t.shape != k.value.shape for t, k in pairs)
+        return output
 
     def _next(self, module: nn.Module) -> _Call:
         calls = self._suffix._calls
-        if self._cursor >= len(calls) or calls[self._cursor].module is not module:
+        if self._cursor >= len(calls) or not _is_same(calls[self._cursor].module, module):
             expected = type(calls[self._cursor].module).__name__ if self._cursor < len(calls) else "no further call"
             raise RuntimeError(
                 "forward_func: its module calls changed between two runs on the same pairs (the first ran "
@@ -336,6 +351,11 @@ class _Replayer:
 
     def _hand_out(self, structure: Any) -> Any:
         return map_leaves(structure, lambda kept: kept.hand_out(self._draws), _Kept)
+
+
+def _is_same(recorded: nn.Module, module: nn.Module) -> bool:
+    """Whether a call is the recorded one; a function in a module's guise may be made anew for each pass."""
+    return recorded is module or (type(recorded) is type(module) and is_stateless(module))
 
 
 def _repeat_first(argument: Any, pairs: int) -> Any:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-
 from collections.abc import Iterator
 from pathlib import Path
 
+import environment  # noqa: F401 - comes first
 import families
 import pytest
 import torch

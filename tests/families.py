@@ -10,10 +10,12 @@ import copy
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+import zoo
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck, PatchLayout, TextLayout
@@ -403,6 +405,15 @@ def shared_case() -> Case:
     return Case(similarity, (pictures(), pictures().flip(2)), (), layers, [tower], layouts)
 
 
+def model_case(model: zoo.Model) -> Case:
+    """A model of the zoo: the first block of each tower, one in the middle, the perceptron in it."""
+    encoder = zoo.encoder_of(model)
+    ids, mask = captions()
+    first, second, *additional = zoo.arguments_of(model, encoder, ids, mask)
+    layers = tuple(zoo.layers_to_try(encoder._side(index)) for index in (0, 1))
+    return Case(encoder, (first, second), tuple(additional), layers, [encoder.model])
+
+
 FAMILIES = [
     Family("clip", clip_case),
     Family("clip_legacy_end", lambda: clip_case(end=2)),
@@ -422,6 +433,9 @@ FAMILIES = [
     Family("shared_tower", shared_case),
     Family("training_dropout", lambda: towers_case(training=True, dropout=0.2)),
 ]
+
+
+FAMILIES += [Family(model.name, partial(model_case, model), frozenset({"model"})) for model in zoo.ZOO]
 
 
 def family_named(name: str) -> Family:

@@ -180,8 +180,8 @@ def test_a_tower_without_known_names_says_what_to_do():
         encoder.recommended_layers()
     with pytest.raises(ValueError, match=r"^layers: found no list of blocks in the image tower"):
         MultiModalInfoBottleneck(encoder)
-    with pytest.raises(ValueError, match=r"^layers: found no module named 'embeddings' in the text tower"):
-        DualEncoder(image_tower(), text_tower()).recommended_layers()
+    with pytest.raises(ValueError, match=r"^layers: found no table of tokens in the text tower Plain"):
+        DualEncoder(image_tower(), Plain()).recommended_layers()
 
 
 # Loading and preparing.

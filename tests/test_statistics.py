@@ -17,8 +17,8 @@ from captum_m2ib.statistics import (
     estimate_statistics,
     floor_std,
     load_statistics,
+    positions_of,
     save_statistics,
-    units_of,
 )
 
 
@@ -64,15 +64,15 @@ def test_channels_that_hardly_vary_are_floored():
     assert running.result().std.tolist() == [1.0, 1.0, 1.0]
 
 
-def test_units_are_rows_of_channels_without_padding():
+def test_positions_are_rows_of_channels_without_padding():
     tokens = torch.arange(12.0).view(2, 3, 2)
-    assert units_of(tokens).tolist() == tokens.reshape(6, 2).tolist()
+    assert positions_of(tokens, 2).tolist() == tokens.reshape(6, 2).tolist()
     real = torch.tensor([[True, True, False], [True, False, False]])[..., None]
-    assert units_of(tokens, real).tolist() == [[0, 1], [2, 3], [6, 7]]
+    assert positions_of(tokens, 2, real).tolist() == [[0, 1], [2, 3], [6, 7]]
     maps = torch.arange(16.0).view(2, 2, 2, 2)
     expected = [maps[n, :, i, j].tolist() for n in range(2) for i in range(2) for j in range(2)]
-    assert units_of(maps).tolist() == expected
-    assert units_of(torch.zeros(4, 5)).shape == (4, 5)
+    assert positions_of(maps, 1).tolist() == expected
+    assert positions_of(torch.zeros(4, 5), 1).shape == (4, 5)
 
 
 def test_saved_and_loaded_are_equal(tmp_path):

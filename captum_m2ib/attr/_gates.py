@@ -20,7 +20,7 @@ from captum_m2ib.batch_axis import BatchAxis
 from captum_m2ib.bottleneck import NATS_PER_BIT, information, mean_information, sample
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer
-from captum_m2ib.layouts import Layout, real_elements
+from captum_m2ib.layouts import Layout, channel_axis, real_elements
 from captum_m2ib.statistics import ChannelStatistics, floor_std
 from captum_m2ib.suffix import Suffix, Tap
 
@@ -140,6 +140,7 @@ def optimise(
     settings: Settings,
     roots: Sequence[Any] = (),
     with_record: bool = False,
+    modalities: Sequence[int] | None = None,
 ) -> list[Gated]:
     r"""Optimise the gates of every tap for every pair.
 
@@ -147,13 +148,15 @@ def optimise(
 
         forward (Callable): Maps the tuple of all arguments to scores, (N,).
         arguments (tuple): All arguments; the first is a batch of N.
-        taps (sequence of Tap): The layers; tap ``i`` explains argument ``i``.
+        taps (sequence of Tap): The layers.
         priors (sequence): Per tap its statistics, ``"pair"`` for those of the pair's own hidden state, or None for
             N(0, variance).
         layouts (sequence): Per tap its layout or None.
         settings (Settings): The optimisation's settings.
         roots (sequence, optional): Modules known to be used. Default: ()
         with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
+        modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
+            argument ``i``)
 
     Returns:
         list[Gated]: one per tap.
@@ -165,6 +168,7 @@ def optimise(
     rows = settings.internal_batch_size or pairs * settings.n_samples
     at_once = max(1, min(pairs, rows // settings.n_samples))
     parts = -(-pairs // at_once)
+    explains = range(len(taps)) if modalities is None else modalities
     objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
     results: list[list[Gated]] = [[] for _ in taps]
     with (
@@ -182,7 +186,7 @@ def optimise(
             _check_finite("score of the untouched pairs", suffix.score, start)
             for tap, hidden in zip(taps, suffix.hidden, strict=True):
                 _check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
-            gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings) for i in range(len(taps))]
+            gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
                 steps = _descend(suffix, chosen, settings, start, bar.update)
@@ -199,21 +203,26 @@ def _gates(
     prior: Prior,
     layout: Layout | None,
     settings: Settings,
+    modality: int,
 ) -> _Gates:
     held = suffix.hidden[index]
     hidden = held.to(torch.promote_types(held.dtype, torch.float32))
-    real = real_elements(layout, hidden, index, arguments)
-    mean, std = _prior(prior, hidden, real, settings.variance[index])
+    # More layers than arguments can be explained at once, but no layout belongs to the others.
+    modality = min(modality, len(arguments) - 1)
+    real = real_elements(layout, hidden, modality, arguments)
+    inputs = arguments[modality] if isinstance(arguments[modality], Tensor) else None
+    mean, std = _prior(prior, hidden, real, settings.variance[index], channel_axis(layout, hidden, inputs))
     return _Gates(index, hidden, mean, std, real, settings.beta[index], held.dtype)
 
 
-def _prior(prior: Prior, hidden: Tensor, real: Tensor | None, variance: float) -> tuple[Tensor | float, Tensor | float]:
+def _prior(
+    prior: Prior, hidden: Tensor, real: Tensor | None, variance: float, channels: int
+) -> tuple[Tensor | float, Tensor | float]:
     scale = variance**0.5
     if prior is None:
         return 0.0, scale
-    channels = 1 if hidden.ndim == 4 else hidden.ndim - 1
     if prior == "pair":
-        mean, std = _own_statistics(hidden, real)
+        mean, std = _own_statistics(hidden, real, channels)
         return mean, std * scale
     if prior.mean.shape[0] != hidden.shape[channels]:
         raise ValueError(
@@ -225,21 +234,20 @@ def _prior(prior: Prior, hidden: Tensor, real: Tensor | None, variance: float) -
     return mean, std * scale
 
 
-def _own_statistics(hidden: Tensor, real: Tensor | None) -> tuple[Tensor, Tensor]:
+def _own_statistics(hidden: Tensor, real: Tensor | None, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over one pair's own real positions."""
-    positions = (2, 3) if hidden.ndim == 4 else tuple(range(1, hidden.ndim - 1))
+    positions = tuple(dim for dim in range(1, hidden.ndim) if dim != channels)
     if not positions:
         raise ValueError(
             f"statistics: 'pair' needs several positions per pair, got a hidden state of shape {tuple(hidden.shape)}; "
             "pass ChannelStatistics or None."
         )
-    weight = torch.ones_like(hidden[..., :1] if hidden.ndim != 4 else hidden[:, :1])
+    weight = torch.ones_like(hidden.narrow(channels, 0, 1))
     weight = weight if real is None else weight * real
     count = weight.sum(positions, keepdim=True).clamp(min=1)
     mean = (hidden * weight).sum(positions, keepdim=True) / count
     std = (((hidden - mean).square() * weight).sum(positions, keepdim=True) / count).sqrt()
-    floored = floor_std(std.squeeze((2, 3))).view_as(std) if hidden.ndim == 4 else floor_std(std)
-    return mean, floored
+    return mean, floor_std(std.movedim(channels, -1)).movedim(-1, channels)
 
 
 def _descend(

@@ -14,7 +14,7 @@ from captum_m2ib.attr._arguments import PerModality, format_additional, format_i
 from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
 from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
 from captum_m2ib.layers import Layer, LayerLike, resolve_for
-from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, image_grid, to_pixels, to_tokens
+from captum_m2ib.layouts import Layout, PatchLayout, to_input, to_units
 from captum_m2ib.statistics import ChannelStatistics
 from captum_m2ib.suffix import Tap
 
@@ -91,8 +91,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         ):
             layers = [layers]
         self.layers: tuple[Layer, ...] = tuple(resolve_for(forward_func, layer) for layer in layers)
-        derived = forward_func.layouts if isinstance(forward_func, DualEncoder) else ()
-        given = tuple(derived if layouts is None else layouts)
+        if layouts is None and isinstance(forward_func, DualEncoder):
+            layouts = [forward_func.layout_of(layer.module, index) for index, layer in enumerate(self.layers[:2])]
+        given = tuple(layouts or ())
         self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
         self.priors: tuple[Prior, ...] = _priors(self.layers, statistics)
 
@@ -255,8 +256,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         )
         attributions = []
         for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False):
-            units = _to_units(layout, gate, tensor)
-            attributions.append(_to_input(layout, units, tensor))
+            units, attribution = _to_units_and_input(layout, gate, tensor)
+            attributions.append(attribution)
             if gate.record is not None:
                 gate.record.units = units
         return tuple(attributions), gated, settings
@@ -339,6 +340,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             self._layouts_of(layers),
             settings,
             _roots(self.forward_func, layers),
+            modalities=self._modalities_of(layers),
         )
         bits = [gate.axis.merge(gate.bits).contiguous() for gate in gated]
         return bits if several else bits[0]
@@ -351,8 +353,14 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         if self.layouts is not None:
             return [*self.layouts, *[None] * len(layers)]
         if isinstance(self.forward_func, DualEncoder):
-            return [self.forward_func.layouts[self.forward_func.owner(layer.module)] for layer in layers]
+            return [self.forward_func.layout_of(layer.module) for layer in layers]
         return [None] * len(layers)
+
+    def _modalities_of(self, layers: Sequence[Layer]) -> list[int]:
+        """Which argument each layer's units belong to."""
+        if isinstance(self.forward_func, DualEncoder) and self.layouts is None:
+            return [self.forward_func.owner(layer.module) for layer in layers]
+        return list(range(len(layers)))
 
 
 def _as_forward_func(forward_func: Any) -> Any:
@@ -375,7 +383,8 @@ def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike], Sequence[Prior
             "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
         )
     layers = forward_func.recommended_layers()
-    return layers, [forward_func.statistics_of(layer) or "pair" for layer in layers]
+    modules = [resolve_for(forward_func, layer).module for layer in layers]
+    return layers, [forward_func.statistics_of(module) or "pair" for module in modules]
 
 
 def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
@@ -402,20 +411,14 @@ def _roots(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
     return [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
-def _to_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> Tensor:
-    """Bits per element summed to one number per patch, (N, h, w), or token, (N, L), or left as they are."""
-    if isinstance(layout, PatchLayout) and tensor.ndim == 4:
-        return image_grid(layout, gate.bits, tensor.shape[-2:])
-    if isinstance(layout, TextLayout):
-        return to_tokens(gate.bits, gate.real, tensor)
-    return gate.bits.sum(-1) if gate.bits.shape[:-1] == tensor.shape else gate.bits
-
-
-def _to_input(layout: Layout | None, units: Tensor, tensor: Tensor) -> Tensor:
-    if isinstance(layout, PatchLayout) and tensor.ndim == 4:
-        return to_pixels(layout, units, tensor)
+def _to_units_and_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits per patch, (N, ...), or token, (N, L), and what they are in the input's shape."""
+    if layout is not None and not (isinstance(layout, PatchLayout) and tensor.ndim <= len(layout.patch_size)):
+        units = to_units(layout, gate.bits, tensor, gate.real)
+        return units, to_input(layout, units, tensor)
+    units = gate.bits.sum(-1) if gate.bits.shape[:-1] == tensor.shape else gate.bits
     if units.shape == tensor.shape:
-        return units.contiguous()
+        return units, units.contiguous()
     raise ValueError(
         f"layouts: cannot tell how a hidden state of shape {tuple(units.shape)} maps onto an input of shape "
         f"{tuple(tensor.shape)}; pass layouts=(PatchLayout(patch_size=(16, 16), prefix=1), TextLayout()) or use "

@@ -1,0 +1,238 @@
+"""Contract 3 on every model of the zoo: the model's own score, units in their places, no work twice, any attention."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from families import Case, captions, model_case
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from captum_m2ib import MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
+from captum_m2ib.interception import borrowing
+from captum_m2ib.layers import resolve_for
+from captum_m2ib.layouts import real_elements, to_input, to_units
+from captum_m2ib.suffix import Suffix, Tap
+
+FEW = {"n_steps": 2, "n_samples": 2}
+
+
+@pytest.fixture(params=zoo.ZOO, ids=[model.name for model in zoo.ZOO])
+def model(request: pytest.FixtureRequest) -> zoo.Model:
+    return request.param
+
+
+def own_logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor | None:
+    """The similarities that the model itself computes, every first input with every second."""
+    kind = type(model).__name__
+    if kind == "FlavaModel":
+        return None
+    if kind == "BlipForImageTextRetrieval":
+        return model(**given, use_itm_head=False).itm_score
+    if hasattr(model, "encode_image"):
+        image, text = (given[name] for name in ("image", "text"))
+        encoded = model.encode_image(image, normalize=True), model.encode_text(text, normalize=True)
+        return encoded[0] @ encoded[1].T
+    output = model(**given)
+    names = ("logits_per_image", "logits_per_video", "logits_per_audio")
+    logits = next(getattr(output, name) for name in names if getattr(output, name, None) is not None)
+    scale = getattr(model, "logit_scale", getattr(model, "logit_scale_a", None))
+    bias = model.logit_bias if hasattr(model, "logit_bias") else 0.0
+    if hasattr(model, "temperature"):
+        return logits * model.temperature
+    scale = scale.clamp(0, model.max_logit_scale) if hasattr(model, "max_logit_scale") else scale
+    return (logits - bias) / scale.exp()
+
+
+def test_score_is_the_models_own(model: zoo.Model):
+    case = model_case(model)
+    arguments = (*case.inputs, *case.additional)
+    with torch.no_grad():
+        found = case.forward(*arguments)
+        given = dict(zip(case.forward.argument_names, arguments, strict=True))
+        expected = own_logits(case.roots[0], given)
+        if expected is None:
+            image = case.roots[0].get_image_features(given["pixel_values"]).pooler_output[:, 0]
+            text = case.roots[0].get_text_features(given["input_ids"], given["attention_mask"]).pooler_output[:, 0]
+            expected = F.normalize(image, dim=-1) @ F.normalize(text, dim=-1).T
+    assert found.shape == (3,)
+    torch.testing.assert_close(found, expected.diagonal(), rtol=1e-4, atol=1e-5)
+    assert float(found.std()) > 1e-3
+
+
+def planted(case: Case, modality: int, seed: int) -> tuple[tuple, Tensor]:
+    """The arguments with one place of one input changed, and where it is."""
+    inputs, layout = case.inputs[modality].clone(), case.forward.layouts[modality]
+    place = torch.zeros(inputs.shape, dtype=torch.bool)
+    if isinstance(layout, PatchLayout):
+        # A quarter of each axis, nowhere near the middle, and not on a diagonal.
+        axes = layout.axes or tuple(range(inputs.ndim - len(layout.patch_size), inputs.ndim))
+        index = [slice(None)] * inputs.ndim
+        for axis, quarter in zip(axes, (1, 3, 0)[: len(axes)], strict=True):
+            cell = inputs.shape[axis] // 4
+            index[axis] = slice(quarter * cell, (quarter + 1) * cell)
+        place[tuple(index)] = True
+    else:
+        place[:, 2] = True
+    generator = torch.Generator().manual_seed(seed)
+    if inputs.is_floating_point():
+        inputs[place] += 3 * torch.randn(inputs.shape, generator=generator)[place]
+    else:
+        inputs[place] = (inputs[place] + 7 * seed) % 50 + 5
+    changed = [*case.inputs, *case.additional]
+    changed[modality] = inputs
+    return tuple(changed), place
+
+
+def hidden_at(case: Case, layer, arguments: tuple) -> Tensor:
+    with borrowing(*case.roots):
+        tap = Tap(resolve_for(case.forward, layer))
+        return Suffix(lambda given: case.forward(*given), arguments, 3, [tap]).hidden[0]
+
+
+@pytest.mark.parametrize("modality", [0, 1])
+def test_a_changed_place_is_found_where_it_is(model: zoo.Model, modality: int):
+    case = model_case(model)
+    recommended = case.forward.recommended_layers()[modality]
+    for layer in (recommended, case.layers[modality][0]):
+        layout, inputs = case.forward.layout_of(layer, modality), case.inputs[modality]
+        before = hidden_at(case, layer, (*case.inputs, *case.additional))
+        total: Tensor = torch.zeros(())
+        for seed in (1, 2, 3, 4):
+            arguments, place = planted(case, modality, seed)
+            change = (hidden_at(case, layer, arguments) - before).square()
+            real = real_elements(layout, change, modality, arguments)
+            total = total + to_input(layout, to_units(layout, change, inputs, real), inputs).mean(0)
+        inside, share = float(total[place[0]].sum() / total.sum()), float(place[0].float().mean())
+        # Attention and convolutions spread a change, but its own place keeps the most of it.
+        assert bool(place[0].flatten()[total.argmax()]), layer
+        assert inside > (0.999 if layer is recommended and isinstance(layout, TextLayout) else 2 * share), layer
+
+
+def test_recommended_method_gives_bits_and_none_at_padding(model: zoo.Model):
+    case = model_case(model)
+    method = MultiModalInfoBottleneck(case.forward)
+    attributions = case.attribute(method, **FEW)
+    for attribution, inputs in zip(attributions, case.inputs, strict=True):
+        assert attribution.shape == inputs.shape and attribution.is_contiguous()
+        assert bool((attribution.flatten(1).sum(1) > 0).all())
+    _, mask = captions()
+    padding = mask == 0
+    assert padding.any() and not attributions[1][padding].any() and bool((attributions[1][~padding] > 0).all())
+    if isinstance(method.layouts[0], PackedLayout):
+        packed = case.additional[case.forward.argument_names.index("pixel_attention_mask") - 2]
+        assert not attributions[0][packed == 0].any()
+
+
+def test_bits_are_conserved_from_the_layer_to_the_input(model: zoo.Model):
+    case = model_case(model)
+    method = MultiModalInfoBottleneck(case.forward)
+    attributions, record = method.attribute_with_record(
+        case.inputs, additional_forward_args=case.additional or None, **FEW
+    )
+    for attribution, modality in zip(attributions, record.modalities, strict=True):
+        torch.testing.assert_close(
+            attribution.flatten(1).sum(1), modality.units.flatten(1).sum(1), rtol=1e-4, atol=1e-3
+        )
+        assert bool((modality.units.flatten(1).sum(1) <= modality.bits * (1 + 1e-5)).all())
+
+
+def flops(function) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
+class Reached(Exception):
+    pass
+
+
+def prefix_flops(case: Case, layer: nn.Module, tower) -> int:
+    """Work of one tower up to and with a layer."""
+
+    def stop(*_):
+        raise Reached
+
+    handle = layer.register_forward_hook(stop)
+    with FlopCounterMode(display=False) as counter, contextlib.suppress(Reached):
+        tower()
+    handle.remove()
+    return counter.get_total_flops()
+
+
+def backward_flops(case: Case, layer: nn.Module) -> int:
+    """Work of the way back from the score to a layer, parameters left out."""
+    taken = []
+
+    def replace(module, args, output):
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.detach().requires_grad_()
+        taken.append(hidden)
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = layer.register_forward_hook(replace)
+    with torch.enable_grad():
+        score = case.forward(*case.inputs, *case.additional).sum()
+        handle.remove()
+        return flops(lambda: torch.autograd.grad(score, taken[0]))
+
+
+@pytest.mark.parametrize("choice", [0, 1])
+def test_no_work_is_done_twice(model: zoo.Model, choice: int, monkeypatch: pytest.MonkeyPatch):
+    case = model_case(model)
+    pairs, steps, draws = 3, 4, 5
+    layers = [choices[choice] for choices in case.layers]
+    arguments = (*case.inputs, *case.additional)
+    case.roots[0].requires_grad_(False)
+    # The fused path of torch's own attention is not counted.
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    with torch.no_grad():
+        whole = flops(lambda: case.forward(*arguments))
+        towers = []
+        for tower, inputs in zip(case.forward._towers, case.inputs, strict=True):
+            extras = [
+                dict(zip(case.forward.argument_names, arguments, strict=True))[n] for n in tower.side.arguments[1:]
+            ]
+            towers.append(lambda tower=tower, inputs=inputs, extras=extras: tower(inputs, *extras))
+        expected = whole * (pairs + 1) / pairs
+        for layer, tower in zip(layers, towers, strict=True):
+            joined = whole - sum(map(flops, towers))
+            forward = flops(tower) - prefix_flops(case, layer, tower) + joined
+            expected += steps * draws * (forward + backward_flops(case, layer))
+    found = flops(
+        lambda: case.attribute(MultiModalInfoBottleneck(case.forward, layers), n_steps=steps, n_samples=draws)
+    )
+    assert found <= 1.1 * expected, (found, expected)
+
+
+@pytest.mark.parametrize("name", [model.name for model in zoo.ZOO if model.library == "transformers"])
+def test_both_implementations_of_attention(name: str):
+    case = model_case(zoo.model_named(name))
+    maps = []
+    for implementation in ("sdpa", "eager"):
+        try:
+            case.roots[0].set_attn_implementation(implementation)
+        except ValueError:
+            continue  # Models without a fused attention have one implementation.
+        maps.append(case.double().attribute(case.method(), n_steps=3, n_samples=2))
+    assert maps
+    for one, other in zip(maps[0], maps[-1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.max()))
+
+
+def test_input_of_a_layer(model: zoo.Model):
+    case = model_case(model)
+    bits = case.attribute(case.method(1), attribute_to_layer_input=True, **FEW)
+    for attribution, inputs in zip(bits, case.inputs, strict=True):
+        assert attribution.shape == inputs.shape and float(attribution.sum()) > 0
+
+
+def test_published_layers(model: zoo.Model):
+    case = model_case(model)
+    bits = case.attribute(MultiModalInfoBottleneck.published(case.forward), **FEW)
+    for attribution, inputs in zip(bits, case.inputs, strict=True):
+        assert attribution.shape == inputs.shape and float(attribution.sum()) > 0

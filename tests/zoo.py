@@ -1,0 +1,274 @@
+"""Tiny random models of the families that transformers and open_clip offer, built from their own configurations.
+
+One entry of ``ZOO`` is enough for a model to join every contract, and the table of models in the documentation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip_zoo
+import torch
+import transformers
+from torch import Tensor, nn
+
+from captum_m2ib import DualEncoder
+from captum_m2ib.towers import stages_of
+
+WIDTH = 32
+SIZES = {
+    "hidden_size": WIDTH,
+    "intermediate_size": 2 * WIDTH,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+}
+VISION = {**SIZES, "image_size": 32, "patch_size": 8}
+TEXT = {
+    **SIZES,
+    "vocab_size": 64,
+    "max_position_embeddings": 16,
+    "bos_token_id": 62,
+    "eos_token_id": 63,
+    "pad_token_id": 1,
+}
+STAGES = {"depths": [1, 1, 2, 1], "hidden_sizes": [8, 16, 32, 64]}
+
+
+def _build(name: str, vision: dict[str, Any], text: dict[str, Any], **options: Any) -> nn.Module:
+    config = getattr(transformers, name.replace("Model", "Config"))(vision_config=vision, text_config=text, **options)
+    return getattr(transformers, name)(config)
+
+
+def _both(name: str, **options: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        return _build(name, VISION, TEXT, projection_dim=16, **options)
+
+    return build
+
+
+def siglip() -> nn.Module:
+    return _build("SiglipModel", VISION, {**TEXT, "projection_size": WIDTH})
+
+
+def siglip2() -> nn.Module:
+    vision = {**SIZES, "patch_size": 8, "num_patches": 16}
+    return _build("Siglip2Model", vision, {**TEXT, "projection_size": WIDTH})
+
+
+def altclip() -> nn.Module:
+    text = {**TEXT, "max_position_embeddings": 20, "project_dim": 16, "pad_token_id": 1, "type_vocab_size": 1}
+    return _build("AltCLIPModel", VISION, text, projection_dim=16)
+
+
+def align() -> nn.Module:
+    vision = {
+        "image_size": 64,
+        "width_coefficient": 0.2,
+        "depth_coefficient": 0.5,
+        "depth_divisor": 4,
+        "kernel_sizes": [3, 3, 5, 3],
+        "in_channels": [32, 16, 24, 40],
+        "out_channels": [16, 24, 40, 80],
+        "strides": [1, 2, 2, 2],
+        "num_block_repeats": [1, 2, 2, 2],
+        "expand_ratios": [1, 4, 4, 4],
+        "hidden_dim": 16,
+    }
+    return _build("AlignModel", vision, TEXT, projection_dim=16)
+
+
+def blip() -> nn.Module:
+    text = {**TEXT, "encoder_hidden_size": WIDTH, "projection_dim": 16, "is_decoder": False}
+    config = transformers.BlipConfig(
+        vision_config=VISION, text_config=text, image_text_hidden_size=16, projection_dim=16
+    )
+    return transformers.BlipForImageTextRetrieval(config)
+
+
+def groupvit() -> nn.Module:
+    vision = {
+        **VISION,
+        "depths": [2, 2, 1],
+        "num_group_tokens": [6, 4, 0],
+        "num_output_groups": [6, 4, 0],
+    }
+    return _build("GroupViTModel", vision, TEXT, projection_dim=16, projection_intermediate_dim=32)
+
+
+def flava() -> nn.Module:
+    config = transformers.FlavaConfig(
+        image_config=VISION,
+        text_config=TEXT,
+        multimodal_config=SIZES,
+        image_codebook_config={"hidden_size": 8, "num_groups": 2, "vocab_size": 16, "num_blocks_per_group": 1},
+        projection_dim=16,
+        hidden_size=WIDTH,
+    )
+    return transformers.FlavaModel(config)
+
+
+def xclip() -> nn.Module:
+    vision = {
+        **VISION,
+        "num_frames": 4,
+        "mit_hidden_size": WIDTH,
+        "mit_intermediate_size": WIDTH,
+        "mit_num_hidden_layers": 1,
+        "mit_num_attention_heads": 2,
+    }
+    return _build("XCLIPModel", vision, TEXT, projection_dim=WIDTH, prompt_num_attention_heads=2, prompt_layers=1)
+
+
+def clap(**audio: Any) -> nn.Module:
+    sizes = {
+        "spec_size": 128,
+        "num_mel_bins": 32,
+        "patch_size": 4,
+        "patch_stride": [4, 4],
+        "window_size": 2,
+        "hidden_size": 64,
+        "patch_embeds_hidden_size": 8,
+        "depths": [1, 1, 2, 1],
+        "num_attention_heads": [1, 2, 2, 4],
+        "num_classes": 4,
+        **audio,
+    }
+    text = {**TEXT, "projection_dim": 16, "type_vocab_size": 1, "max_position_embeddings": 20}
+    config = transformers.ClapConfig(audio_config={**sizes, "projection_dim": 16}, text_config=text, projection_dim=16)
+    return transformers.ClapModel(config)
+
+
+def clap_fused() -> nn.Module:
+    return clap(enable_fusion=True, fusion_type="aff_2d", aff_block_r=2)
+
+
+def vision_text(vision: Any, text: Any = None) -> nn.Module:
+    text = text or transformers.BertConfig(**TEXT)
+    config = transformers.VisionTextDualEncoderConfig.from_vision_text_configs(vision, text, projection_dim=16)
+    return transformers.VisionTextDualEncoderModel(config)
+
+
+def vit_bert() -> nn.Module:
+    return vision_text(transformers.ViTConfig(**VISION))
+
+
+def registers_roberta() -> nn.Module:
+    vision = transformers.Dinov2WithRegistersConfig(**{**VISION, "mlp_ratio": 2, "num_register_tokens": 4})
+    text = {**TEXT, "max_position_embeddings": 20, "type_vocab_size": 1}
+    return vision_text(vision, transformers.RobertaConfig(**text))
+
+
+def convnext_bert() -> nn.Module:
+    return vision_text(transformers.ConvNextConfig(patch_size=4, image_size=64, hidden_size=64, **STAGES))
+
+
+def swin_bert() -> nn.Module:
+    vision = transformers.SwinConfig(
+        image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 2, 1], num_heads=[1, 2, 2, 4], window_size=2
+    )
+    return vision_text(vision)
+
+
+def aimv2() -> nn.Module:
+    model = _both("Aimv2Model")()
+    # Its fused attention forgets that it is causal where no caption of the batch is padded: scores would depend on
+    # the batch.
+    model.set_attn_implementation("eager")
+    return model
+
+
+@dataclass(frozen=True)
+class Model:
+    """How to build a model, what to feed it, and how the documentation calls it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    title: str
+    size: tuple[int, ...] = (3, 32, 32)
+    pad: int = 1
+    library: str = "transformers"
+
+
+ZOO = [
+    Model("siglip", siglip, "SigLIP, SigLIP 2 at fixed resolution"),
+    Model("siglip2_naflex", siglip2, "SigLIP 2 NaFlex", size=(20, 192)),
+    Model("metaclip2", _both("MetaClip2Model"), "MetaCLIP 2"),
+    Model("altclip", altclip, "AltCLIP"),
+    Model("chinese_clip", _both("ChineseCLIPModel"), "Chinese-CLIP"),
+    Model("align", align, "ALIGN", size=(3, 64, 64)),
+    Model("blip_itc", blip, "BLIP, image-text contrastive score"),
+    Model("clipseg", _both("CLIPSegModel"), "CLIPSeg"),
+    Model("groupvit", groupvit, "GroupViT"),
+    Model("owlvit", _both("OwlViTModel"), "OWL-ViT, text-image features"),
+    Model("owlv2", _both("Owlv2Model"), "OWLv2, text-image features"),
+    Model("flava", flava, "FLAVA, contrastive embeddings"),
+    Model("xclip", xclip, "X-CLIP", size=(4, 3, 32, 32)),
+    Model("clap", clap, "CLAP", size=(1, 512, 32)),
+    Model("clap_fused", clap_fused, "CLAP with feature fusion", size=(4, 512, 32)),
+    Model("vit_bert", vit_bert, "VisionTextDualEncoder: ViT, BERT"),
+    Model("registers_roberta", registers_roberta, "VisionTextDualEncoder: DINOv2 with registers, RoBERTa"),
+    Model("convnext_bert", convnext_bert, "VisionTextDualEncoder: ConvNeXt, BERT", size=(3, 64, 64)),
+    Model("swin_bert", swin_bert, "VisionTextDualEncoder: Swin, BERT", size=(3, 64, 64)),
+    Model("aimv2", aimv2, "AIMv2"),
+    Model("open_clip_vit", open_clip_zoo.vit, "CLIP ViT (ViT-B-32)", pad=0, library="open_clip"),
+    Model("open_clip_resnet", open_clip_zoo.resnet, "CLIP ResNet (RN50)", (3, 64, 64), 0, "open_clip"),
+    Model("open_clip_custom", open_clip_zoo.custom, "CustomTextCLIP", pad=0, library="open_clip"),
+    Model("open_clip_coca", open_clip_zoo.coca, "CoCa", pad=0, library="open_clip"),
+    Model("open_clip_siglip", open_clip_zoo.siglip, "SigLIP (ViT-B-16-SigLIP)", (3, 64, 64), 1, "open_clip"),
+    Model("open_clip_mobileclip", open_clip_zoo.mobileclip, "MobileCLIP (FastViT)", (3, 128, 128), 0, "open_clip"),
+    Model("open_clip_convnext", open_clip_zoo.convnext, "CLIP ConvNeXt", (3, 64, 64), 0, "open_clip"),
+    Model("open_clip_eva02", open_clip_zoo.eva02, "EVA02-CLIP", (3, 64, 64), 0, "open_clip"),
+    Model("open_clip_biomed", open_clip_zoo.biomed, "BiomedCLIP (timm ViT, BERT)", (3, 64, 64), 1, "open_clip"),
+]
+
+
+def model_named(name: str) -> Model:
+    return next(model for model in ZOO if model.name == name)
+
+
+def encoder_of(model: Model, seed: int = 0, **options: Any) -> DualEncoder:
+    torch.manual_seed(seed)
+    built = model.build().eval()
+    _stir(built)
+    return DualEncoder(built, **options)
+
+
+@torch.no_grad()
+def _stir(model: nn.Module) -> None:
+    """Larger random weights than models start their training with, so that every input moves the score."""
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    for parameter in model.parameters():
+        if parameter.ndim >= 2 and parameter[0].numel() > 1:
+            inputs = parameter[0].numel()
+            parameter.normal_(std=1.0 if id(parameter) in tables or len(parameter) == 1 else 1.5 * inputs**-0.5)
+
+
+def arguments_of(model: Model, encoder: DualEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
+    """Random inputs for as many pairs as there are captions."""
+    pairs, generator = len(ids), torch.Generator().manual_seed(1)
+    inputs = torch.randn(pairs, *model.size, generator=generator)
+    patches = torch.ones(pairs, model.size[0], dtype=torch.long)
+    patches[:, 16:] = 0
+    patches[1:2, 12:] = 0
+    given = {
+        "attention_mask": mask,
+        "pixel_attention_mask": patches,
+        "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 8]])[:pairs],
+        "is_longer": torch.tensor([[True], [False], [True]])[:pairs],
+    }
+    return inputs, ids.where(mask > 0, model.pad), *(given[name] for name in encoder.argument_names[2:])
+
+
+_MLPS = ("mlp", "ffn", "intermediate", "pwconv1", "fc1", "projection", "conv3", "linear1")
+
+
+def layers_to_try(tower: nn.Module) -> list[nn.Module]:
+    """The first block, one in the middle, and the multi-layer perceptron, or what comes nearest to it, of another."""
+    stages = [stage for stage in stages_of(tower) if stage]
+    blocks = [block for stage in stages for block in stage]
+    middle = blocks[len(blocks) // 2]
+    inside = dict(middle.named_modules())
+    mlp = next(module for name in _MLPS for path, module in inside.items() if path.split(".")[-1] == name)
+    return [stages[0][0], middle, mlp]
