@@ -80,7 +80,7 @@ def align() -> nn.Module:
 
 
 def blip() -> nn.Module:
-    text = {**TEXT, "encoder_hidden_size": WIDTH, "projection_dim": 16, "is_decoder": False}
+    text = {**TEXT, "encoder_hidden_size": WIDTH, "projection_dim": 16, "is_decoder": True}
     config = transformers.BlipConfig(
         vision_config=VISION, text_config=text, image_text_hidden_size=16, projection_dim=16
     )
@@ -231,12 +231,12 @@ def model_named(name: str) -> Model:
 def encoder_of(model: Model, seed: int = 0, **options: Any) -> DualEncoder:
     torch.manual_seed(seed)
     built = model.build().eval()
-    _stir(built)
+    stir(built)
     return DualEncoder(built, **options)
 
 
 @torch.no_grad()
-def _stir(model: nn.Module) -> None:
+def stir(model: nn.Module) -> None:
     """Larger random weights than models start their training with, so that every input moves the score."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for parameter in model.parameters():
