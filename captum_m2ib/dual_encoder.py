@@ -128,17 +128,17 @@ class DualEncoder(nn.Module):
         if len(towers) == 1:
             self.model = towers[0]
             self._family = _known_family(towers[0])
-            self._sides = _chosen_sides(self._family, modalities, towers[0])
+            self.sides = _chosen_sides(self._family, modalities, towers[0])
         else:
             self.image_tower, self.text_tower = towers
             self._family = Family(tuple(_OWN.values()))
-            self._sides = _chosen_sides(self._family, modalities or ("image", "text"), towers[0])
+            self.sides = _chosen_sides(self._family, modalities or ("image", "text"), towers[0])
         # Outside the registry of modules, so that parameters keep the model's own names.
         self.__dict__["_towers"] = tuple(
             _Tower(tower, side)
-            for tower, side in zip(towers if len(towers) == 2 else towers * 2, self._sides, strict=True)
+            for tower, side in zip(towers if len(towers) == 2 else towers * 2, self.sides, strict=True)
         )
-        self._slots = _slots(self._sides)
+        self._slots = _slots(self.sides)
         self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts()
         self.processor = processor
         self.statistics: dict[str, ChannelStatistics] = dict(statistics or {})
@@ -224,7 +224,7 @@ class DualEncoder(nn.Module):
             ValueError: if the batch sizes differ or the token ids are not integers.
         """
         if first.shape[0] != second.shape[0]:
-            kinds = [side.modality for side in self._sides]
+            kinds = [side.modality for side in self.sides]
             raise ValueError(
                 f"inputs: expected one {kinds[1]} per {kinds[0]}, got {first.shape[0]} {kinds[0]}s and "
                 f"{second.shape[0]} {kinds[1]}s; repeat the one that is shared."
@@ -247,7 +247,7 @@ class DualEncoder(nn.Module):
 
     def _joined(self, first: Any, second: Any) -> tuple[Tensor, Tensor]:
         names = [type(tower.model).__name__ for tower in self._towers]
-        if self._family.join is not None and self._sides == self._family.sides:
+        if self._family.join is not None and self.sides == self._family.sides:
             return self._family.join(self.model, first, _embedding(second, names[1]))
         return _embedding(first, names[0]), _embedding(second, names[1])
 
@@ -258,7 +258,7 @@ class DualEncoder(nn.Module):
 
     def _derived_layouts(self) -> tuple[Layout | None, ...]:
         found = []
-        for index, side in enumerate(self._sides):
+        for index, side in enumerate(self.sides):
             positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
             found.append(derive_layout(side, self._side(index), positions))
         return tuple(found)
@@ -326,7 +326,7 @@ class DualEncoder(nn.Module):
             for name, module in root.named_modules():
                 if module is layer and name in self.statistics:
                     return self.statistics[name]
-        text = [self._side(i) for i, side in enumerate(self._sides) if side.modality == "text"]
+        text = [self._side(i) for i, side in enumerate(self.sides) if side.modality == "text"]
         return vocabulary_statistics(layer) if any(layer is find_embeddings(tower) for tower in text) else None
 
     def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
@@ -350,7 +350,7 @@ class DualEncoder(nn.Module):
                 "processor: this DualEncoder has none; load it with DualEncoder.from_pretrained or pass "
                 "DualEncoder(model, processor=...)."
             )
-        kinds = tuple(side.modality for side in self._sides)
+        kinds = tuple(side.modality for side in self.sides)
         if kinds != ("image", "text"):
             raise ValueError(
                 f"prepare: expected an encoder of pictures and captions, this one compares {kinds[0]} with {kinds[1]}; "
@@ -362,7 +362,7 @@ class DualEncoder(nn.Module):
             images,
             captions,
             getattr(config_of(self._side(1), "text_config"), "max_position_embeddings", None),
-            self._sides[1].padding,
+            self.sides[1].padding,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
         )
         return pairs.to(self.device)
@@ -377,10 +377,10 @@ class DualEncoder(nn.Module):
         """The module that holds one tower's layers."""
         if "model" not in self._modules:
             return (self.image_tower, self.text_tower)[index]
-        return self._sides[index].tower(self.model)
+        return self.sides[index].tower(self.model)
 
     def _stages(self, index: int) -> list[list[nn.Module]]:
-        tower, kind = self._side(index), self._sides[index].modality
+        tower, kind = self._side(index), self.sides[index].modality
         found = stages_of(tower)
         if not found:
             raise ValueError(
@@ -391,7 +391,7 @@ class DualEncoder(nn.Module):
 
     def _recommended(self, index: int) -> nn.Module:
         tower = self._side(index)
-        if self._sides[index].modality != "text":
+        if self.sides[index].modality != "text":
             stages = self._stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
         found = find_embeddings(tower)

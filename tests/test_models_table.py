@@ -1,0 +1,9 @@
+"""The table of models in the documentation is that of the test matrix."""
+
+from __future__ import annotations
+
+from models_table import PAGE, page
+
+
+def test_the_page_is_up_to_date():
+    assert PAGE.read_text(encoding="utf-8") == page(), "run: python tests/models_table.py"
