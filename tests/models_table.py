@@ -1,4 +1,4 @@
-"""Write the table in docs/models.md from the zoo: ``python tests/models_table.py``; a test says when it is out of date."""
+"""Write the table in docs/models.md from the zoo; a test says when it is out of date."""
 
 from __future__ import annotations
 
