@@ -1,4 +1,4 @@
-"""The command ``captum-m2ib``: explain a pair, train the compact model, run a benchmark.
+"""The command ``captum-m2ib``: explain a pair, audit many, train the compact model, run a benchmark.
 
 Whatever the user can get wrong ends in one line on stderr that says what and what to do, and exit status 2.
 """
@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import captum_m2ib
+from captum_m2ib.audit import command as audit
 
 if TYPE_CHECKING:
     from captum_m2ib.attr import MultiModalInfoBottleneck
@@ -63,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(commands)
     _add_train(commands)
     _add_benchmark(commands)
+    audit.add_commands(commands)
     return parser
 
 

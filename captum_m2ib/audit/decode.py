@@ -1,0 +1,135 @@
+"""Pictures, captions and masks of one row, from whatever a manifest or a data set hands over."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from captum_m2ib.pictures import load_picture
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class RowError(ValueError):
+    """Why a row cannot be explained; ``kind`` says what is at fault."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+
+
+def read_caption(caption: Any) -> str:
+    """A caption with something in it, or the reason why not."""
+    if caption is None:
+        raise RowError("caption", "there is no caption")
+    if not isinstance(caption, str):
+        raise RowError("caption", f"expected text, got {type(caption).__name__}")
+    if not caption.strip():
+        raise RowError("caption", "the caption is empty")
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        raise RowError("caption", "the caption is not UTF-8")
+    return caption
+
+
+def read_picture(image: Any, kind: str = "image") -> Image:
+    r"""A picture in mode RGB, upright; its size is checked before it is decoded.
+
+    Args:
+
+        image (path, bytes, mapping, PIL image or numpy.ndarray): The picture; a mapping holds ``bytes`` or ``path``.
+        kind (str, optional): What errors call it. Default: "image"
+
+    Raises:
+        RowError: if it is missing, is no picture, is truncated, or is too large.
+    """
+    if isinstance(image, Mapping):
+        image = image["bytes"] if image.get("bytes") else image.get("path")
+    if image is None or (isinstance(image, (str, bytes)) and not image):
+        raise RowError(kind, f"there is no {kind}")
+    with _as_path(image, kind) as given:
+        try:
+            picture = load_picture(given, kind)
+            deep = _sixteen_bits(given) if isinstance(given, (str, os.PathLike)) else None
+        except (ValueError, OSError) as error:
+            reason = str(error).removeprefix(f"{kind}: ")
+            raise RowError(kind, reason.replace(str(given), "it") if given is not image else reason) from error
+    return picture if deep is None else deep
+
+
+@contextmanager
+def _as_path(image: Any, kind: str) -> Iterator[Any]:
+    """Bytes as a file, so that all pictures take the same checked way in; a path only if it is a regular file."""
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "picture")
+            path.write_bytes(image)
+            yield path
+        return
+    if isinstance(image, (str, os.PathLike)):
+        if "://" in str(image):
+            raise RowError(kind, f"{str(image)[:200]} is an address; nothing is fetched, give files or bytes")
+        # A pipe or a device would never end.
+        if os.path.exists(str(image).replace("\0", "")) and not os.path.isfile(image):
+            raise RowError(kind, f"{image} is not a file")
+    yield image
+
+
+def _sixteen_bits(path: Any) -> Image | None:
+    """Greys of 16 bits at their own brightness, which the plain conversion would cut off at 255."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        opened = Image.open(path, formats=("PNG", "TIFF"))
+    except UnidentifiedImageError:
+        return None
+    with opened:
+        if not opened.mode.startswith("I"):
+            return None
+        levels = np.asarray(ImageOps.exif_transpose(opened)).astype(np.int64)
+    return Image.fromarray((levels // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+
+
+def read_region(size: tuple[int, int], boxes: Any, mask: Any) -> Image | None:
+    r"""Boxes or a mask as a picture, white inside, as large as the pair's picture; None where there are none.
+
+    Args:
+
+        size (tuple): Width and height of the picture.
+        boxes (sequence or None): ``[x0, y0, x1, y1]`` each, in pixels.
+        mask (Any): A picture, not black inside.
+
+    Raises:
+        RowError: if the mask cannot be read or has another size, or the boxes lie outside of the picture.
+    """
+    from PIL import Image, ImageDraw
+
+    if mask is not None:
+        inside = np.asarray(read_picture(mask, "mask")).max(axis=2) > 0
+        if inside.shape != size[::-1]:
+            raise RowError("mask", f"expected {size[0]} x {size[1]} pixels, got {inside.shape[1]} x {inside.shape[0]}")
+        return Image.fromarray((255 * inside).astype(np.uint8)).convert("RGB")
+    if not boxes:
+        return None
+    region = Image.new("L", size)
+    draw = ImageDraw.Draw(region)
+    for x0, y0, x1, y1 in boxes:
+        if x0 >= size[0] or y0 >= size[1] or x1 <= 0 or y1 <= 0:
+            raise RowError("boxes", f"{[x0, y0, x1, y1]} lies outside of the picture's {size[0]} x {size[1]} pixels")
+        # The far edge of a box is not inside it.
+        draw.rectangle([round(x0), round(y0), max(round(x1) - 1, round(x0)), max(round(y1) - 1, round(y0))], fill=255)
+    return region.convert("RGB")
+
+
+def cover_of(region: np.ndarray, grid: Sequence[int]) -> np.ndarray:
+    """Which share of each patch lies inside, (gh, gw), from a region as the model sees it."""
+    from PIL import Image
+
+    plane = Image.fromarray(region).convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
+    return np.asarray(plane, dtype=np.float64) / 255

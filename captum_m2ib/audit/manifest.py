@@ -1,0 +1,181 @@
+"""Read a manifest of pairs lazily, whatever its format, and cut it into pieces that can be read on their own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from captum_m2ib.audit.folders import PictureFolder, TarShards
+from captum_m2ib.audit.rows import COLUMNS, Piece, Problem, Record, Row, Source, read_boxes
+from captum_m2ib.audit.tables import Arrow, Delimited, JsonLines, Parquet
+
+_TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
+
+
+class Manifest:
+    r"""The pairs of an audit: a table, a folder of pictures, webdataset shards or a data set on disk.
+
+    Formats: ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl`` (also ``.ndjson`` and ``.json`` with an object per line),
+    ``.arrow``, ``.tar``; a folder of parquet or tar files; a folder that ``datasets.Dataset.save_to_disk`` wrote; a
+    folder of pictures with ``metadata`` or ``captions`` as a table in it, or a ``.txt`` file beside each picture.
+
+    Args:
+
+        path (path): The manifest.
+        columns (mapping, optional): Names of the manifest's columns for ``image``, ``caption``, ``id``, ``boxes``,
+            ``mask`` and ``contrast``. Default: None (the usual names, see :data:`captum_m2ib.audit.rows.COLUMNS`)
+        root (path, optional): Where relative paths of pictures start. Default: None (the manifest's folder)
+
+    Raises:
+        ValueError: if there is no such manifest, its format is unknown, or it lacks a column.
+        RuntimeError: if the format needs pyarrow and it is not installed.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        columns: Mapping[str, str] | None = None,
+        root: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        self.kind, self.source = _open(self.path)
+        folder = self.path if self.path.is_dir() else self.path.parent
+        self.root = Path(root) if root is not None else folder
+        self.given = dict(columns or {})
+        unknown = set(self.given) - set(COLUMNS)
+        if unknown:
+            raise ValueError(f"columns: expected some of {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}.")
+        self._check_columns()
+
+    def pieces(self, size: int) -> Iterator[Piece]:
+        r"""Cut the manifest; no pair is read.
+
+        Args:
+
+            size (int): Most rows of a piece; no piece crosses from one file into the next.
+
+        Returns:
+            iterator of Piece: in order.
+        """
+        index = first = 0
+        for file in self.source.files:
+            for start, rows in self.source.starts(file, size):
+                yield Piece(index, first, rows, file, start)
+                index, first = index + 1, first + rows
+
+    def rows(self, piece: Piece) -> Iterator[Row]:
+        """The rows of a piece, one at a time and exactly as many as it says: what cannot be read says why."""
+        done = 0
+        reason = "the file is shorter than when the audit began"
+        try:
+            for record in islice(self.source.read(piece.file, piece.start), piece.rows):
+                yield self._row(piece.first + done, record)
+                done += 1
+        except (OSError, ValueError, EOFError) as error:
+            reason = str(error)
+        for position in range(piece.first + done, piece.first + piece.rows):
+            yield Row(position, str(position), problem=f"cannot read {os.path.basename(piece.file)}: {reason}")
+
+    def _row(self, position: int, record: Record) -> Row:
+        if isinstance(record, Problem):
+            return Row(position, str(position), problem=record.reason)
+        values = {name: self._value(record, name) for name in COLUMNS}
+        identity = values["id"]
+        problem = None
+        try:
+            boxes = read_boxes(values["boxes"])
+        except ValueError as error:
+            boxes, problem = None, f"boxes: {error}"
+        return Row(
+            position,
+            str(position) if identity is None or identity == "" else _text(identity),
+            self._locate(values["image"]),
+            values["caption"],
+            boxes,
+            self._locate(values["mask"]),
+            values["contrast"] or None,
+            problem,
+        )
+
+    def _value(self, record: Mapping[str, Any], name: str) -> Any:
+        if name in self.given:
+            return record.get(self.given[name])
+        return next((record[column] for column in COLUMNS[name] if column in record), None)
+
+    def _locate(self, image: Any) -> Any:
+        """A path made absolute; bytes as they are; of the pair of both that data sets store, the bytes if any."""
+        if isinstance(image, Mapping):
+            image = image["bytes"] if image.get("bytes") else image.get("path")
+        if isinstance(image, str):
+            return str(self.root / image) if image and "://" not in image else image or None
+        return image
+
+    def _check_columns(self) -> None:
+        found = self.source.columns()
+        if found is None:
+            return
+        there = list(found)
+        for name, column in self.given.items():
+            if column not in there:
+                raise ValueError(f"columns: {name} should be {column!r}; {self.path} has {_listed(there)}.")
+        for name in ("image", "caption"):
+            if name not in self.given and not set(COLUMNS[name]) & set(there):
+                raise ValueError(
+                    f"columns: {self.path} has {_listed(there)}, none known to hold the {name}; say which one does "
+                    f"(--columns {name}=NAME)."
+                )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(map(repr, names[:20])) or "no column"
+
+
+def _text(value: Any) -> str:
+    return str(value).encode("utf-8", "replace").decode("utf-8")
+
+
+def _open(path: Path) -> tuple[str, Source]:
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.exists():
+        raise ValueError(f"MANIFEST: there is no {str(path)!r}; check the path.")
+    return _open_files([path])
+
+
+def _open_files(paths: list[Path]) -> tuple[str, Source]:
+    ending = paths[0].suffix.lower()
+    if ending == ".parquet":
+        return "parquet", Parquet(paths)
+    if ending in (".csv", ".tsv"):
+        return ending[1:], Delimited(paths, "\t" if ending == ".tsv" else ",")
+    if ending in (".jsonl", ".ndjson", ".json"):
+        with open(paths[0], "rb") as file:
+            if file.read(64).lstrip(b"\xef\xbb\xbf \r\n\t").startswith(b"["):
+                raise ValueError(f"MANIFEST: {paths[0]} is one JSON list; write one object per line.")
+        return "jsonl", JsonLines(paths)
+    if ending == ".arrow":
+        return "arrow", Arrow(paths)
+    if ending == ".tar":
+        return "webdataset", TarShards(paths)
+    raise ValueError(
+        f"MANIFEST: {paths[0].name!r} is no known format; expected .parquet, .csv, .tsv, .jsonl, .arrow, .tar or a "
+        "folder."
+    )
+
+
+def _open_folder(folder: Path) -> tuple[str, Source]:
+    if (folder / "dataset_dict.json").is_file():
+        splits = sorted(part.name for part in folder.iterdir() if part.is_dir())
+        raise ValueError(f"MANIFEST: {folder} holds several splits; choose one of {', '.join(splits)}.")
+    for pattern in ("*.arrow", "*.parquet", "*.tar"):
+        found = sorted(path for path in folder.glob(pattern) if path.name[0] != ".")
+        if found and (pattern != "*.arrow" or (folder / "state.json").is_file()):
+            return _open_files(found)
+    for stem in ("metadata", "captions"):
+        for ending in _TABLES:
+            if (folder / (stem + ending)).is_file():
+                return _open_files([folder / (stem + ending)])
+    return "folder", PictureFolder(folder)

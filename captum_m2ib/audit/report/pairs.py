@@ -1,0 +1,133 @@
+"""The pairs that a report shows, as compact data for its page: text as text, maps and colours as small numbers."""
+
+from __future__ import annotations
+
+import base64
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from captum_m2ib.audit.report.figures import NUMBERS, Finding
+from captum_m2ib.audit.writer import read_shard, shards
+from captum_m2ib.visualization import _heat_ramp, _visible, token_colors
+
+_LONGEST_CAPTION = 600
+_COLUMNS = (
+    "id",
+    "row",
+    "caption",
+    *NUMBERS,
+    "map",
+    "tokens",
+    "special",
+    "token_bits",
+    "contrast",
+    "thumbnail",
+    "warning",
+    "error_kind",
+    "error",
+)
+
+
+def read_pairs(folder: str | os.PathLike[str], indices: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Some pairs of an audit with everything that is stored of them, in order; indices must rise."""
+    from pyarrow import parquet
+
+    wanted = iter(indices)
+    index = next(wanted, None)
+    first = 0
+    for path in shards(folder):
+        if index is None:
+            return
+        count = parquet.read_metadata(path).num_rows
+        inside: list[int] = []
+        while index is not None and index < first + count:
+            inside.append(index - first)
+            index = next(wanted, None)
+        if inside:
+            yield from read_shard(path, _COLUMNS).take(inside).to_pylist()
+        first += count
+
+
+def as_data(pair: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]:
+    """A pair as the page holds it, without its picture."""
+    caption = shown_text(pair["caption"] or "")
+    shown = {
+        "id": shown_text(pair["id"]),
+        "row": pair["row"],
+        "caption": caption if len(caption) <= _LONGEST_CAPTION else caption[: _LONGEST_CAPTION - 1] + "…",
+        "found": dict(found),
+        **{name: _rounded(pair[name]) for name in NUMBERS},
+        **explanation_data(pair),
+    }
+    for name in ("contrast", "warning", "error_kind", "error"):
+        if pair[name] is not None:
+            shown[name] = shown_text(pair[name])
+    return shown
+
+
+def explanation_data(pair: Mapping[str, Any]) -> dict[str, Any]:
+    """Map and tokens of a pair; empty where there is an error."""
+    if pair["map"] is None:
+        return {}
+    bits = np.array(pair["map"], dtype=np.float64)
+    top = float(bits.max(initial=0.0))
+    levels = np.rint(255 * bits / top).clip(0, 255).astype(np.uint8) if top > 0 else np.zeros(bits.shape, np.uint8)
+    return {
+        "map": [*levels.shape, base64.b64encode(levels.tobytes()).decode("ascii")],
+        "top": _rounded(top),
+        "tokens": [shown_text(token) for token in pair["tokens"]],
+        "special": [int(flag) for flag in pair["special"]],
+        "bits": [_rounded(value) for value in pair["token_bits"]],
+    }
+
+
+def picture_data(pair: Mapping[str, Any]) -> str:
+    """The picture in base64, or nothing."""
+    return base64.b64encode(pair["thumbnail"]).decode("ascii") if pair["thumbnail"] else ""
+
+
+def agreement(first: Any, second: Any) -> float | None:
+    """Cosine similarity of two maps, the coarser one brought to the finer one's grid; None where one is zero."""
+    from PIL import Image
+
+    if first is None or second is None:
+        return None
+    maps = [np.array(bits, dtype=np.float32) for bits in (first, second)]
+    height, width = (max(bits.shape[axis] for bits in maps) for axis in (0, 1))
+    resized = [
+        np.asarray(Image.fromarray(bits).resize((width, height), Image.Resampling.BILINEAR), dtype=np.float64).ravel()
+        for bits in maps
+    ]
+    norm = float(np.linalg.norm(resized[0]) * np.linalg.norm(resized[1]))
+    return float(resized[0] @ resized[1]) / norm if norm > 0 else None
+
+
+def colours() -> dict[str, Any]:
+    """256 colours of heat as red, green, blue and opacity, and 256 of tokens as background and ink."""
+    colors, opacity = _heat_ramp(0.85)
+    heat = np.concatenate([colors, opacity[:, None]], axis=1)
+    return {
+        "heat": np.rint(255 * heat).astype(int).tolist(),
+        "token": [list(pair) for pair in token_colors(np.linspace(0, 1, 256))],
+    }
+
+
+def found_in(findings: Sequence[Finding]) -> dict[int, dict[str, int]]:
+    """For each pair the findings that it is in, and its place in each."""
+    places: dict[int, dict[str, int]] = {}
+    for finding in findings:
+        for place, index in enumerate(finding.indices):
+            places.setdefault(index, {})[finding.name] = place
+    return places
+
+
+def shown_text(text: object) -> str:
+    """Text without controls and direction marks, on one line."""
+    return " ".join(_visible(str(text)).split())
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None or not np.isfinite(value) else float(f"{value:.5g}")

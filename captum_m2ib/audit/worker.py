@@ -1,0 +1,409 @@
+"""Explain batches of rows: the same class under every engine, and for ``datasets.map``.
+
+A row that cannot be explained becomes a row that says why; a batch that does not fit into memory is halved. Nothing
+that a row gets depends on which rows it shares a batch with.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from captum_m2ib.audit.decode import RowError, cover_of, read_caption, read_picture, read_region
+from captum_m2ib.audit.measures import cosine, half_scores, jpeg, patch_maps
+from captum_m2ib.audit.rows import read_boxes
+from captum_m2ib.visualization import clean_token
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from captum_m2ib.attr import MultiModalInfoBottleneck
+    from captum_m2ib.dual_encoder import DualEncoder, Pairs
+
+PASSED_ON = ("row", "id", "caption")
+FIGURES = (
+    "score",
+    "image_bits",
+    "text_bits",
+    "image_score",
+    "text_score",
+    "best_half_score",
+    "other_half_score",
+    "inside_share",
+    "inside_area",
+    "contrast_similarity",
+)
+RESULTS = (
+    *FIGURES,
+    "map",
+    "tokens",
+    "special",
+    "token_bits",
+    "contrast",
+    "thumbnail",
+    "warning",
+    "error_kind",
+    "error",
+)
+
+_TOO_LONG = re.compile(r"captions: the model reads (\d+) tokens, .* has (\d+)", re.DOTALL)
+_LONGEST_REASON = 500
+
+
+@dataclass
+class _Ready:
+    """A row that was read; ``result`` gathers what it will hold."""
+
+    picture: Image
+    caption: str
+    contrast: str | None
+    region: Image | None
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+class Worker:
+    r"""Explain batches of pairs, row by row safe.
+
+    Built from settings alone, so that it can be sent to other processes; the model is loaded at the first batch, or by
+    :meth:`load`.
+
+    Args:
+
+        model (str, optional): Hub id or checkpoint directory. Default: None (the compact model that is shipped)
+        revision (str, optional): Branch, tag or commit on the hub. Default: None
+        device (str, optional): For example ``"cuda"``. Default: None (the CPU)
+        layers (sequence of str, optional): Dotted names of the image's and the text's layer. Default: None
+            (recommended layers)
+        published (bool, optional): The paper's layers and prior. Default: False
+        beta, variance, n_steps, n_samples, lr, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`;
+            ``beta``, ``variance`` and ``lr`` one number for both modalities.
+        contrast (str, optional): A caption whose image map every row's is compared with, unless the row has its own;
+            takes half as long again. Default: None
+        halves (bool, optional): Also score the picture with only the half of its pixels that holds the most bits, and
+            with only the other half. Default: False
+        cut_captions (bool, optional): Explain the beginning of captions that the model cannot read to their end.
+            Default: False (such a row is an error)
+        thumbnail (int, optional): Longer side of the picture kept for looking at, in pixels; 0 for none. Default: 128
+        batch_size (int, optional): Most pairs explained at once; changes no result. Default: 8
+        internal_batch_size (int, optional): Most rows (pairs times draws) in one forward pass; changes no result.
+            Default: 80
+
+    Raises:
+        ValueError: if a setting is out of range.
+
+    Examples::
+
+        >>> dataset.map(Worker(model="openai/clip-vit-base-patch32"), batched=True, batch_size=8)
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        revision: str | None = None,
+        device: str | None = None,
+        layers: Sequence[str] | None = None,
+        published: bool = False,
+        beta: float | None = None,
+        variance: float = 1.0,
+        n_steps: int = 10,
+        n_samples: int = 10,
+        lr: float = 1.0,
+        seed: int = 0,
+        joint: bool = False,
+        contrast: str | None = None,
+        halves: bool = False,
+        cut_captions: bool = False,
+        thumbnail: int = 128,
+        batch_size: int = 8,
+        internal_batch_size: int = 80,
+    ) -> None:
+        if published and layers is not None:
+            raise ValueError("published: chooses the layers itself; leave out layers or published.")
+        for name, number, least in (
+            ("n_steps", n_steps, 1),
+            ("n_samples", n_samples, 1),
+            ("batch_size", batch_size, 1),
+            ("internal_batch_size", internal_batch_size, 1),
+            ("thumbnail", thumbnail, 0),
+            ("seed", seed, 0),
+        ):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}.")
+        if contrast is not None and not contrast.strip():
+            raise ValueError("contrast: expected a caption with at least one word, got an empty one.")
+        self.model, self.revision, self.device = model, revision, device
+        self.layers, self.published = None if layers is None else list(layers), published
+        self.optimisation = {
+            "beta": beta,
+            "variance": variance,
+            "n_steps": n_steps,
+            "n_samples": n_samples,
+            "lr": lr,
+            "seed": seed,
+            "joint": joint,
+        }
+        self.contrast, self.halves, self.cut_captions, self.thumbnail = contrast, halves, cut_captions, thumbnail
+        self.batch_size, self.internal_batch_size = batch_size, internal_batch_size
+        self._method: MultiModalInfoBottleneck | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # The model stays behind: another process loads its own.
+        return partial(type(self), self.model, **self._arguments()), ()
+
+    @property
+    def model_name(self) -> str:
+        """The model as the table names it."""
+        return self.model or "shipped"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a result depends on, besides the pair and the model; JSON can hold it."""
+        chosen = {
+            "revision": self.revision,
+            "layers": self.layers,
+            "published": self.published,
+            **self.optimisation,
+            "contrast": self.contrast,
+            "halves": self.halves,
+            "cut_captions": self.cut_captions,
+            "thumbnail": self.thumbnail,
+        }
+        return dict(json.loads(json.dumps(chosen)))
+
+    def _arguments(self) -> dict[str, Any]:
+        sizes = {"batch_size": self.batch_size, "internal_batch_size": self.internal_batch_size}
+        return {**self.settings, **sizes, "device": self.device}
+
+    def load(self) -> MultiModalInfoBottleneck:
+        """The attribution method on the loaded model; loads it once."""
+        if self._method is None:
+            self._method = self._load()
+        return self._method
+
+    def _load(self) -> MultiModalInfoBottleneck:
+        from captum_m2ib.attr import MultiModalInfoBottleneck
+        from captum_m2ib.dual_encoder import DualEncoder
+        from captum_m2ib.scenes import CHECKPOINT
+
+        encoder = DualEncoder.from_pretrained(self.model or CHECKPOINT, revision=self.revision, device=self.device)
+        if encoder.processor is None:
+            raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
+        if self.published:
+            return MultiModalInfoBottleneck.published(encoder)
+        return MultiModalInfoBottleneck(encoder, layers=self.layers)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        r"""Explain a batch.
+
+        Args:
+
+            batch (mapping): Columns of one length: ``image`` (path, bytes, PIL image, array, or mapping with ``bytes``
+                or ``path``) and ``caption``; optionally ``row``, ``id``, ``boxes``, ``mask``, ``contrast`` and
+                ``problem``.
+
+        Returns:
+            dict: columns of the same length and order: ``row``, ``id`` and ``caption`` as given, and :data:`RESULTS`.
+        """
+        count = len(batch["caption"])
+        rows = [{name: column[index] for name, column in batch.items()} for index in range(count)]
+        results: list[dict[str, Any]] = []
+        start = 0
+        while start < count:
+            # Anew each time: running out of memory makes it smaller.
+            chunk = rows[start : start + self.batch_size]
+            results += self._explain(chunk)
+            start += len(chunk)
+        columns: dict[str, list[Any]] = {name: list(batch[name]) for name in PASSED_ON if name in batch}
+        return {**columns, **{name: [result.get(name) for result in results] for name in RESULTS}}
+
+    def _explain(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        results: list[dict[str, Any]] = []
+        ready: list[_Ready] = []
+        for row in rows:
+            try:
+                pair = self._read(row)
+            except RowError as error:
+                results.append(_failed(error.kind, error))
+            else:
+                ready.append(pair)
+                results.append(pair.result)
+        self._explain_pairs(*self._readable(ready))
+        return results
+
+    def _read(self, row: Mapping[str, Any]) -> _Ready:
+        if row.get("problem"):
+            raise RowError("manifest", row["problem"])
+        caption = read_caption(row["caption"])
+        contrast = row.get("contrast")
+        contrast = self.contrast if contrast is None else read_caption(contrast)
+        picture = read_picture(row["image"])
+        try:
+            boxes = read_boxes(row.get("boxes"))
+        except ValueError as error:
+            raise RowError("boxes", str(error)) from None
+        return _Ready(picture, caption, contrast, read_region(picture.size, boxes, row.get("mask")))
+
+    def _readable(self, ready: list[_Ready]) -> tuple[list[_Ready], Pairs | None]:
+        """Those whose inputs the model's processor can make, and the inputs if they were made for all at once."""
+        if not ready:
+            return [], None
+        pairs, warned, failure = self._try_inputs(ready)
+        if not warned and failure is None:
+            return ready, pairs
+        if len(ready) > 1:
+            return [pair for one in ready for pair in self._readable([one])[0]], None
+        result = ready[0].result
+        if failure is not None:
+            result.update(_failed("model", failure))
+            return [], None
+        too_long = next((found for message in warned if (found := _TOO_LONG.match(message))), None)
+        if too_long and not self.cut_captions:
+            reason = f"the caption has {too_long[2]} tokens, more than the {too_long[1]} that the model reads"
+            result.update(_failed("caption", reason))
+            return [], None
+        result["warning"] = _short("; ".join(message.removeprefix("captions: ") for message in warned))
+        return ready, pairs
+
+    def _try_inputs(self, ready: list[_Ready]) -> tuple[Pairs | None, list[str], Exception | None]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            try:
+                pairs = self._inputs(ready)
+            except Exception as error:
+                # Whatever a processor raises for one row is that row's.
+                return None, [], error
+        messages = [str(warning.message) for warning in caught]
+        return pairs, [message for message in messages if message.startswith("captions:")], None
+
+    def _inputs(self, ready: Sequence[_Ready], contrast: bool = False) -> Pairs:
+        captions = [pair.contrast or "" if contrast else pair.caption for pair in ready]
+        return self._encoder.prepare([pair.picture for pair in ready], captions)
+
+    @property
+    def _encoder(self) -> DualEncoder:
+        encoder: DualEncoder = self.load().forward_func
+        return encoder
+
+    def _explain_pairs(self, ready: list[_Ready], pairs: Pairs | None = None) -> None:
+        if not ready:
+            return
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="captions:")
+                found = self._attribute(ready, self._inputs(ready) if pairs is None else pairs)
+        except Exception as error:
+            # A worker must outlive whatever one pair does to the model; halving finds that pair.
+            self._explain_halves(ready, error)
+            return
+        for pair, result in zip(ready, found, strict=True):
+            pair.result.update(result)
+
+    def _explain_halves(self, ready: list[_Ready], error: Exception) -> None:
+        exhausted = _is_out_of_memory(error)
+        if exhausted:
+            _release_memory()
+            self.batch_size = max(min(self.batch_size, len(ready) // 2), 1)
+        if len(ready) > 1:
+            middle = len(ready) // 2
+            self._explain_pairs(ready[:middle])
+            self._explain_pairs(ready[middle:])
+        elif exhausted and self.internal_batch_size > 1:
+            self.internal_batch_size //= 2
+            self._explain_pairs(ready)
+        else:
+            ready[0].result.update(_failed("memory" if exhausted else "model", error))
+
+    def _attribute(self, ready: Sequence[_Ready], pairs: Pairs) -> list[dict[str, Any]]:
+        encoder = self._encoder
+        (image_bits, token_bits), record = self.load().attribute_with_record(
+            pairs.inputs,
+            additional_forward_args=pairs.additional_forward_args,
+            internal_batch_size=self.internal_batch_size,
+            **self.optimisation,
+        )
+        image, text = record.modalities
+        maps = patch_maps(encoder, pairs, image.units, image_bits)
+        lengths = encoder.token_counts(pairs)
+        results = [
+            {
+                "score": float(image.score_before[i]),
+                "image_bits": float(maps[i].sum(dtype=np.float64)),
+                "text_bits": float(token_bits[i].sum()),
+                "image_score": float(image.score_after[i]),
+                "text_score": float(text.score_after[i]),
+                "map": maps[i].astype(np.float16),
+                "tokens": [_storable(clean_token(token)) for token in pairs.tokens[i][: lengths[i]]],
+                "special": list(pairs.special[i][: lengths[i]]),
+                "token_bits": token_bits[i, : lengths[i]].float().cpu().numpy(),
+                "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
+                **self._inside(pair, maps[i]),
+            }
+            for i, pair in enumerate(ready)
+        ]
+        if self.halves and pairs.inputs[0].ndim == 4:
+            for result, figures in zip(results, half_scores(encoder, pairs, image_bits), strict=True):
+                result.update(figures)
+        compared = [i for i, pair in enumerate(ready) if pair.contrast]
+        if compared:
+            others = self._contrastpatch_maps([ready[i] for i in compared])
+            for i, other in zip(compared, others, strict=True):
+                results[i]["contrast_similarity"] = cosine(maps[i], other)
+                results[i]["contrast"] = ready[i].contrast
+        return results
+
+    def _inside(self, pair: _Ready, bits: np.ndarray) -> dict[str, float | None]:
+        """Which share of the map's bits, and of its area, lies inside the given boxes or mask."""
+        if pair.region is None:
+            return {}
+        # Prepared like the picture itself, the region is cropped as the model's processor crops.
+        seen = self._encoder.prepare(pair.region, pair.caption).pictures[0]
+        cover = cover_of(seen, bits.shape)
+        total = bits.sum(dtype=np.float64)
+        return {
+            "inside_share": float((bits * cover).sum() / total) if total > 0 else None,
+            "inside_area": float(cover.mean()),
+        }
+
+    def _contrastpatch_maps(self, ready: Sequence[_Ready]) -> list[np.ndarray]:
+        pairs = self._inputs(ready, contrast=True)
+        image_bits, record = self.load().attribute_with_record(
+            pairs.inputs[0],
+            additional_forward_args=(pairs.inputs[1], *pairs.additional_forward_args),
+            internal_batch_size=self.internal_batch_size,
+            **self.optimisation,
+        )
+        return patch_maps(self._encoder, pairs, record.modalities[0].units, image_bits)
+
+
+def _failed(kind: str, reason: object) -> dict[str, str]:
+    return {"error_kind": kind, "error": _short(reason)}
+
+
+def _short(reason: object) -> str:
+    text = _storable(" ".join(str(reason).split()) or type(reason).__name__)
+    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
+
+
+def _storable(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The CPU's allocator has no exception of its own.
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OutOfMemoryError", "MemoryError"}) or "not enough memory" in str(error)
+
+
+def _release_memory() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,22 @@
+"""A worker whose process ends in the middle of a batch, as a crash in native code would end it, but only once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from stub_worker import StubWorker
+
+
+class MortalWorker(StubWorker):
+    def __init__(self, *, marker: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.marker = Path(marker)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        if "pair-17" in batch["id"] and not self.marker.exists():
+            self.marker.touch()
+            os._exit(1)
+        return super().__call__(batch)

@@ -1,0 +1,212 @@
+"""The page in a real browser: sorting, filtering, keys, nothing logged, nothing asked for."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from browser import CHROMIUM, Page, browse
+from PIL import Image
+from test_report_numbers import HOSTILE, make_audit, make_row
+
+from captum_m2ib.audit import write_report
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on this machine")
+
+IDS = "[...document.querySelectorAll('#cards .card')].map(card => Number(card.dataset.index))"
+STATUS = "document.getElementById('status').textContent"
+DIALOG = "document.getElementById('detail').open"
+FOCUSED = "document.activeElement.dataset.index"
+
+
+def jpeg(width: int = 48, height: int = 48) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((width, height)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    with browse(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    rows = [
+        make_row(index, score=(index * 37 % 60) / 100, thumbnail=jpeg(48, 30 if index % 2 else 48))
+        for index in range(60)
+    ]
+    rows[5].update(inside_share=0.1, inside_area=0.5, contrast_similarity=0.99, warning="unknown word")
+    rows[6] = {"row": 6, "id": "bad", "caption": HOSTILE, "error_kind": "image", "error": HOSTILE}
+    folder = tmp_path_factory.mktemp("audits")
+    other = [make_row(index, score=(index * 37 % 60) / 100 + (0.2 if index == 9 else 0)) for index in range(60)]
+    make_audit(folder / "b", other)
+    path = write_report(make_audit(folder / "a", rows))
+    write_report(folder / "a", folder / "compared.html", compare=folder / "b")
+    return path
+
+
+@pytest.fixture
+def opened(page: Page, report: Path) -> Iterator[Page]:
+    page.size(1280, 900)
+    page.open(report)
+    yield page
+    assert page.complaints() == []
+    assert page.requests() == [report.as_uri()]
+
+
+def test_pairs_are_sorted_and_missing_values_come_last(opened: Page):
+    opened.choose("sort", "score")
+    scores = [(index * 37 % 60) / 100 for index in range(60)]
+    expected = sorted((index for index in range(60) if index != 6), key=lambda index: scores[index])
+    assert opened.run(IDS) == expected[:24]
+    opened.choose("order", "down")
+    assert opened.run(IDS) == expected[::-1][:24]
+    opened.run("document.getElementById('next').click()")
+    opened.run("document.getElementById('next').click()")
+    assert opened.run(IDS) == [*expected[::-1][48:], 6]
+    assert opened.run(STATUS) == "49–60 of 60 pairs, page 3 of 3"
+
+
+def test_pairs_are_filtered(opened: Page):
+    opened.choose("filter", "error")
+    assert opened.run(IDS) == [6]
+    opened.choose("filter", "warning")
+    assert opened.run(IDS) == [5]
+    opened.choose("filter", "outside")
+    assert opened.run(IDS) == [5]
+    opened.choose("filter", "")
+    opened.choose("search", "BALL17")
+    assert opened.run(IDS) == [17]
+    opened.choose("search", "nothing like it")
+    assert opened.run(STATUS) == "no pair matches"
+    opened.choose("search", "")
+    opened.choose("least", "0.10")
+    opened.choose("most", "0.12")
+    assert sorted(index * 37 % 60 for index in opened.run(IDS)) == [10, 11, 12]
+
+
+def test_findings_lead_to_the_gallery(opened: Page):
+    assert opened.run("document.querySelectorAll('[data-finding=unchanged] .card').length") == 1
+    opened.run("document.querySelector('[data-show=unchanged]').click()")
+    assert opened.run(IDS) == [5] and opened.run("document.getElementById('filter').value") == "unchanged"
+
+
+def test_everything_can_be_done_by_keyboard(opened: Page):
+    opened.press("/")
+    assert opened.run("document.activeElement.id") == "search"
+    opened.type("ball1")
+    assert opened.run("document.querySelectorAll('#cards .card').length") == 11
+    opened.run("document.querySelector('#cards .card').focus()")
+    first = opened.run(IDS)
+    opened.press("ArrowRight")
+    assert opened.run(FOCUSED) == str(first[1])
+    opened.press("ArrowDown")
+    columns = opened.run(IDS).index(int(opened.run(FOCUSED))) - 1
+    assert columns >= 4
+    opened.press("ArrowUp")
+    opened.press("Enter")
+    assert opened.run(DIALOG) and "ball" in opened.run("document.getElementById('detail-caption').textContent")
+    opened.press("ArrowRight")
+    assert opened.run("document.getElementById('detail-id').textContent") == f"pair-{first[2]} (row {first[2]})"
+    opened.press("Escape")
+    assert not opened.run(DIALOG)
+    assert opened.run(FOCUSED) == str(first[2])
+
+
+def test_pages_are_turned_by_key(opened: Page):
+    opened.run("document.querySelector('#cards .card').focus()")
+    opened.press("]")
+    assert opened.run(STATUS).endswith("page 2 of 3")
+    opened.press("[")
+    assert opened.run(STATUS).endswith("page 1 of 3")
+
+
+def test_every_control_is_reached_by_tab_and_named(opened: Page):
+    opened.run("document.getElementById('search').focus()")
+    reached = []
+    for _ in range(8):
+        reached.append(opened.run("document.activeElement.id"))
+        opened.press("Tab")
+    assert reached == ["search", "filter", "sort", "order", "least", "most", "heat", "next"]
+    unnamed = "[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.ariaLabel).length"
+    assert opened.run(unnamed) == 0
+
+
+def test_hostile_text_is_text(opened: Page):
+    opened.choose("filter", "error")
+    assert (
+        opened.run("document.querySelectorAll('img[src=x]').length + document.querySelectorAll('main script').length")
+        == 0
+    )
+    assert "<img src=x" in opened.run("document.querySelector('#cards .bad').textContent")
+    opened.run("document.querySelector('#cards .card').click()")
+    assert "</script>" in opened.run("document.getElementById('detail-caption').textContent")
+
+
+def test_the_map_lies_over_its_picture(opened: Page):
+    opened.run("new Promise(done => setTimeout(done, 100))")
+    shape = """(() => {
+        const fit = document.querySelector('[data-index="1"] .fit');
+        const [image, canvas] = ['img', 'canvas'].map(name => fit.querySelector(name).getBoundingClientRect());
+        return [image.width / image.height, canvas.width - image.width, canvas.height - image.height];
+    })()"""
+    ratio, wider, higher = opened.run(shape)
+    assert ratio == pytest.approx(48 / 30, rel=0.02) and abs(wider) < 1 and abs(higher) < 1
+    pixels = opened.run(
+        "[...document.querySelector('[data-index=\"0\"] canvas').getContext('2d').getImageData(0, 0, 2, 2).data]"
+    )
+    opacities = pixels[3::4]
+    # The map is [[0, 1], [2, 4]]: opacity rises with the bits, from none at zero.
+    assert opacities[0] == 0 < opacities[1] < opacities[2] < opacities[3]
+    opened.run("document.getElementById('heat').click()")
+    assert opened.run("document.querySelectorAll('#cards canvas').length") == 0
+
+
+def test_two_audits_are_side_by_side(page: Page, report: Path):
+    page.size(1280, 900)
+    compared = report.parent.parent / "compared.html"
+    page.open(compared)
+    assert page.run("document.querySelectorAll('#cards .card:first-child .view').length") == 2
+    page.choose("sort", "change")
+    page.choose("order", "down")
+    assert page.run(IDS)[0] == 9
+    assert page.run("document.querySelectorAll('[data-finding=rose] .card').length") == 1
+    page.run("document.querySelector('#cards .card').click()")
+    assert page.run("[...document.querySelectorAll('#detail-body .side > .series')].map(e => e.textContent)") == [
+        "A",
+        "B",
+    ]
+    assert page.complaints() == [] and page.requests() == [compared.as_uri()]
+
+
+@pytest.mark.parametrize("name", ["a/report.html", "compared.html"])
+def test_a_phone_needs_no_scrolling_sideways(name: str, page: Page, report: Path):
+    page.size(390, 844, phone=True)
+    page.open(report.parent.parent / name)
+    assert page.run("document.documentElement.scrollWidth") == 390
+    page.run("document.querySelector('#cards .card').click()")
+    assert page.run("document.getElementById('detail').scrollWidth <= 390")
+    smallest = (
+        "Math.min(...[...document.querySelectorAll('button, select, input[type=search]')].filter(e => e.offsetHeight)"
+    )
+    assert page.run(f"{smallest}.map(e => e.offsetHeight))") >= 36
+
+
+def test_five_thousand_pairs_keep_the_page_small(page: Page, tmp_path: Path):
+    picture = jpeg()
+    path = write_report(make_audit(tmp_path / "big", [make_row(i, thumbnail=picture) for i in range(5000)], 1000))
+    page.size(390, 844, phone=True)
+    page.open(path)
+    assert page.run(STATUS) == "1–24 of 5,000 pairs, page 1 of 209"
+    page.choose("sort", "score")
+    page.choose("order", "down")
+    assert page.run(IDS)[0] == 4999
+    # What makes a page stall is the number of elements: it does not grow with the pairs.
+    assert page.run("document.querySelectorAll('*').length") < 2500
+    assert page.complaints() == []
