@@ -13,10 +13,18 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from captum_m2ib.attr import (
+        RISE,
+        AttentionRelevance,
+        ContrastiveInfoBottleneck,
+        GradECLIP,
+        InfoBottleneck,
         LayerMultiModalInfoBottleneck,
         LayerRecord,
+        LeGrad,
         MultiModalInfoBottleneck,
+        NarrowingInfoBottleneck,
         OptimizationRecord,
+        PairInteraction,
     )
     from captum_m2ib.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.explanation import Explanation, explain
@@ -30,10 +38,18 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "attr": (
+        "AttentionRelevance",
+        "ContrastiveInfoBottleneck",
+        "GradECLIP",
+        "InfoBottleneck",
         "LayerMultiModalInfoBottleneck",
         "LayerRecord",
+        "LeGrad",
         "MultiModalInfoBottleneck",
+        "NarrowingInfoBottleneck",
         "OptimizationRecord",
+        "PairInteraction",
+        "RISE",
     ),
     "dual_encoder": ("DualEncoder", "Pairs"),
     "explanation": ("Explanation", "explain"),
@@ -42,14 +58,22 @@ _HOMES = {
 }
 
 __all__ = [
+    "RISE",
+    "AttentionRelevance",
     "ChannelStatistics",
+    "ContrastiveInfoBottleneck",
     "DualEncoder",
     "Explanation",
+    "GradECLIP",
+    "InfoBottleneck",
     "LayerMultiModalInfoBottleneck",
     "LayerRecord",
+    "LeGrad",
     "MultiModalInfoBottleneck",
+    "NarrowingInfoBottleneck",
     "OptimizationRecord",
     "PackedLayout",
+    "PairInteraction",
     "Pairs",
     "PatchLayout",
     "TextLayout",

@@ -7,6 +7,7 @@ pairs and comes from a generator of the call's own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -26,16 +27,16 @@ from captum_m2ib.suffix import Suffix, Tap
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 
-INITIAL_ALPHA = 5.0
-
 
 @dataclass(frozen=True)
 class Settings:
-    """How gates are optimised; ``beta``, ``variance`` and ``lr`` hold one number per layer."""
+    """How gates are optimised; tuples hold one value per layer."""
 
     beta: tuple[float, ...]
     variance: tuple[float, ...]
     lr: tuple[float, ...]
+    initial_gate: tuple[float, ...]
+    antithetic: tuple[bool, ...]
     n_steps: int
     n_samples: int
     seed: int
@@ -79,7 +80,7 @@ class Gated:
     record: LayerRecord | None = None
 
 
-def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int]) -> Tensor:
+def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int], antithetic: bool = False) -> Tensor:
     r"""Standard normal draws for one step, (draws, \*shape), the same on every device.
 
     The first units do not depend on how many follow, so padding a batch further changes nothing.
@@ -91,13 +92,16 @@ def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int]) ->
         step (int): Step of the optimisation.
         draws (int): Number of draws.
         shape (sequence of int): Shape of one pair's hidden state.
+        antithetic (bool, optional): The second half of the draws is the first with its sign changed, so that what is
+            linear in the noise cancels. Default: False
 
     Returns:
         Tensor: float32, on the CPU.
     """
     generator = np.random.default_rng((seed, layer, step))
-    drawn = generator.standard_normal((shape[0], draws, *shape[1:]), dtype=np.float32)
-    return torch.from_numpy(drawn).movedim(1, 0)
+    own = (draws + 1) // 2 if antithetic else draws
+    drawn = torch.from_numpy(generator.standard_normal((shape[0], own, *shape[1:]), dtype=np.float32)).movedim(1, 0)
+    return torch.cat([drawn, -drawn[: draws - own]]) if antithetic else drawn
 
 
 @dataclass
@@ -110,11 +114,13 @@ class _Gates:
     std: Tensor | float
     real: Tensor | None
     beta: float
+    initial_gate: float
     dtype: torch.dtype
     alpha: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.alpha = torch.full_like(self.hidden, INITIAL_ALPHA, requires_grad=True)
+        start = math.log(self.initial_gate / (1 - self.initial_gate))
+        self.alpha = torch.full_like(self.hidden, start, requires_grad=True)
 
     def information(self) -> Tensor:
         elements = information(self.alpha, self.hidden, self.mean, self.std)
@@ -212,7 +218,7 @@ def _gates(
     real = real_elements(layout, hidden, modality, arguments)
     inputs = arguments[modality] if isinstance(arguments[modality], Tensor) else None
     mean, std = _prior(prior, hidden, real, settings.variance[index], channel_axis(layout, hidden, inputs))
-    return _Gates(index, hidden, mean, std, real, settings.beta[index], held.dtype)
+    return _Gates(index, hidden, mean, std, real, settings.beta[index], settings.initial_gate[index], held.dtype)
 
 
 def _prior(
@@ -277,7 +283,8 @@ def _descend(
 
 
 def _draw(gate: _Gates, settings: Settings, step: int) -> Tensor:
-    return noise(settings.seed, gate.index, step, settings.n_samples, gate.hidden.shape[1:])
+    shape, antithetic = gate.hidden.shape[1:], settings.antithetic[gate.index]
+    return noise(settings.seed, gate.index, step, settings.n_samples, shape, antithetic)
 
 
 def _parts(settings: Settings) -> Iterator[slice]:

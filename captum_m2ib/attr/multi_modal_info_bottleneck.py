@@ -126,12 +126,14 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         variance: PerModality = 1.0,
         n_steps: int = 10,
         n_samples: int = 10,
-        lr: PerModality = 1.0,
+        lr: PerModality | None = None,
         seed: int = 0,
         joint: bool = False,
         internal_batch_size: int | None = None,
         attribute_to_layer_input: bool = False,
         show_progress: bool = False,
+        initial_gate: PerModality | None = None,
+        antithetic: bool | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -147,12 +149,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element against the score; one number
                         or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
-                        N(0, variance), 1.0 for the standardised prior)
+                        N(0, variance), 3.0 for the standardised prior)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: 1.0
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: 10
             n_samples (int, optional): Noise draws per step. Default: 10
-            lr (float or sequence, optional): Adam's learning rate. Default: 1.0
+            lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
+                        N(0, variance), 0.5 for the standardised prior)
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
@@ -161,6 +164,12 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False
+            initial_gate (float or sequence, optional): Share of the hidden state that passes before the first step,
+                        between 0 and 1. Default: None (0.9933 as published for the prior N(0, variance), 0.5 for the
+                        standardised prior)
+            antithetic (bool, optional): Use each noise draw once more with its sign changed instead of a new one,
+                        which makes maps vary less between seeds. Default: None (False as published for the prior
+                        N(0, variance), True for the standardised prior)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -194,6 +203,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             internal_batch_size,
             attribute_to_layer_input,
             show_progress,
+            initial_gate,
+            antithetic,
             with_record=False,
         )
         return _captum.format_output(is_tuple, attributions)
@@ -231,19 +242,32 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         variance: PerModality,
         n_steps: int,
         n_samples: int,
-        lr: PerModality,
+        lr: PerModality | None,
         seed: int,
         joint: bool,
         internal_batch_size: int | None,
         attribute_to_layer_input: bool,
         show_progress: bool,
+        initial_gate: PerModality | None,
+        antithetic: bool | None,
         with_record: bool,
     ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
         tensors = format_inputs(inputs, len(self.layers))
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
         settings = make_settings(
-            priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
+            priors,
+            beta,
+            variance,
+            lr,
+            n_steps,
+            n_samples,
+            seed,
+            joint,
+            internal_batch_size,
+            show_progress,
+            initial_gate,
+            antithetic,
         )
         gated = optimise(
             *scorer(self.forward_func, tensors, additional, target),
@@ -305,20 +329,23 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         variance: PerModality = 1.0,
         n_steps: int = 10,
         n_samples: int = 10,
-        lr: PerModality = 1.0,
+        lr: PerModality | None = None,
         seed: int = 0,
         joint: bool = False,
         internal_batch_size: int | None = None,
         attribute_to_layer_input: bool = False,
         show_progress: bool = False,
+        initial_gate: PerModality | None = None,
+        antithetic: bool | None = None,
     ) -> Tensor | list[Tensor]:
         r"""Bits per element of the layer's hidden state.
 
         Args:
 
             inputs, target, additional_forward_args, beta, variance, n_steps, n_samples, lr, seed, joint,
-                internal_batch_size, attribute_to_layer_input, show_progress: As for
-                :meth:`MultiModalInfoBottleneck.attribute`; ``beta``, ``variance`` and ``lr`` per layer.
+                internal_batch_size, attribute_to_layer_input, show_progress, initial_gate, antithetic: As for
+                :meth:`MultiModalInfoBottleneck.attribute`; ``beta``, ``variance``, ``lr`` and
+                ``initial_gate`` per layer.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:
@@ -331,7 +358,18 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
         priors = _priors(layers, self.statistics)
         settings = make_settings(
-            priors, beta, variance, lr, n_steps, n_samples, seed, joint, internal_batch_size, show_progress
+            priors,
+            beta,
+            variance,
+            lr,
+            n_steps,
+            n_samples,
+            seed,
+            joint,
+            internal_batch_size,
+            show_progress,
+            initial_gate,
+            antithetic,
         )
         gated = optimise(
             *scorer(self.forward_func, tensors, additional, target),

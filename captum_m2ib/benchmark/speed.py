@@ -22,8 +22,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck
-from captum_m2ib.attr._arguments import PUBLISHED_BETA
-from captum_m2ib.attr._gates import INITIAL_ALPHA, noise
+from captum_m2ib.attr._arguments import PUBLISHED
+from captum_m2ib.attr._gates import noise
 from captum_m2ib.bottleneck import NATS_PER_BIT
 from captum_m2ib.dual_encoder import DualEncoder
 
@@ -84,7 +84,7 @@ class _PublishedBottleneck:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         hidden = output[0] if isinstance(output, tuple) else output
         if self.alpha is None:
-            self.alpha = torch.full_like(hidden[:1].detach(), INITIAL_ALPHA, requires_grad=True)
+            self.alpha = torch.full_like(hidden[:1].detach(), 5.0, requires_grad=True)
         gate = torch.sigmoid(self.alpha).expand_as(hidden)
         mean, variance = gate * hidden, (1 - gate) ** 2
         self.information = -0.5 * (1 + torch.log(variance) - mean**2 - variance)
@@ -142,7 +142,7 @@ def run_published(encoder: DualEncoder, pairs: Inputs, layer: int = 9) -> list[T
 def run_ours(encoder: DualEncoder, pairs: Inputs, layer: int = 9, n_steps: int = 10) -> list[Tensor]:
     """Both maps of every pair by this library, in bits."""
     method = LayerMultiModalInfoBottleneck(encoder, list(blocks(encoder, layer)))
-    maps = method.attribute(pairs[:2], additional_forward_args=pairs[2], beta=PUBLISHED_BETA, n_steps=n_steps)
+    maps = method.attribute(pairs[:2], additional_forward_args=pairs[2], beta=PUBLISHED.beta, n_steps=n_steps)
     return list(maps)
 
 

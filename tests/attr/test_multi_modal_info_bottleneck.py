@@ -52,6 +52,10 @@ def test_parity_with_the_published_loop(dtype, share: float, modality: int, pair
     assert float((nats - published).abs().max()) < share * float(published.abs().max())
 
 
+OPEN = 1 / (1 + math.exp(-5.0))
+PAPER = {"beta": 0.1, "lr": 1.0, "initial_gate": OPEN, "antithetic": False}
+
+
 def second_implementation(
     case: Case,
     layers: list[nn.Module],
@@ -63,6 +67,8 @@ def second_implementation(
     lr=(1.0, 1.0),
     statistics=(None, None),
     seed: int = 0,
+    initial_gate=(OPEN, OPEN),
+    antithetic: bool = False,
 ) -> list[Tensor]:
     """Bits at two layers of one batch in float64: hooks, full passes, the divergence from torch.distributions."""
     masks = [None, case.additional[0].bool()[..., None]]
@@ -71,7 +77,8 @@ def second_implementation(
         handle = layer.register_forward_hook(lambda m, a, output: hidden.append(output.detach()))
         case.forward(*case.inputs, *case.additional)
         handle.remove()
-    alphas = [torch.full_like(h, 5.0, requires_grad=True) for h in hidden]
+    starts = [math.log(g / (1 - g)) for g in initial_gate]
+    alphas = [torch.full_like(h, start, requires_grad=True) for h, start in zip(hidden, starts, strict=True)]
     priors = []
     for v, channel in zip(variance, statistics, strict=True):
         mean, std = (torch.zeros(()), torch.ones(())) if channel is None else (channel.mean, channel.std)
@@ -87,10 +94,15 @@ def second_implementation(
 
     def score(indices, step: int) -> Tensor:
         total = 0.0
+        half = (n_samples + 1) // 2
         for draw in range(n_samples):
             handles = []
             for index in indices:
-                eps = noise(seed, index, step, n_samples, hidden[index].shape[1:])[draw].double()
+                if antithetic:
+                    eps = noise(seed, index, step, half, hidden[index].shape[1:])[draw % half].double()
+                    eps = eps if draw < half else -eps
+                else:
+                    eps = noise(seed, index, step, n_samples, hidden[index].shape[1:])[draw].double()
                 gate, (mean, std) = torch.sigmoid(alphas[index]), priors[index]
                 mixed = gate * hidden[index] + (1 - gate) * (mean + std * eps)
                 if masks[index] is not None:
@@ -130,8 +142,9 @@ STATISTICS = (
         {"joint": False, "beta": (3.0, 0.01), "variance": (0.25, 4.0)},
         {"joint": False, "statistics": STATISTICS},
         {"joint": True, "statistics": (STATISTICS[0], None), "variance": (2.0, 0.5), "seed": 5},
+        {"joint": False, "initial_gate": (0.5, 0.2), "antithetic": True},
     ],
-    ids=["separate", "joint", "joint-lr", "variance", "standardised", "mixed"],
+    ids=["separate", "joint", "joint-lr", "variance", "standardised", "mixed", "antithetic"],
 )
 def test_equals_a_second_implementation(options):
     case = family_named("closure").build().double()
@@ -144,18 +157,32 @@ def test_equals_a_second_implementation(options):
     found = method.attribute(
         case.inputs,
         additional_forward_args=case.additional,
-        **{"beta": 0.1, "n_steps": 4, "n_samples": 3, **settings},
+        **{**PAPER, "n_steps": 4, "n_samples": 3, **settings},
     )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.max()))
 
 
-def test_default_beta_follows_the_prior():
+def test_defaults_follow_the_prior():
     case = family_named("closure").build()
-    for statistics, beta in ((None, 0.1), (STATISTICS, 1.0)):
+    measured = {"beta": 3.0, "lr": 0.5, "initial_gate": 0.5, "antithetic": True}
+    for statistics, settings in ((None, PAPER), (STATISTICS, measured)):
         method = case.method(statistics=statistics)
-        for one, other in zip(case.attribute(method), case.attribute(method, beta=beta), strict=True):
+        for one, other in zip(case.attribute(method), case.attribute(method, **settings), strict=True):
             assert torch.equal(one, other)
+    mixed = case.method(statistics=(STATISTICS[0], None))
+    told = {name: (measured[name], PAPER[name]) for name in ("beta", "lr", "initial_gate")}
+    for one, other in zip(case.attribute(mixed), case.attribute(mixed, **told), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_antithetic_noise_repeats_each_draw_with_its_sign_changed():
+    for draws in (1, 4, 5):
+        drawn = noise(3, 0, 2, draws, (6, 7), antithetic=True)
+        half = (draws + 1) // 2
+        assert drawn.shape == (draws, 6, 7)
+        assert torch.equal(drawn[:half], noise(3, 0, 2, half, (6, 7)))
+        assert torch.equal(drawn[half:], -drawn[: draws - half])
 
 
 def test_one_number_serves_every_modality():

@@ -1,0 +1,249 @@
+"""IBA: the least information in a hidden state that a classifier needs for a class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_m2ib import _captum
+from captum_m2ib.attr._arguments import PUBLISHED, PerModality, format_additional, format_inputs, make_settings, scorer
+from captum_m2ib.attr._gates import Prior, optimise
+from captum_m2ib.attr.multi_modal_info_bottleneck import (
+    MultiModalInfoBottleneck,
+    Statistics,
+    _roots,
+    _to_units_and_input,
+)
+from captum_m2ib.layers import LayerLike
+from captum_m2ib.layouts import Layout, PatchLayout, to_input
+from captum_m2ib.statistics import estimate_statistics
+from captum_m2ib.suffix import Tap
+from captum_m2ib.towers import image_layout
+
+
+class InfoBottleneck(_captum.Attribution):
+    r"""Information bottleneck attribution (IBA) for classifiers.
+
+    The bottleneck, its optimisation and its unit are those of :class:`MultiModalInfoBottleneck`; what must stay is not
+    a pair's similarity but the log-probability of a class, so that per example the loss is
+
+        beta * mean(information) + mean over noise draws(cross entropy of the target).
+
+    As in the paper the prior is standardised: noise and prior have each channel's own mean and standard deviation,
+    estimated over data by :meth:`estimate`, or else taken from the example itself. Differences: statistics are per
+    channel instead of per unit, and where the paper smooths the gates by a Gaussian kernel while they are optimised,
+    the finished map of bits is smoothed here, by the same kernel and keeping its sum.
+
+    Schulz, Sixt, Tombari and Landgraf, "Restricting the Flow: Information Bottlenecks for Attribution", ICLR 2020,
+    https://arxiv.org/abs/2001.00396
+
+    Args:
+
+        forward_func (Callable or nn.Module): A classifier: returns logits, (N, classes), or, to be explained without
+                    ``target``, one score per example, (N,).
+        layers (sequence): One layer per explained input: a module, a dotted name, or a pair (module or name, index of
+                    the call).
+        layouts (sequence, optional): How hidden-state units map onto input units. Default: None (for pictures derived
+                    from ``forward_func`` where that is a module)
+        statistics (mapping or sequence, optional): As for :class:`MultiModalInfoBottleneck`. Default: None (the
+                    example's own, until :meth:`estimate` is called)
+
+    Raises:
+        ValueError: if a layer is unknown.
+        TypeError: if ``forward_func`` cannot be called.
+
+    Examples::
+
+        >>> # images (2, 3, 224, 224)
+        >>> iba = InfoBottleneck(model, layers=["features.17"])
+        >>> iba.estimate(loader)
+        >>> bits = iba.attribute(images, target=torch.tensor([282, 207]))  # (2, 3, 224, 224)
+    """
+
+    def __init__(
+        self,
+        forward_func: Callable[..., Any],
+        layers: Sequence[LayerLike] | LayerLike,
+        layouts: Sequence[Layout | None] | None = None,
+        statistics: Statistics | None = None,
+    ) -> None:
+        resolved = MultiModalInfoBottleneck(forward_func, layers, layouts, statistics)
+        _captum.Attribution.__init__(self, resolved.forward_func)
+        self.layers = resolved.layers
+        self.layouts = resolved.layouts
+        own: tuple[Prior, ...] = tuple("pair" for _ in self.layers)
+        self.priors = own if statistics is None else resolved.priors
+
+    def estimate(self, loader: Iterable[Any], show_progress: bool = False) -> None:
+        r"""Estimate each channel's mean and standard deviation over data, for the standardised prior.
+
+        Args:
+
+            loader (iterable): Yields batches: tuples of all arguments of ``forward_func``. A few hundred examples give
+                        stable channels.
+            show_progress (bool, optional): Show a progress bar. Default: False
+
+        Raises:
+            ValueError: if the loader yields nothing.
+            RuntimeError: if a layer is not reached.
+        """
+        found = estimate_statistics(
+            _Total(self.forward_func),
+            [layer.module if layer.call is None else (layer.module, layer.call) for layer in self.layers],
+            loader,
+            layouts=self.layouts,
+            show_progress=show_progress,
+        )
+        self.priors = tuple(found.values())
+
+    @_captum.log_usage(part_of_slo=True)
+    def attribute(
+        self,
+        inputs: Tensor | tuple[Tensor, ...],
+        target: Any = None,
+        additional_forward_args: Any = None,
+        beta: PerModality = 10.0,
+        variance: PerModality = 1.0,
+        n_steps: int = 10,
+        n_samples: int = 10,
+        lr: PerModality = 1.0,
+        smoothing: float | None = 1.0,
+        seed: int = 0,
+        internal_batch_size: int | None = None,
+        attribute_to_layer_input: bool = False,
+        show_progress: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        r"""Attribute the probability of a class to the inputs, in bits.
+
+        Args:
+
+            inputs (Tensor or tuple[Tensor, ...]): The inputs to explain, batch first; input ``i`` is explained at
+                        layer ``i``.
+            target (int, Tensor or list, optional): The class to explain, one for all examples or one per example.
+                        Default: None (``forward_func`` returns one score per example, which is kept as it is)
+            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
+            beta (float or sequence, optional): Weight of the information per element against the cross entropy, the
+                        paper's beta / k. Default: 10.0
+            variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
+                        standardised prior's own. Default: 1.0
+            n_steps (int, optional): Steps of the optimisation. Default: 10
+            n_samples (int, optional): Noise draws per step. Default: 10
+            lr (float or sequence, optional): Adam's learning rate. Default: 1.0
+            smoothing (float, optional): Standard deviation of the Gaussian kernel, in cells of the hidden state's
+                        grid; None or 0 for none. Only pictures are smoothed. Default: 1.0
+            seed (int, optional): Seed of the noise. Default: 0
+            internal_batch_size (int, optional): Most rows (examples times draws) in one pass. Default: None
+            attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
+                        Default: False
+            show_progress (bool, optional): Show a progress bar. Default: False
+
+        Returns:
+            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
+                        Bits, of the inputs' shapes, non-negative. An image's channels share its pixels' bits equally.
+
+        Raises:
+            ValueError: if an argument is out of range, a target is missing, a layout does not fit, or a score is NaN
+                or infinite.
+            RuntimeError: if a layer is not reached, or the score does not depend on it.
+        """
+        if smoothing is not None and not 0 <= smoothing < float("inf"):
+            raise ValueError(f"smoothing: expected a finite number of at least 0 or None, got {smoothing!r}.")
+        tensors = format_inputs(inputs, len(self.layers))
+        additional = format_additional(additional_forward_args, tensors[0].shape[0])
+        layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
+        settings = make_settings(
+            priors,
+            beta,
+            variance,
+            lr,
+            n_steps,
+            n_samples,
+            seed,
+            False,
+            internal_batch_size,
+            show_progress,
+            PUBLISHED.initial_gate,
+            PUBLISHED.antithetic,
+        )
+        layouts = [self._layout(index, tensor) for index, tensor in enumerate(tensors)]
+        gated = optimise(
+            *scorer(_LogProbability(self.forward_func, target is not None), tensors, additional, target),
+            [Tap(layer, attribute_to_layer_input) for layer in layers],
+            priors,
+            layouts,
+            settings,
+            _roots(self.forward_func, layers),
+        )
+        attributions = []
+        for layout, gate, tensor in zip(layouts, gated, tensors, strict=True):
+            units, attribution = _to_units_and_input(layout, gate, tensor)
+            if smoothing and isinstance(layout, PatchLayout) and units.ndim == 3:
+                attribution = to_input(layout, smooth(units, smoothing), tensor)
+            attributions.append(attribution)
+        return _captum.format_output(_captum.is_tuple(inputs), tuple(attributions))
+
+    def attribute_future(self) -> None:
+        """Not offered, as for most of Captum's methods."""
+        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
+
+    def _layout(self, index: int, tensor: Tensor) -> Layout | None:
+        layout = self.layouts[index]
+        if layout is None and tensor.ndim == 4 and isinstance(self.forward_func, nn.Module):
+            return image_layout(self.forward_func)
+        return layout
+
+
+class _LogProbability:
+    """A classifier's log-probabilities, or a score as it is."""
+
+    def __init__(self, forward_func: Callable[..., Any], has_target: bool) -> None:
+        self.forward_func = forward_func
+        self.has_target = has_target
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        output = self.forward_func(*arguments)
+        if not isinstance(output, Tensor) or output.ndim != (2 if self.has_target else 1):
+            wanted = "logits, (N, classes)" if self.has_target else "one score per example, (N,), or a target"
+            got = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"target: expected forward_func to return {wanted}, got {got}; name the class with target=..., or let "
+                "forward_func return what target selects from."
+            )
+        if not self.has_target:
+            return output
+        return F.log_softmax(output, 1, dtype=torch.promote_types(output.dtype, torch.float32))
+
+
+class _Total:
+    """One number per example that depends on all of a classifier's outputs."""
+
+    def __init__(self, forward_func: Callable[..., Any]) -> None:
+        self.forward_func = forward_func
+
+    def __call__(self, *arguments: Any) -> Tensor:
+        return self.forward_func(*arguments).flatten(1).sum(1)
+
+
+def smooth(units: Tensor, sigma: float) -> Tensor:
+    r"""A map blurred by a Gaussian kernel of 2 * round(2 * sigma) + 1 cells a side, reflected at the border.
+
+    Args:
+
+        units (Tensor): (N, h, w), non-negative.
+        sigma (float): Standard deviation of the kernel in cells.
+
+    Returns:
+        Tensor: (N, h, w), with the sums of the given maps.
+    """
+    reach = min(round(2 * sigma), *(side - 1 for side in units.shape[1:]))
+    offsets = torch.arange(-reach, reach + 1, dtype=units.dtype, device=units.device)
+    kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
+    padded = F.pad(units.unsqueeze(1), (reach,) * 4, mode="reflect")
+    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
+    before, after = units.sum((1, 2), keepdim=True), blurred.sum((1, 2), keepdim=True)
+    return blurred * (before / after.clamp(min=torch.finfo(units.dtype).tiny))

@@ -1,0 +1,158 @@
+"""Second implementations of the attention methods on transformers' CLIP: eager attention, full passes, autograd."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from families import Case, family_named
+from torch import Tensor, nn
+
+from captum_m2ib.layouts import to_input
+
+
+@dataclass
+class Side:
+    """One tower's pass: weights per block, hidden states, the pooled position, and how a token becomes an embedding."""
+
+    attentions: tuple[Tensor, ...]
+    hidden: tuple[Tensor, ...]
+    pooled: Tensor
+    head: Any
+    embedding: Tensor
+
+
+def clip_case() -> Case:
+    """A tiny CLIP in float64, with three pairs; the second caption is two tokens shorter."""
+    return family_named("clip").build().double()
+
+
+def eager_copy(case: Case) -> nn.Module:
+    model = copy.deepcopy(case.roots[0])
+    model.set_attn_implementation("eager")
+    return model
+
+
+def sides(model: nn.Module, case: Case) -> tuple[Side, Side]:
+    pixels, ids = case.inputs
+    mask = case.additional[0]
+    keep = {"output_attentions": True, "output_hidden_states": True}
+    image = model.vision_model(pixels, **keep)
+    text = model.text_model(ids, attention_mask=mask, **keep)
+    ends = mask.sum(1) - 1
+
+    def image_head(token: Tensor) -> Tensor:
+        return model.visual_projection(model.vision_model.post_layernorm(token))
+
+    def text_head(token: Tensor) -> Tensor:
+        return model.text_projection(model.text_model.final_layer_norm(token))
+
+    first = torch.zeros(len(pixels), dtype=torch.long)
+    made = []
+    for output, pooled, head in ((image, first, image_head), (text, ends, text_head)):
+        token = output.hidden_states[-1][torch.arange(len(pooled)), pooled]
+        made.append(Side(output.attentions, output.hidden_states, pooled, head, head(token)))
+    return made[0], made[1]
+
+
+def score_of(model: nn.Module, case: Case) -> tuple[Tensor, tuple[Side, Side]]:
+    both = sides(model, case)
+    return F.cosine_similarity(both[0].embedding, both[1].embedding), both
+
+
+def expected_maps(case: Case, tokens: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Attributions in the inputs' shapes from values per token of each tower, (N, tokens)."""
+    patches = tokens[0][:, 1:].unflatten(1, (4, 4))
+    image = to_input(case.forward.layouts[0], patches, case.inputs[0])
+    return image, tokens[1] * case.additional[0]
+
+
+def relevance_oracle(case: Case, first: int) -> tuple[Tensor, Tensor]:
+    """Chefer et al., block by block and pair by pair."""
+    score, both = score_of(eager_copy(case), case)
+    found = []
+    for side in both:
+        rows = []
+        used = side.attentions[first:]
+        grads = torch.autograd.grad(score.sum(), used, retain_graph=True)
+        for pair, pooled in enumerate(side.pooled.tolist()):
+            rollout = torch.eye(used[0].shape[-1], dtype=used[0].dtype)
+            for weights, gradient in zip(used, grads, strict=True):
+                heads = [(w * g).relu() for w, g in zip(weights[pair], gradient[pair], strict=True)]
+                rollout = rollout + sum(heads) / len(heads) @ rollout
+            rows.append(rollout[pooled])
+        found.append(torch.stack(rows).detach())
+    return found[0], found[1]
+
+
+def grad_eclip_oracle(case: Case, counts: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Grad-ECLIP with hooks on the projections of each block, with the model's own heads."""
+    model = eager_copy(case)
+    kept: dict[Any, Tensor] = {}
+    towers = (model.vision_model.encoder.layers, model.text_model.encoder.layers)
+    for block in (*towers[0], *towers[1]):
+        for name in ("q_proj", "k_proj", "v_proj"):
+            module = getattr(block.self_attn, name)
+            module.register_forward_hook(lambda m, args, output: kept.__setitem__(m, output))
+        block.self_attn.out_proj.register_forward_pre_hook(lambda m, args: kept.__setitem__(m, args[0]))
+    score, both = score_of(model, case)
+    found = []
+    for blocks, side, count in zip(towers, both, counts, strict=True):
+        is_text = blocks is towers[1]
+        total = torch.zeros(len(score), side.hidden[0].shape[1], dtype=torch.float64)
+        for block in blocks[-count:]:
+            attention = block.self_attn
+            (gradient,) = torch.autograd.grad(score.sum(), kept[attention.out_proj], retain_graph=True)
+            query, key = (
+                F.linear(kept[m], attention.out_proj.weight, attention.out_proj.bias)
+                for m in (attention.q_proj, attention.k_proj)
+            )
+            for pair, pooled in enumerate(side.pooled.tolist()):
+                end = int(case.additional[0][pair].sum()) if is_text else query.shape[1]
+                start = 0 if is_text else 1
+                similar = F.cosine_similarity(query[pair, pooled], key[pair, start:end], dim=-1)
+                similar = (similar - similar.min()) / (similar.max() - similar.min())
+                values = kept[attention.v_proj][pair, start:end]
+                total[pair, start:end] += similar * (values @ gradient[pair, pooled])
+        found.append(total.relu().detach())
+    return found[0], found[1]
+
+
+def legrad_oracle(case: Case, count: int) -> tuple[Tensor, Tensor]:
+    """LeGrad: each layer's mean token through the head, gradients of the weights by autograd."""
+    model = eager_copy(case)
+    _, both = score_of(model, case)
+    real = case.additional[0].double()
+    found = []
+    for index, side in enumerate(both):
+        other = both[1 - index].embedding.detach()
+        depth = len(side.attentions)
+        total = torch.zeros(side.hidden[0].shape[:2], dtype=torch.float64)
+        for block in range(depth - count, depth):
+            weight = real if index else torch.ones_like(total)
+            # transformers keeps the last hidden state before the final normalisation too.
+            mean = (side.hidden[block + 1] * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)
+            score = F.cosine_similarity(side.head(mean), other)
+            (gradient,) = torch.autograd.grad(score.sum(), side.attentions[block], retain_graph=True)
+            gain = (gradient.relu() * (side.attentions[block] > 0)).mean(1)
+            total += gain.sum(1) / weight.sum(1, keepdim=True)
+        found.append(total.detach())
+    return found[0], found[1]
+
+
+def state_of(roots: list[nn.Module]) -> list[Any]:
+    """What a run could change about models, as something that can be compared."""
+    state: list[Any] = [nn.Module.__call__, torch.backends.mha.get_fastpath_enabled(), torch.is_grad_enabled()]
+    for root in roots:
+        for name, module in root.named_modules():
+            hooks = [len(value) for key, value in sorted(vars(module).items()) if key.endswith("_hooks")]
+            state.append((name, module.training, sorted(vars(module)), hooks))
+            state.append(getattr(getattr(module, "config", None), "_attn_implementation", None))
+        for name, tensor in (*root.named_parameters(), *root.named_buffers()):
+            state.append(
+                (name, tensor.requires_grad, tensor.grad is None, tensor._version, tensor.double().sum().item())
+            )
+    return state
