@@ -126,8 +126,11 @@ def _add_benchmark(commands: Any) -> None:
     meaning = benchmarks.add_parser(
         "scenes",
         help="maps against ground truth on held-out scenes",
-        description="Image and token maps of this library on held-out scenes whose ground truth is known.",
+        description="Image and token maps of a method on held-out scenes whose ground truth is known. Methods: m2ib "
+        "(default), m2ib-published, nib, nib-recommended-layers, grad-eclip, relevance, relevance-all-blocks, legrad, "
+        "legrad-all-blocks, rise; centre and random know nothing of the pair.",
     )
+    meaning.add_argument("--method", default="m2ib", help="default: %(default)s")
     meaning.add_argument("--probes", type=int, default=200, help="of each kind (default: %(default)s)")
     meaning.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
     meaning.add_argument("--model", metavar="DIR", help="checkpoint trained on scenes (default: shipped model)")
@@ -257,12 +260,16 @@ def _speed(given: argparse.Namespace) -> None:
 
 
 def _scenes(given: argparse.Namespace) -> None:
+    from captum_m2ib.benchmark.methods import METHODS
     from captum_m2ib.benchmark.scenes import measure, render
 
+    name = "m2ib-published" if given.published else given.method
+    if name not in METHODS or (given.published and given.method != "m2ib"):
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, without --published, got {given.method!r}.")
     encoder = _load(given)
     if given.without_statistics:
         encoder.statistics.clear()
-    print(render(measure(_method(encoder, given), given.probes, given.seed)))
+    print(render(measure(METHODS[name](encoder), given.probes, given.seed)))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -307,7 +307,7 @@ class DualEncoder(nn.Module):
         """The layers of the M2IB paper: the output of the block at three quarters of each tower's depth."""
         found = []
         for index in (0, 1):
-            blocks = [block for stage in self._stages(index) for block in stage]
+            blocks = [block for stage in self.stages(index) for block in stage]
             found.append(blocks[_three_quarters(len(blocks))])
         return self._told_apart(found)
 
@@ -379,7 +379,8 @@ class DualEncoder(nn.Module):
             return (self.image_tower, self.text_tower)[index]
         return self.sides[index].tower(self.model)
 
-    def _stages(self, index: int) -> list[list[nn.Module]]:
+    def stages(self, index: int) -> list[list[nn.Module]]:
+        """The blocks of one tower, stage by stage; a tower of one resolution has one stage."""
         tower, kind = self._side(index), self.sides[index].modality
         found = stages_of(tower)
         if not found:
@@ -392,7 +393,7 @@ class DualEncoder(nn.Module):
     def _recommended(self, index: int) -> nn.Module:
         tower = self._side(index)
         if self.sides[index].modality != "text":
-            stages = self._stages(index)
+            stages = self.stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
         found = find_embeddings(tower)
         if found is None:

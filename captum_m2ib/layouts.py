@@ -214,8 +214,9 @@ def to_input(layout: Layout, units: Tensor, inputs: Tensor) -> Tensor:
         inputs (Tensor): The tower's input.
 
     Returns:
-        Tensor: of the input's shape. Grids are resized (bi- or tri-)linearly over what patches cover; what lies on no
-        axis of the grid (colour channels, the values of a packed patch) shares equally.
+        Tensor: of the input's shape. Grids are resized (bi- or tri-)linearly over what patches cover, positive and
+        negative units apart; what lies on no axis of the grid (colour channels, the values of a packed patch) shares
+        equally.
     """
     if isinstance(layout, PatchLayout):
         return _spread_grid(layout, units, inputs)
@@ -353,11 +354,8 @@ def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
         side if layout.size else _covered(side, count, patch, layout.coarser)
         for side, count, patch in zip(sides, units.shape[1:], layout.patch_size, strict=True)
     ]
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(axes)]
-    fine = F.interpolate(units.unsqueeze(1), size=covered, mode=mode, align_corners=False).squeeze(1)
-    before, after = units.flatten(1).sum(1), fine.flatten(1).sum(1)
-    scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
-    fine = fine * scale.view(-1, *[1] * len(axes))
+    # Signs apart, so that each keeps its own sum.
+    fine = _resized(units.clamp(min=0), covered) - _resized((-units).clamp(min=0), covered)
     # Patches that do not divide the input leave a margin that the model never sees.
     margins = [extra for side, part in zip(sides[::-1], covered[::-1], strict=True) for extra in (0, side - part)]
     fine = F.pad(fine, margins)
@@ -365,6 +363,15 @@ def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
     for axis in others:
         fine = fine.unsqueeze(axis)
     return (fine / math.prod(inputs.shape[axis] for axis in others)).expand(inputs.shape).contiguous()
+
+
+def _resized(units: Tensor, size: Sequence[int]) -> Tensor:
+    """Resize maps of non-negative values linearly along every axis of the grid, keeping their sums."""
+    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    fine = F.interpolate(units.unsqueeze(1), size=list(size), mode=mode, align_corners=False).squeeze(1)
+    before, after = units.flatten(1).sum(1), fine.flatten(1).sum(1)
+    scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
+    return fine * scale.view(-1, *[1] * len(size))
 
 
 def _covered(side: int, count: int, patch: int, coarser: Sequence[int]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import environment  # noqa: F401 - comes first
 import families
@@ -12,7 +13,13 @@ import torch
 
 from captum_m2ib.scenes import build_model, save_checkpoint
 
-FAMILY_NAMES = [family.name for family in families.FAMILIES]
+# Models that differ most in how they hold their units; tests/contracts/test_models.py covers every other one as well.
+REPRESENTATIVE = ("siglip2_naflex", "xclip", "clap", "swin_bert", "open_clip_resnet", "open_clip_coca")
+
+
+def _parameter(family: families.Family) -> Any:
+    is_common = "model" in family.features and family.name not in REPRESENTATIVE
+    return pytest.param(family, id=family.name, marks=[pytest.mark.slow] if is_common else [])
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -33,7 +40,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=families.FAMILIES, ids=FAMILY_NAMES)
+@pytest.fixture(params=[_parameter(family) for family in families.FAMILIES])
 def family(request: pytest.FixtureRequest) -> families.Family:
     return request.param
 

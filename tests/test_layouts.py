@@ -207,6 +207,13 @@ def test_packed_patches():
         to_units(layout, torch.rand(2, 9, 3), inputs)
 
 
+def test_units_of_both_signs_keep_both_sums():
+    grid = torch.tensor([[[3.0, -5.0], [0.0, 1.0]], [[-1.0, -2.0], [-3.0, 0.0]]])
+    pixels = to_input(PatchLayout((4, 4)), grid, picture(8, 8, pairs=2)).sum(1)
+    torch.testing.assert_close(pixels.sum((1, 2)), grid.sum((1, 2)))
+    assert float(pixels[0, 1, 1]) > 0 > float(pixels[0, 1, 6]) and bool((pixels[1] <= 0).all())
+
+
 def test_no_bits_stay_no_bits():
     assert not to_input(PatchLayout((4, 4)), torch.zeros(1, 2, 2), picture(8, 8)).any()
 

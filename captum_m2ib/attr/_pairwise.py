@@ -91,8 +91,8 @@ class PairAttribution(_captum.Attribution):
                 for index in range(len(tensors)):
                     elements = explain(suffix, index, chunk)
                     _check_finite("attribution", elements, start)
-                    units = to_signed_units(self.layouts[index], elements, index, chunk)
-                    parts[index].append(to_signed_input(self.layouts[index], units, chunk[index]))
+                    units = sum_units(self.layouts[index], elements, index, chunk)
+                    parts[index].append(spread_units(self.layouts[index], units, chunk[index]))
                     bar.update()
         return _captum.format_output(
             _captum.is_tuple(inputs), tuple(torch.cat(part).detach().contiguous() for part in parts)
@@ -110,21 +110,19 @@ def _as_encoder(forward_func: Any) -> DualEncoder:
 
 def last_blocks(encoder: DualEncoder, counts: Sequence[int]) -> Sequence[LayerLike]:
     """Per tower the first of its last so many blocks, or its first block if it has fewer."""
-    towers = [[block for stage in encoder._stages(index) for block in stage] for index in (0, 1)]
+    towers = [[block for stage in encoder.stages(index) for block in stage] for index in (0, 1)]
     return encoder._told_apart([blocks[-min(count, len(blocks))] for blocks, count in zip(towers, counts, strict=True)])
 
 
-def to_signed_units(layout: Layout | None, elements: Tensor, modality: int, arguments: tuple[Any, ...]) -> Tensor:
+def sum_units(layout: Layout | None, elements: Tensor, modality: int, arguments: tuple[Any, ...]) -> Tensor:
     """Elements of a hidden state summed to the input's patches or tokens; 0 at padding."""
     real = real_elements(layout, elements, modality, arguments)
     return _to_units_and_input(layout, Gated(elements, None, real), arguments[modality])[0]  # type: ignore[arg-type]
 
 
-def to_signed_input(layout: Layout | None, units: Tensor, inputs: Tensor) -> Tensor:
-    """Units spread over the input they came from; what is for and what is against keep their sums."""
-    if layout is None or units.shape == inputs.shape:
-        return units
-    return to_input(layout, units.clamp(min=0), inputs) - to_input(layout, (-units).clamp(min=0), inputs)
+def spread_units(layout: Layout | None, units: Tensor, inputs: Tensor) -> Tensor:
+    """Units spread over the input they came from."""
+    return units if layout is None or units.shape == inputs.shape else to_input(layout, units, inputs)
 
 
 def gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, attend, is_unit
-from captum_m2ib.attr._pairwise import PairAttribution, last_blocks, rows_at_once, to_signed_units
+from captum_m2ib.attr._pairwise import PairAttribution, last_blocks, rows_at_once, sum_units
 from captum_m2ib.layers import LayerLike
 from captum_m2ib.layouts import Layout, TextLayout, real_elements
 from captum_m2ib.suffix import Suffix
@@ -107,7 +107,7 @@ class GradECLIP(PairAttribution):
         def explain(suffix: Suffix, index: int, arguments: tuple[Any, ...]) -> Tensor:
             attended = attend(suffix, index, type(self).__name__)
             hidden = suffix.hidden[index]
-            counts = is_unit(hidden, lambda numbers: to_signed_units(self.layouts[index], numbers, index, arguments))
+            counts = is_unit(hidden, lambda numbers: sum_units(self.layouts[index], numbers, index, arguments))
             real = real_elements(self.layouts[index], hidden, index, arguments)
             counts = counts if real is None else counts & real.squeeze(-1)
             # A pooling head looks at the tokens in the place of the last block's pooled token.

@@ -167,7 +167,7 @@ def _following(forward_func: Any, index: int, layer: Layer) -> list[nn.Module]:
     """A tower's blocks from one of them to the last."""
     blocks: list[nn.Module] = []
     if isinstance(forward_func, DualEncoder):
-        blocks = [block for stage in forward_func._stages(index) for block in stage]
+        blocks = [block for stage in forward_func.stages(index) for block in stage]
     for position, block in enumerate(blocks):
         if block is layer.module:
             return blocks[position:]

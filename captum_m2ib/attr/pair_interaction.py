@@ -19,7 +19,7 @@ from captum_m2ib.attr._pairwise import (
     gradients,
     last_blocks,
     rows_at_once,
-    to_signed_units,
+    sum_units,
 )
 from captum_m2ib.attr.multi_modal_info_bottleneck import _roots
 from captum_m2ib.interception import borrowing
@@ -249,5 +249,5 @@ class _Ways:
                 along = (embedding * (direction if direction.ndim == 1 else direction.unsqueeze(1))).sum(-1)
                 total += gradients(along, [values])[0].unflatten(0, (len(held), -1)).sum(1)
         layout = self.layouts[index]
-        units = [to_signed_units(layout, way * total / self.n_steps, index, self.arguments) for total in totals]
+        units = [sum_units(layout, way * total / self.n_steps, index, self.arguments) for total in totals]
         return torch.stack(units)

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
 from captum_m2ib.attr._gates import _check_finite, _slice
-from captum_m2ib.attr._pairwise import Forward, check_count, rows_at_once, to_signed_input, to_signed_units
+from captum_m2ib.attr._pairwise import Forward, check_count, rows_at_once, spread_units, sum_units
 from captum_m2ib.attr.multi_modal_info_bottleneck import _as_forward_func, _roots
 from captum_m2ib.dual_encoder import DualEncoder
 from captum_m2ib.interception import borrowing
@@ -260,8 +260,8 @@ def _to_input(
     """The attribution of one modality in its input's shape; what no mask tells apart shares equally."""
     inputs = arguments[index]
     if axes is None and layout is not None:
-        units = to_signed_units(layout, shown.flatten(2).sum(-1, keepdim=True), index, arguments)
-        return to_signed_input(layout, units, inputs)
+        units = sum_units(layout, shown.flatten(2).sum(-1, keepdim=True), index, arguments)
+        return spread_units(layout, units, inputs)
     if shown.ndim == inputs.ndim:
         return (shown / (inputs[0].numel() // shown[0].numel())).expand(inputs.shape).contiguous()
     raise ValueError(

@@ -10,16 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from captum_m2ib.scenes import ImageProbe, TokenProbe, image_probes, token_probes
-
-if TYPE_CHECKING:
-    from captum_m2ib.attr import MultiModalInfoBottleneck
 
 Floats = NDArray[np.float64]
 
@@ -44,9 +41,10 @@ def pointing_game(bits: Floats, mask: NDArray[np.bool_]) -> float:
 
 
 def relevance_mass(bits: Floats, mask: NDArray[np.bool_]) -> float:
-    """Share of the map's sum that lies on the mask; chance is the mask's area."""
-    total = bits.sum()
-    return float(bits[mask].sum() / total) if total > 0 else 0.0
+    """Share of the map's positive part that lies on the mask; chance is the mask's area."""
+    positive = bits.clip(min=0)
+    total = positive.sum()
+    return float(positive[mask].sum() / total) if total > 0 else 0.0
 
 
 def auroc(scores: Floats, labels: NDArray[np.bool_]) -> float:
@@ -65,14 +63,12 @@ def bootstrap(values: Sequence[float], draws: int = 10_000, seed: int = 0) -> Es
     return Estimate(float(array.mean()), float(low), float(high))
 
 
-def image_figures(
-    method: MultiModalInfoBottleneck, probes: Sequence[ImageProbe], **settings: Any
-) -> dict[str, list[float]]:
+def image_figures(method: Any, probes: Sequence[ImageProbe], **settings: Any) -> dict[str, list[float]]:
     r"""Localisation of image maps, per probe, and how they follow another caption for the same picture.
 
     Args:
 
-        method (MultiModalInfoBottleneck): The method, on an encoder with a processor.
+        method (Attribution): The method, on an encoder with a processor.
         probes (sequence of ImageProbe): The probes.
         **settings: Further arguments of ``attribute``.
 
@@ -101,14 +97,12 @@ def image_figures(
     return figures
 
 
-def token_figures(
-    method: MultiModalInfoBottleneck, probes: Sequence[TokenProbe], **settings: Any
-) -> dict[str, list[float]]:
+def token_figures(method: Any, probes: Sequence[TokenProbe], **settings: Any) -> dict[str, list[float]]:
     r"""Whether the caption's bits go to the words of the object that is in the picture, per probe.
 
     Args:
 
-        method (MultiModalInfoBottleneck): The method, on an encoder with a processor.
+        method (Attribution): The method, on an encoder with a processor.
         probes (sequence of TokenProbe): The probes.
         **settings: Further arguments of ``attribute``.
 
@@ -132,12 +126,12 @@ def token_figures(
     return figures
 
 
-def measure(method: MultiModalInfoBottleneck, probes: int = 200, seed: int = 0, **settings: Any) -> dict[str, Estimate]:
+def measure(method: Any, probes: int = 200, seed: int = 0, **settings: Any) -> dict[str, Estimate]:
     r"""All figures of a method on held-out scenes.
 
     Args:
 
-        method (MultiModalInfoBottleneck): The method, on an encoder trained on scenes.
+        method (Attribution): The method, on an encoder trained on scenes.
         probes (int, optional): Image probes, and token probes. Default: 200
         seed (int, optional): Which probes. Default: 0
         **settings: Further arguments of ``attribute``.
@@ -162,9 +156,7 @@ def render(figures: dict[str, Estimate]) -> str:
     return "\n".join(f"{name:{width}}  {estimate}" for name, estimate in figures.items())
 
 
-def _image_maps(
-    method: MultiModalInfoBottleneck, images: Sequence[np.ndarray], captions: Sequence[str], **settings: Any
-) -> Floats:
+def _image_maps(method: Any, images: Sequence[np.ndarray], captions: Sequence[str], **settings: Any) -> Floats:
     pairs = method.forward_func.prepare(images, captions)
     pixels, *rest = pairs.inputs
     bits: torch.Tensor = method.attribute(

@@ -12,7 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from captum_m2ib import DualEncoder
 from captum_m2ib.benchmark import scenes
+from captum_m2ib.benchmark.methods import METHODS
 from captum_m2ib.benchmark.scenes import (
     Estimate,
     auroc,
@@ -24,7 +26,7 @@ from captum_m2ib.benchmark.scenes import (
     render,
     token_figures,
 )
-from captum_m2ib.scenes import image_probes, token_probes
+from captum_m2ib.scenes import CHECKPOINT, image_probes, token_probes
 
 BITS = np.array([[0, 1, 2, 0], [0, 4, 4, 0], [1, 0, 3, 0], [4, 0, 0, 1]], dtype=np.float64)
 MASK = np.zeros((4, 4), dtype=bool)
@@ -234,3 +236,25 @@ def test_render_is_one_line_per_figure():
     text = render({"image auroc": Estimate(0.5, 0.25, 0.75), "text": Estimate(-0.0625, -1, 1)})
     assert text.splitlines() == ["image auroc  0.500 [0.250, 0.750]", "text         -0.062 [-1.000, 1.000]"]
     assert re.fullmatch(r"\S+ \[\S+, \S+\]", str(Estimate(1, 0, 2)))
+
+
+@pytest.fixture(scope="module")
+def encoder() -> DualEncoder:
+    return DualEncoder.from_pretrained(CHECKPOINT)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+def test_every_method_can_be_measured(name: str, encoder: DualEncoder):
+    figures = measure(METHODS[name](encoder), probes=2)
+    assert set(figures) == set(measure(METHODS["centre"](encoder), probes=2))
+    assert all(-1 <= estimate.mean <= 1 for estimate in figures.values())
+
+
+def test_the_centre_prior_is_highest_in_the_middle_and_knows_no_tokens(encoder: DualEncoder):
+    pixels, tokens = METHODS["centre"](encoder).attribute((torch.zeros(1, 3, 9, 15), torch.zeros(1, 4)))
+    assert divmod(int(pixels[0, 0].argmax()), 15) == (4, 7) and torch.equal(tokens, torch.ones(1, 4))
+
+
+def test_only_what_speaks_for_a_place_counts_as_mass():
+    bits = np.array([[3.0, -5.0], [1.0, 0.0]])
+    assert relevance_mass(bits, np.array([[True, True], [False, False]])) == 0.75

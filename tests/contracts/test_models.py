@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from contracts_state import assert_as_found, disturb, snapshot
 from families import Case, captions, model_case
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -222,6 +223,36 @@ def test_both_implementations_of_attention(name: str):
     assert maps
     for one, other in zip(maps[0], maps[-1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.max()))
+
+
+def test_three_layers_of_each_tower(model: zoo.Model):
+    case = model_case(model)
+    for choice in range(3):
+        for attribution, inputs in zip(case.attribute(case.method(choice), n_steps=1), case.inputs, strict=True):
+            assert attribution.shape == inputs.shape and attribution.dtype == torch.float32
+            assert attribution.is_contiguous() and not attribution.requires_grad
+            assert (
+                bool(attribution.isfinite().all()) and bool((attribution >= 0).all()) and float(attribution.sum()) > 0
+            )
+
+
+def test_a_pair_does_not_depend_on_its_batch(model: zoo.Model):
+    case = model_case(model).double()
+    method = MultiModalInfoBottleneck(case.forward)
+    whole = case.attribute(method, **FEW)
+    alone = case.select(slice(1, 2)).attribute(method, **FEW)
+    # AIMv2 normalises in float32 whatever its weights are.
+    share = 1e-3 if model.name == "aimv2" else 1e-6
+    for one, all_of_them in zip(alone, whole, strict=True):
+        assert float((one - all_of_them[1:2]).abs().max()) <= share * float(one.max())
+
+
+def test_the_model_is_left_as_found(model: zoo.Model):
+    case = model_case(model)
+    disturb(case)
+    before = snapshot(case)
+    case.attribute(MultiModalInfoBottleneck(case.forward), **FEW)
+    assert_as_found(case, before)
 
 
 def test_input_of_a_layer(model: zoo.Model):
