@@ -275,10 +275,12 @@ def _stored(layout: PatchLayout, cells: tuple[int, ...]) -> tuple[int, ...]:
 
 def _find_grid(layout: PatchLayout, shape: Sequence[int], extents: Sequence[int]) -> _Grid | None:
     last, inner = len(shape) - 1, tuple(shape[1:])
-    for cells in _grids(layout, extents):
-        stored = _stored(layout, cells)
-        if inner[1:] == stored:
-            return _Grid(1, cells)
+    grids = [(cells, _stored(layout, cells)) for cells in _grids(layout, extents)]
+    # A picture that is not square may fit both readings of a map; most maps hold their channels first.
+    first = next((cells for cells, stored in grids if inner[1:] == stored), None)
+    if first is not None:
+        return _Grid(1, first)
+    for cells, stored in grids:
         if inner[:-1] == stored:
             return _Grid(last, cells)
         ahead = last - 2

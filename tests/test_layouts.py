@@ -104,6 +104,13 @@ def test_channels_may_come_last():
     assert channel_axis(None, elements, None) == 1 and channel_axis(None, elements[:, 0], None) == 2
 
 
+def test_a_map_that_fits_both_readings_has_its_channels_first():
+    layout, inputs = PatchLayout((4, 4), coarser=(1, 2, 4)), picture(32, 16)
+    elements = torch.rand(1, 8, 4, 2)
+    assert channel_axis(layout, elements, inputs) == 1
+    assert torch.equal(to_units(layout, elements, inputs), elements.sum(1))
+
+
 @pytest.mark.parametrize("factor", [1, 2, 4])
 @pytest.mark.parametrize("form", ["tokens", "first", "last"])
 def test_a_hierarchical_tower_has_coarser_grids(factor, form):

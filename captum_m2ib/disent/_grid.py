@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,82 +11,116 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.disent._checks import check_choice
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.layouts import HALVINGS, PatchLayout, channel_axis, to_units
+from captum_m2ib.towers import image_layout
 
 INTERPOLATIONS = ("nearest", "bilinear")
 
 
+def derive_layout(backbone: nn.Module, layer: str) -> PatchLayout | None:
+    r"""The layout that a backbone's modules tell.
+
+    Args:
+
+        backbone (nn.Module): Reads pictures, (N, channels, height, width).
+        layer (str): Dotted name of a module in it.
+
+    Returns:
+        PatchLayout or None: None if the backbone has no patches of one size. Where a classifier only wraps a
+            hierarchical trunk around the layer, the trunk's.
+    """
+    path = layer.split(".")
+    around = [backbone.get_submodule(".".join(path[:depth])) for depth in range(len(path))]
+    layouts = [image_layout(module) for module in around]
+    whole = layouts[0]
+    # Every halving of single pixels is what a tower gets that states no patch size.
+    if whole.patch_size == (1, 1) and whole.coarser == HALVINGS:
+        return None
+    same = (layout for layout in layouts if layout.patch_size == whole.patch_size)
+    return next((layout for layout in same if len(layout.coarser) > 1), whole)
+
+
 def to_grid(
-    hidden: Tensor,
-    size: Sequence[int],
-    layout: PatchLayout | None,
-    patch: tuple[int, int] | None,
-    channels_last: bool = False,
+    hidden: Tensor, images: Tensor, layout: PatchLayout | None, any_prefix: bool = False, channels_last: bool = False
 ) -> Tensor:
     r"""Arrange a hidden state as a grid of channels.
 
     Args:
 
-        hidden (Tensor): A convolutional map, (N, C, h, w), or tokens, (N, tokens, C), patches last and row by row.
-        size (sequence of int): Height and width of the input in pixels.
-        layout (PatchLayout, optional): Says how many prefix tokens there are. None: whatever comes before the patches.
-        patch (tuple[int, int], optional): Height and width of a patch in pixels, where there is one.
-        channels_last (bool, optional): A map of four dimensions is (N, h, w, C). Default: False
+        hidden (Tensor): A map, (N, C, h, w) or (N, h, w, C), or tokens, (N, tokens, C), patches row by row.
+        images (Tensor): What the backbone read, (N, channels, height, width).
+        layout (PatchLayout, optional): How the backbone cuts pictures. None: unknown, so that only maps can be read.
+        any_prefix (bool, optional): Whatever comes before the patches is prefix, however many tokens. Default: False
+        channels_last (bool, optional): A map is (N, h, w, C) whatever its shape says. Default: False
 
     Returns:
-        Tensor: (N, C, h, w), prefix tokens dropped.
+        Tensor: (N, C, h, w), prefix and suffix tokens dropped.
 
     Raises:
-        ValueError: if the hidden state is neither, or its tokens are not the prefix and the grid that the layout says.
+        ValueError: if the hidden state is neither, or its tokens are not the prefix, a grid and the suffix that the
+            layout says.
     """
-    if hidden.ndim == 4:
-        return hidden.permute(0, 3, 1, 2) if channels_last else hidden
-    if hidden.ndim != 3:
+    if hidden.ndim not in (3, 4) or len(hidden) != len(images):
         raise ValueError(
-            f"layer: expected a hidden state of shape (N, C, h, w) or (N, tokens, C), got {tuple(hidden.shape)}; "
-            "choose a layer before the positions are pooled."
+            f"layer: expected a hidden state of shape (N, C, h, w) or (N, tokens, C) for N = {len(images)} images, got "
+            f"{tuple(hidden.shape)}; choose a layer before the positions are pooled, and outside of windows that are "
+            "put among the examples."
         )
-    if patch is None:
+    if hidden.ndim == 4:
+        return hidden.permute(0, 3, 1, 2) if channels_last else _from_map(hidden, images, layout)
+    size = tuple(images.shape[-2:])
+    if layout is None:
         raise ValueError(
             f"layout: cannot tell the patch size of this backbone, whose layer returns tokens, {tuple(hidden.shape)}; "
             "pass layout=PatchLayout(patch_size=(height, width), prefix=n)."
         )
-    rows, columns = (side // length for side, length in zip(size, patch, strict=True))
-    count, tokens = rows * columns, hidden.shape[1]
-    fits = tokens >= count if layout is None else tokens in (count, layout.prefix + count)
-    if not count or not fits:
-        prefix = "any" if layout is None else layout.prefix
+    rows, columns = (side // length for side, length in zip(size, layout.patch_size, strict=True))
+    extra = hidden.shape[1] - rows * columns
+    if any_prefix and extra > 0 and not layout.suffix:
+        layout = replace(layout, prefix=extra)
+    try:
+        return _arranged(hidden, images, layout)
+    except ValueError as error:
+        coarser = " or a coarser one" if len(layout.coarser) > 1 else ""
         raise ValueError(
-            f"layout: expected {prefix} prefix tokens and a grid of {rows} x {columns} patches (an input of {size[0]} "
-            f"x {size[1]} pixels, patches of {patch[0]} x {patch[1]}), got a hidden state of shape "
-            f"{tuple(hidden.shape)}; pass layout=PatchLayout(patch_size=(height, width), prefix=n) that fits."
-        )
-    return hidden[:, -count:].transpose(1, 2).unflatten(2, (rows, columns))
+            f"layout: expected {layout.prefix} prefix tokens and a grid of {rows} x {columns} patches{coarser} (an "
+            f"input of {size[0]} x {size[1]} pixels, patches of {layout.patch_size[0]} x {layout.patch_size[1]}), got "
+            f"a hidden state of shape {tuple(hidden.shape)}; pass layout=PatchLayout(patch_size=(height, width), "
+            "prefix=n) that fits."
+        ) from error
 
 
-def patch_of(backbone: nn.Module, layout: PatchLayout | None) -> tuple[int, int] | None:
-    """The layout's patch size, or that of transformers' configuration, timm's embedding or torchvision's ViT."""
-    config = getattr(backbone, "config", None)
-    named: tuple[Any, ...] = (
-        layout,
-        getattr(config, "vision_config", None),
-        config,
-        getattr(backbone, "patch_embed", None),
-        backbone,
-    )
-    found: Any = next((h.patch_size for h in named if getattr(h, "patch_size", None) is not None), None)
-    if found is None:
-        return None
-    return (found, found) if isinstance(found, int) else (int(found[0]), int(found[1]))
+def _from_map(hidden: Tensor, images: Tensor, layout: PatchLayout | None) -> Tensor:
+    """A map with its channels first, which is also what a shape that no grid explains is taken for."""
+    # Two sides that fit a halving of the patches' grid are evidence enough, even if no stages are known.
+    halved = PatchLayout((1, 1), coarser=HALVINGS) if layout is None else replace(layout, coarser=HALVINGS)
+    last = channel_axis(halved, hidden, images) == 3
+    # Pictures that are not square may fit both readings; then the first dimension holds the channels, as in most maps.
+    first = channel_axis(halved, hidden.movedim(1, 3), images) == 3
+    return _arranged(hidden, images, halved) if last and not first else hidden
+
+
+def _arranged(hidden: Tensor, images: Tensor, layout: PatchLayout) -> Tensor:
+    """Channels last to channels first: the layout arranges the positions' numbers, and they fetch the positions."""
+    each = hidden.flatten(1, -2)
+    # Of the hidden state's own shape, by which the layout knows where positions are; it sums over channels.
+    numbers = torch.zeros_like(each[:1], dtype=torch.int64)
+    numbers[..., 0] = torch.arange(each.shape[1], device=each.device)
+    cells = to_units(layout, numbers.view_as(hidden[:1]), images[:1])
+    return each[:, cells[0]].permute(0, 3, 1, 2)
 
 
 def covered(size: Sequence[int], grid: Sequence[int], patch: tuple[int, int] | None) -> tuple[int, int]:
     """The part of a picture that a grid covers, in pixels: patches that do not divide it leave a margin."""
     height, width = (
-        count * length if length and side // length == count else side
-        for side, count, length in zip(size, grid, patch or (0, 0), strict=True)
+        _covered_side(side, count, length) for side, count, length in zip(size, grid, patch or (0, 0), strict=True)
     )
     return height, width
+
+
+def _covered_side(side: int, count: int, length: int) -> int:
+    steps = (length * factor for factor in HALVINGS if length)
+    return next((count * step for step in steps if side // step == count), side)
 
 
 def spread(grid: Tensor, size: Sequence[int], patch: tuple[int, int] | None, interpolation: str) -> Tensor:

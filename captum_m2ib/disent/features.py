@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_m2ib.disent._grid import patch_of, to_grid
+from captum_m2ib.disent._grid import derive_layout, to_grid
 from captum_m2ib.interception import borrowing, intercept
 from captum_m2ib.layers import LayerLike, find_hidden, get_at, resolve_layer
 from captum_m2ib.layouts import PatchLayout
@@ -110,9 +110,10 @@ class FeatureReader:
 
         backbone (nn.Module): Called as ``backbone(images)``.
         layer (nn.Module, str or tuple): The layer: a module, a dotted name, or (layer, index of the call).
-        layout (PatchLayout, optional): Patch size and prefix tokens of a transformer. Default: None (the patch size
-            that the backbone names; tokens before the patches are prefix)
-        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C), as in Swin. Default: False
+        layout (PatchLayout, optional): How the backbone cuts pictures into patches, and which tokens are none.
+            Default: None (told from the backbone's modules; whatever comes before the patches is prefix)
+        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C). Default: False (told from their shape
+            and the pictures')
 
     Raises:
         ValueError: if the layer is unknown.
@@ -124,9 +125,11 @@ class FeatureReader:
     ) -> None:
         if not isinstance(backbone, nn.Module):
             raise TypeError(f"backbone: expected a torch module, got {type(backbone).__name__}.")
-        self.backbone, self.layout, self.channels_last = backbone, layout, channels_last
+        self.backbone, self.channels_last = backbone, channels_last
         self.layer = resolve_layer(layer, backbone)
-        self.patch = patch_of(backbone, layout)
+        self._any_prefix = layout is None
+        self.layout = derive_layout(backbone, self.layer.name) if layout is None else layout
+        self.patch = None if self.layout is None else (self.layout.patch_size[0], self.layout.patch_size[1])
 
     def read(self, images: Tensor, *additional: Any) -> tuple[Tensor, Any]:
         r"""One pass of the backbone.
@@ -160,7 +163,7 @@ class FeatureReader:
         with borrowing(self.backbone), intercept(watch), torch.set_grad_enabled(with_grad):
             output = self.backbone(images, *additional)
         hidden = self._hidden(seen)
-        features = to_grid(hidden, images.shape[-2:], self.layout, self.patch, self.channels_last)
+        features = to_grid(hidden, images, self.layout, self._any_prefix, self.channels_last)
         check_features(features)
         return features, output
 
