@@ -36,7 +36,7 @@ class ConceptModel(nn.Module, Generic[HeadT]):
         backbone (nn.Module): Called as ``backbone(images)``.
         layer (nn.Module, str or tuple): The layer whose hidden state is explained.
         layout (PatchLayout, optional): Patch size and prefix tokens of a transformer. Default: None
-        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C). Default: False
+        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C). Default: False (told from the shape)
         class_names (sequence of str, optional): Default: None (numbers)
     """
 
@@ -132,7 +132,7 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
         channels (int, optional): Channels of the layer. Default: None (known when the first features are seen)
         layout (PatchLayout, optional): Patch size and prefix tokens of a transformer, where they cannot be derived.
                     Prefix tokens are dropped, as they have no place in the picture. Default: None
-        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C), as Swin's are. Default: False
+        channels_last (bool, optional): Maps of four dimensions are (N, h, w, C). Default: False (told from the shape)
         class_names (sequence of str, optional): One per class. Default: None
         **options: See :class:`HeadOptions`, which gives the reason for every default.
 
