@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from captum_m2ib.families import FAMILIES
 from captum_m2ib.pairs import OpenClipProcessor
 from captum_m2ib.statistics import ChannelStatistics, load_statistics
 
@@ -34,10 +35,9 @@ def check_checkpoint(model: str | os.PathLike[str]) -> None:
 
 def load_model(model: str | os.PathLike[str], revision: str | None, dtype: torch.dtype) -> nn.Module:
     from safetensors import SafetensorError
-    from transformers import AutoModel
 
     try:
-        loaded, report = AutoModel.from_pretrained(
+        loaded, report = _class_of(model, revision).from_pretrained(
             model,
             revision=revision,
             dtype=dtype,
@@ -58,6 +58,16 @@ def load_model(model: str | os.PathLike[str], revision: str | None, dtype: torch
             "among them; fetch or save it again."
         )
     return loaded
+
+
+def _class_of(model: str | os.PathLike[str], revision: str | None) -> Any:
+    """The class that a checkpoint was saved from, where a family asks for that one; else its base model."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(model, revision=revision)
+    names = getattr(config, "architectures", None) or ()
+    wanted = next((name for name in names if name in FAMILIES and hasattr(transformers, name)), "AutoModel")
+    return getattr(transformers, wanted)
 
 
 def load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_mode
 from captum_m2ib.families import Family, Side, derive_layout, family_of
 from captum_m2ib.layers import LayerLike
 from captum_m2ib.layouts import Layout, TextLayout, real_tokens
-from captum_m2ib.pairs import Pairs, prepare_pairs
+from captum_m2ib.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.pictures import PictureLike
 from captum_m2ib.statistics import ChannelStatistics
 from captum_m2ib.towers import config_of, find_embeddings, refine, stages_of, vocabulary_statistics
@@ -139,7 +140,7 @@ class DualEncoder(nn.Module):
             for tower, side in zip(towers if len(towers) == 2 else towers * 2, self.sides, strict=True)
         )
         self._slots = _slots(self.sides)
-        self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts()
+        self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts(processor)
         self.processor = processor
         self.statistics: dict[str, ChannelStatistics] = dict(statistics or {})
         self.training = any(tower.training for tower in towers)
@@ -256,11 +257,15 @@ class DualEncoder(nn.Module):
         """What :meth:`forward` reads, in its order: the two inputs, attention masks, then what else there is."""
         return tuple(name for _, name in self._slots)
 
-    def _derived_layouts(self) -> tuple[Layout | None, ...]:
+    def _derived_layouts(self, processor: Any) -> tuple[Layout | None, ...]:
         found = []
         for index, side in enumerate(self.sides):
             positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
-            found.append(derive_layout(side, self._side(index), positions))
+            layout = derive_layout(side, self._side(index), positions)
+            if isinstance(layout, TextLayout) and layout.reads_padding and processor is not None:
+                # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
+                layout = replace(layout, pad_token_id=padding_of(processor, layout.pad_token_id))
+            found.append(layout)
         return tuple(found)
 
     @property

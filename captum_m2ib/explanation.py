@@ -33,6 +33,7 @@ from captum_m2ib.visualization import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from torch import Tensor
 
     from captum_m2ib.attr import LayerRecord, MultiModalInfoBottleneck
     from captum_m2ib.dual_encoder import DualEncoder
@@ -71,6 +72,7 @@ def explain(
         ValueError: if a picture or caption cannot be used, or a setting is out of range.
     """
     from captum_m2ib.attr import MultiModalInfoBottleneck
+    from captum_m2ib.layouts import PackedLayout, packed_grid
 
     method = MultiModalInfoBottleneck(encoder) if method is None else method
     pairs = encoder.prepare(images, captions)
@@ -82,6 +84,12 @@ def explain(
     )
     image, text = record.modalities
     lengths = encoder.token_counts(pairs)
+    layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
+    patches = None if image.units is None else list(image.units)
+    pixels = [bits.sum(0) for bits in image_bits]
+    if isinstance(layout, PackedLayout) and image.units is not None:
+        patches = [packed_grid(layout, image.units, arguments, i) for i in range(len(pairs))]
+        pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
     return [
         Explanation(
             image=pairs.pictures[i],
@@ -89,8 +97,8 @@ def explain(
             tokens=tuple(clean_token(token) for token in pairs.tokens[i][: lengths[i]]),
             special=pairs.special[i][: lengths[i]],
             score=float(image.score_before[i]),
-            image_bits=image_bits[i].sum(0).float().cpu().numpy(),
-            patch_bits=None if image.units is None else image.units[i].float().cpu().numpy(),
+            image_bits=pixels[i].float().cpu().numpy(),
+            patch_bits=None if patches is None else patches[i].float().cpu().numpy(),
             token_bits=token_bits[i, : lengths[i]].float().cpu().numpy(),
             settings={
                 "method": type(method).__name__,
@@ -102,6 +110,15 @@ def explain(
         )
         for i in range(len(pairs))
     ]
+
+
+def _over_pixels(grid: Tensor, patch: tuple[int, int]) -> Tensor:
+    """A map of patches spread over the pixels of the picture that they were cut from."""
+    from captum_m2ib.layouts import PatchLayout, to_input
+
+    rows, columns = grid.shape
+    picture = grid.new_zeros(1, 1, rows * patch[0], columns * patch[1])
+    return to_input(PatchLayout(patch), grid[None], picture)[0, 0]
 
 
 def _prior_name(prior: Any) -> str:

@@ -66,11 +66,14 @@ class PackedLayout:
             from padding, (N, patches). Default: None
         shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2). Default: None
         prefix (int, optional): Tokens before the first patch. Default: 0
+        patch_size (tuple[int, int], optional): Height and width of a patch in pixels, to show maps at the picture's
+            resolution. Default: (1, 1)
     """
 
     mask_argument: int | None = None
     shapes_argument: int | None = None
     prefix: int = 0
+    patch_size: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -223,6 +226,28 @@ def to_input(layout: Layout, units: Tensor, inputs: Tensor) -> Tensor:
     beyond = inputs.shape[2:]
     shared = units / math.prod(beyond)
     return shared.view(*units.shape, *[1] * len(beyond)).expand(inputs.shape).contiguous()
+
+
+def packed_grid(layout: PackedLayout, units: Tensor, arguments: Sequence[Any], index: int) -> Tensor:
+    r"""One picture's packed patches as the grid they were cut from, (rows, columns).
+
+    Args:
+
+        layout (PackedLayout): The tower's layout, with ``shapes_argument``.
+        units (Tensor): What :func:`to_units` gave, (N, patches).
+        arguments (sequence): All arguments of forward_func.
+        index (int): Which picture.
+
+    Raises:
+        ValueError: if the layout does not say where the grids' heights and widths are given.
+    """
+    if layout.shapes_argument is None or layout.shapes_argument >= len(arguments):
+        raise ValueError(
+            "layouts: expected a PackedLayout whose shapes_argument is among the arguments; pass the grids' heights "
+            "and widths, (N, 2), to forward_func."
+        )
+    rows, columns = arguments[layout.shapes_argument][index].tolist()
+    return units[index, : rows * columns].unflatten(0, (rows, columns))
 
 
 def _first_of(layout: PackedLayout | TextLayout, tokens: int, length: int) -> int | None:

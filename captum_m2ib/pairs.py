@@ -105,6 +105,14 @@ def prepare_pairs(
     )
 
 
+def padding_of(processor: Any, otherwise: int | None) -> int | None:
+    """The id that a processor's tokenizer pads captions with, or another where it does not say."""
+    tokenizer = getattr(processor, "tokenizer", None)
+    inner = getattr(tokenizer, "tokenizer", tokenizer) if isinstance(processor, OpenClipProcessor) else tokenizer
+    found = getattr(inner, "pad_token_id", None)
+    return found if isinstance(found, int) else otherwise
+
+
 def _by_transformers(
     processor: Any, pictures: list[Any], texts: list[str], longest: int | None, padding: str, names: Sequence[str]
 ) -> Any:

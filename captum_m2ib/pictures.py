@@ -17,6 +17,8 @@ PictureLike: TypeAlias = "Image | np.ndarray | str | os.PathLike[str]"
 # Decoded to float, a picture of this many pixels takes about half a gigabyte; larger ones are refused unread.
 MAXIMUM_PIXELS = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# From this side on ConvNeXt's processor resizes without cutting.
+_NEVER_CROPPED = 384
 _SHOWN_SIDE = 448
 
 
@@ -104,13 +106,29 @@ def seen_part(picture: Image, processor: Any, size: Sequence[int]) -> np.ndarray
         numpy.ndarray: uint8, (height, width, 3), the longer side at most 448.
     """
     left, top, right, bottom = 0.0, 0.0, float(picture.width), float(picture.height)
-    if getattr(processor, "do_center_crop", False):
-        edge = _entry(getattr(processor, "size", None), "shortest_edge")
-        scale = min(picture.size) / edge if edge and getattr(processor, "do_resize", False) else 1.0
-        width, height = min(size[1] * scale, right), min(size[0] * scale, bottom)
+    scale = _pixels_per_pixel(picture, processor)
+    if scale is not None:
+        width, height = min(size[1] * scale[0], right), min(size[0] * scale[1], bottom)
         left, top = (right - width) / 2, (bottom - height) / 2
         right, bottom = left + width, top + height
     return shown_part(picture, (left, top, right, bottom))
+
+
+def _pixels_per_pixel(picture: Image, processor: Any) -> tuple[float, float] | None:
+    """How many of the picture's pixels, across and down, make one of the model's where the centre is cut out."""
+    size = getattr(processor, "size", None)
+    edge, share = _entry(size, "shortest_edge"), getattr(processor, "crop_pct", None)
+    if edge and share and edge < _NEVER_CROPPED:
+        # ConvNeXt's processor enlarges first, and cuts the centre without being told to.
+        return (min(picture.size) / int(edge / share),) * 2
+    if share or not getattr(processor, "do_center_crop", False):
+        return None
+    if not getattr(processor, "do_resize", False):
+        return 1.0, 1.0
+    if edge:
+        return (min(picture.size) / edge,) * 2
+    width, height = _entry(size, "width"), _entry(size, "height")
+    return (picture.width / width, picture.height / height) if width and height else (1.0, 1.0)
 
 
 def shown_part(picture: Image, box: tuple[float, float, float, float] | None = None) -> np.ndarray:

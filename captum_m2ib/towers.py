@@ -74,7 +74,8 @@ def video_layout(tower: nn.Module) -> PatchLayout:
 
 def packed_layout(tower: nn.Module, mask: int, shapes: int) -> PackedLayout:
     """The layout of a tower that reads pictures as sequences of patches, (N, patches, values)."""
-    return PackedLayout(mask, shapes, _prefix(tower, None))
+    patch = _patch_size(tower, config_of(tower, "vision_config"))
+    return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1))
 
 
 def spectrogram_layout(tower: nn.Module) -> PatchLayout:

@@ -487,7 +487,8 @@ class TestProcess:
 
     def process(self, folder: Path, *arguments: Any) -> subprocess.CompletedProcess[str]:
         source = str(Path(captum_m2ib.__file__).parents[1])
-        environment = {**os.environ, "PYTHONPATH": source, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        path = os.pathsep.join([source, os.environ["PYTHONPATH"]])
+        environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "captum_m2ib", *map(str, arguments)]
         return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 

@@ -82,6 +82,8 @@ def test_run_equals_a_full_pass_with_a_hook(family: Family, pairs: int):
     case = family.build().select(slice(0, pairs))
     half = "half" in family.features
     case = case if half else case.double()
+    # AIMv2 normalises in float32 whatever its weights are.
+    tolerance = 2e-2 if half else 1e-5 if family.name == "aimv2" else 1e-9
     for choices in case.layers:
         for choice in choices:
             layer = layer_of(case, choice)
@@ -92,7 +94,7 @@ def test_run_equals_a_full_pass_with_a_hook(family: Family, pairs: int):
                     ran = suffix.run({0: value.clone()}, draws)
                     axis = suffix.axes[0]
                     expected = hooked_score(case, layer, axis.merge(value), draws)
-                    torch.testing.assert_close(ran, expected, rtol=0, atol=2e-2 if half else 1e-9)
+                    torch.testing.assert_close(ran, expected, rtol=0, atol=tolerance)
             if layer.module in [block for root in case.roots for block in getattr(root, "blocks", [])]:
                 assert suffix.axes == [BatchAxis(case.batch_dim)]
 

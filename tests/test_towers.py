@@ -18,7 +18,7 @@ HIERARCHY = HALVINGS[:5]
 MASKED = TextLayout(2)
 LAYOUTS = {
     "siglip": (PatchLayout((8, 8)), TextLayout(2, pad_token_id=1, reads_padding=True)),
-    "siglip2_naflex": (PackedLayout(3, 4), TextLayout(2, pad_token_id=1, reads_padding=True)),
+    "siglip2_naflex": (PackedLayout(3, 4, 0, (8, 8)), TextLayout(2, pad_token_id=1, reads_padding=True)),
     "metaclip2": (PatchLayout((8, 8), 1), TextLayout(2, end_token_id=63)),
     "altclip": (PatchLayout((8, 8), 1), MASKED),
     "align": (PatchLayout((1, 1), coarser=HALVINGS), MASKED),

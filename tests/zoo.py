@@ -197,7 +197,7 @@ ZOO = [
     Model("metaclip2", _both("MetaClip2Model"), "MetaCLIP 2"),
     Model("altclip", altclip, "AltCLIP"),
     Model("chinese_clip", _both("ChineseCLIPModel"), "Chinese-CLIP"),
-    Model("align", align, "ALIGN", size=(3, 64, 64)),
+    Model("align", align, "ALIGN", size=(3, 128, 128)),
     Model("blip_itc", blip, "BLIP, image-text contrastive score"),
     Model("clipseg", _both("CLIPSegModel"), "CLIPSeg"),
     Model("groupvit", groupvit, "GroupViT"),

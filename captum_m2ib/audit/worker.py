@@ -115,7 +115,7 @@ class Worker:
         variance: float = 1.0,
         n_steps: int = 10,
         n_samples: int = 10,
-        lr: float = 1.0,
+        lr: float | None = None,
         seed: int = 0,
         joint: bool = False,
         contrast: str | None = None,
