@@ -92,7 +92,7 @@ def _flava_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: boo
     return model.image_projection(output.last_hidden_state[:, 0])
 
 
-def _flava_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+def _first_token(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return model.text_projection(model.text_model(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
 
 
@@ -110,7 +110,8 @@ def _xclip_video(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     pairs, frames = pixel_values.shape[:2]
     output = model.vision_model(pixel_values.flatten(0, 1))
     of_frames = model.visual_projection(output.pooler_output).unflatten(0, (pairs, frames))
-    embedding = model.mit(of_frames).pooler_output
+    # A tuple in transformers 4, an output object in 5.
+    embedding = model.mit(of_frames)[1]
     patches = model.prompts_visual_layernorm(output.last_hidden_state[:, 1:]) @ model.prompts_visual_projection
     return embedding, patches.unflatten(0, (pairs, frames)).mean(1)
 
@@ -134,10 +135,12 @@ FAMILIES: dict[str, Family] = {
             UNMASKED_TEXT,
         )
     ),
+    # The method of transformers 4.57 asks for a pooled output that this tower does not have.
+    "chinese_clip": Family((IMAGE, Side("text", _first_token, ("input_ids", "attention_mask"), _TEXT))),
     "flava": Family(
         (
             Side("image", _flava_image, ("pixel_values",), _VISION),
-            Side("text", _flava_text, ("input_ids", "attention_mask"), _TEXT),
+            Side("text", _first_token, ("input_ids", "attention_mask"), _TEXT),
         )
     ),
     "BlipForImageTextRetrieval": Family(

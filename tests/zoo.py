@@ -13,11 +13,27 @@ import open_clip_zoo
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
 from captum_m2ib import DualEncoder
 from captum_m2ib.towers import stages_of
 
 WIDTH = 32
+LEGACY = int(transformers.__version__.split(".")[0]) < 5
+
+if LEGACY:
+    # It makes causal masks of the default type first, which cannot hold the lowest float64.
+    _make = AttentionMaskConverter._make_causal_mask
+
+    def _make_in_float64(shape: Any, dtype: torch.dtype, *arguments: Any, **options: Any) -> Tensor:
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.promote_types(dtype, default))
+        try:
+            return _make(shape, dtype, *arguments, **options)
+        finally:
+            torch.set_default_dtype(default)
+
+    AttentionMaskConverter._make_causal_mask = staticmethod(_make_in_float64)
 SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,

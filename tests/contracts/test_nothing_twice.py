@@ -54,8 +54,9 @@ def clip_suffix(model, after: int, image: bool):
     def run(hidden, mask):
         for layer in side.encoder.layers[after + 1 :]:
             wanted = None if image else mask[:, None, None, :].bool().expand(-1, 1, hidden.shape[1], -1)
-            hidden = layer(hidden, wanted)
-        hidden = hidden if not isinstance(hidden, tuple) else hidden[0]
+            # transformers 4 wants the causal mask apart, and returns a tuple.
+            output = layer(hidden, attention_mask=wanted, causal_attention_mask=None)
+            hidden = output[0] if isinstance(output, tuple) else output
         pooled = side.post_layernorm(hidden[:, 0]) if image else side.final_layer_norm(hidden)[:, -1]
         return project(pooled)
 
