@@ -238,6 +238,12 @@ class DualEncoder(nn.Module):
                 )
         given = dict(zip(self._slots[2:], additional, strict=False))
         beyond = additional[len(self._slots) - 2 :]
+        if beyond and self.sides[1].named:
+            known = ", ".join(self.argument_names[2:])
+            raise ValueError(
+                f"additional_forward_args: expected at most {len(self._slots) - 2} ({known}), got {len(additional)}; "
+                "leave out what the model does not read."
+            )
         outputs = []
         for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
             extras = [given.get((index, name)) for name in tower.side.arguments[1:]]

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from families import captions, family_named, image_tower, pictures, text_tower, tiny_clip
+from families import captions, clip_case, family_named, image_tower, pictures, text_tower, tiny_clip
 from PIL import Image
 from torch import nn
 
@@ -421,3 +421,9 @@ def test_seen_part_is_what_the_processor_keeps(encoder: DualEncoder):
     np.testing.assert_array_equal(uncropped, np.asarray(whole))
     large = seen_part(Image.new("RGB", (2000, 1000)), SimpleNamespace(), (32, 32))
     assert large.shape == (224, 448, 3)
+
+
+def test_more_arguments_than_the_model_reads_are_refused():
+    case = clip_case()
+    with pytest.raises(ValueError, match=r"additional_forward_args: expected at most 1 \(attention_mask\), got 2"):
+        case.forward(*case.inputs, *case.additional, torch.ones(3))
