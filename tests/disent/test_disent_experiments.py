@@ -37,7 +37,6 @@ def test_scenes_are_labelled_by_their_largest_object():
 
 
 def test_digits_are_split_and_enlarged():
-    pytest.importorskip("sklearn")
     data = digits(0)
     assert (len(data.train), len(data.test)) == (1258, 539)
     assert data.train.images.shape[1:] == (1, 16, 16)

@@ -73,11 +73,13 @@ def test_channels_last():
 def test_real_families(name):
     images = torch.randn(2, 3, 32, 32)
     if name == "timm/vit":
-        timm = pytest.importorskip("timm")
+        import timm
+
         backbone = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=4, embed_dim=24, depth=2).eval()
         layer, shape = "norm", (2, 24, 2, 2)
     elif name == "timm/resnet":
-        timm = pytest.importorskip("timm")
+        import timm
+
         backbone, layer, shape = timm.create_model("resnet18", num_classes=4).eval(), "layer3", (2, 256, 2, 2)
     elif name == "transformers/vit":
         config = ViTConfig(
