@@ -378,11 +378,11 @@ class DualEncoder(nn.Module):
         )
         return pairs.to(self.device)
 
-    def token_counts(self, pairs: Pairs) -> list[int]:
-        """How many of each pair's tokens are real, (N,); the rest is padding."""
+    def real_tokens(self, pairs: Pairs) -> Tensor:
+        """Which tokens of each pair are real, (N, L) boolean; the rest is padding, before them or after."""
         layout, arguments = self.layouts[1], (*pairs.inputs, *pairs.additional_forward_args)
         real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
-        return [len(row) for row in pairs.tokens] if real is None else real.sum(1).tolist()
+        return torch.ones(pairs.inputs[1].shape[:2], dtype=torch.bool) if real is None else real.cpu()
 
     def _side(self, index: int) -> nn.Module:
         """The module that holds one tower's layers."""

@@ -83,7 +83,7 @@ def explain(
         **settings,
     )
     image, text = record.modalities
-    lengths = encoder.token_counts(pairs)
+    real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
     layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
     patches = None if image.units is None else list(image.units)
     pixels = [bits.sum(0) for bits in image_bits]
@@ -94,12 +94,12 @@ def explain(
         Explanation(
             image=pairs.pictures[i],
             caption=pairs.captions[i],
-            tokens=tuple(clean_token(token) for token in pairs.tokens[i][: lengths[i]]),
-            special=pairs.special[i][: lengths[i]],
+            tokens=tuple(clean_token(pairs.tokens[i][j]) for j in real[i]),
+            special=tuple(pairs.special[i][j] for j in real[i]),
             score=float(image.score_before[i]),
             image_bits=pixels[i].float().cpu().numpy(),
             patch_bits=None if patches is None else patches[i].float().cpu().numpy(),
-            token_bits=token_bits[i, : lengths[i]].float().cpu().numpy(),
+            token_bits=token_bits[i, real[i]].float().cpu().numpy(),
             settings={
                 "method": type(method).__name__,
                 "layers": [layer.name for layer in method.layers],

@@ -116,7 +116,8 @@ def refine(layout: Layout | None, tower: nn.Module, layer: nn.Module) -> Layout 
     if isinstance(layout, TextLayout) and layout.reads_padding:
         embeddings = find_embeddings(tower)
         inside = embeddings is not None and any(layer is module for module in embeddings.modules())
-        return layout if inside else replace(layout, pad_token_id=None)
+        # A mask keeps words from reading padding, but the pooled last position may be padding that reads words.
+        return layout if inside else replace(layout, pad_token_id=None, mask_argument=None)
     if isinstance(layout, PatchLayout) and layout.window is not None:
         owners = [m for m in tower.modules() if hasattr(m, "shift_size") and any(layer is c for c in m.modules())]
         shifts = [_side(owner.shift_size) or 0 for owner in owners]

@@ -304,7 +304,7 @@ def test_prepared_inputs_are_the_processors_own(loaded: tuple[Checkpoint, DualEn
     plain = {form.format(word) for word in WORDS for form in ("{}", "▁{}", "{}</w>")} | {*"".join(CHINESE)}
     for tokens, special in zip(pairs.tokens, pairs.special, strict=True):
         assert special == tuple(token not in plain for token in tokens)
-    assert encoder.token_counts(pairs)[0] == len(checkpoint.tokens)
+    assert int(encoder.real_tokens(pairs)[0].sum()) == len(checkpoint.tokens)
 
 
 def own_similarities(model: nn.Module, given: dict[str, Tensor]) -> Tensor:
@@ -350,7 +350,7 @@ def test_end_to_end(loaded: tuple[Checkpoint, DualEncoder]):
     bits = MultiModalInfoBottleneck(encoder).attribute(
         pairs.inputs, additional_forward_args=pairs.additional_forward_args, **FEW
     )
-    counts = encoder.token_counts(pairs)
+    counts = encoder.real_tokens(pairs).sum(1).tolist()
     for index, count in enumerate(counts):
         assert float(bits[1][index, :count].sum()) > 0 and not bits[1][index, count:].any()
     explanations = explain(encoder, PICTURES[0], checkpoint.captions[:2], **FEW)
@@ -360,6 +360,17 @@ def test_end_to_end(loaded: tuple[Checkpoint, DualEncoder]):
     assert first.image_bits.shape == checkpoint.size and first.patch_bits.shape == checkpoint.grid
     np.testing.assert_allclose([first.image_total_bits, first.patch_bits.sum()], float(bits[0][0].sum()), rtol=1e-4)
     assert first.image_total_bits > 0
+
+
+def test_padding_before_the_words(loaded: tuple[Checkpoint, DualEncoder], monkeypatch: pytest.MonkeyPatch):
+    checkpoint, encoder = loaded
+    captions = sorted(checkpoint.captions[:2], key=len)
+    tokenizer = encoder.processor.tokenizer
+    expected = [explanation.tokens for explanation in explain(encoder, PICTURES[0], captions, **FEW)]
+    monkeypatch.setattr(tokenizer, "padding_side", "left")
+    explanations = explain(encoder, PICTURES[0], captions, **FEW)
+    assert [explanation.tokens for explanation in explanations] == expected
+    assert all(explanation.token_bits.any() for explanation in explanations)
 
 
 # Towers that read no pictures.
@@ -482,7 +493,7 @@ def test_open_clip_prepares_with_its_own_tokenizer_and_transform(from_open_clip:
     assert pairs.inputs[1].shape == (3, 12) and pairs.additional_forward_args == ()
     expected = OPEN_CLIP_TOKENS[kind]
     assert pairs.tokens[0][: len(expected)] == expected
-    assert encoder.token_counts(pairs)[0] == len(expected)
+    assert int(encoder.real_tokens(pairs)[0].sum()) == len(expected)
     begin = int(kind == "clip")
     words = pairs.special[0][begin : begin + 3], pairs.special[1][begin : begin + 5]
     assert not any(sum(words, ()))

@@ -95,6 +95,17 @@ def test_padding_that_is_read_is_told_at_the_embeddings_only():
     assert encoder.layout_of(text.encoder.layers[0]).pad_token_id is None
 
 
+def test_a_pooled_position_that_a_mask_calls_padding_is_gated():
+    encoder = zoo.encoder_of(zoo.model_named("siglip"))
+    ids, mask = captions(pairs=2)
+    assert not mask[:, -1].all()
+    method = MultiModalInfoBottleneck(encoder, (encoder.stages(0)[0][0], encoder.stages(1)[0][-1]))
+    inputs = (torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), ids)
+    _, bits = method.attribute(inputs, additional_forward_args=(mask,), n_steps=10, n_samples=4)
+    # The last block's other positions reach nothing.
+    assert bool((bits[:, -1] > bits[:, :-1].sum(1)).all())
+
+
 def test_shift_of_windows_is_that_of_the_block():
     encoder = zoo.encoder_of(zoo.model_named("swin_bert"))
     blocks = encoder.model.vision_model.encoder.layers[2].blocks

@@ -331,7 +331,7 @@ class Worker:
         )
         image, text = record.modalities
         maps = patch_maps(encoder, pairs, image.units, image_bits)
-        lengths = encoder.token_counts(pairs)
+        real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
         results = [
             {
                 "score": float(image.score_before[i]),
@@ -340,9 +340,9 @@ class Worker:
                 "image_score": float(image.score_after[i]),
                 "text_score": float(text.score_after[i]),
                 "map": maps[i].astype(np.float16),
-                "tokens": [_storable(clean_token(token)) for token in pairs.tokens[i][: lengths[i]]],
-                "special": list(pairs.special[i][: lengths[i]]),
-                "token_bits": token_bits[i, : lengths[i]].float().cpu().numpy(),
+                "tokens": [_storable(clean_token(pairs.tokens[i][j])) for j in real[i]],
+                "special": [pairs.special[i][j] for j in real[i]],
+                "token_bits": token_bits[i, real[i]].float().cpu().numpy(),
                 "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
                 **self._inside(pair, maps[i]),
             }
@@ -353,7 +353,7 @@ class Worker:
                 result.update(figures)
         compared = [i for i, pair in enumerate(ready) if pair.contrast]
         if compared:
-            others = self._contrastpatch_maps([ready[i] for i in compared])
+            others = self._contrast_maps([ready[i] for i in compared])
             for i, other in zip(compared, others, strict=True):
                 results[i]["contrast_similarity"] = cosine(maps[i], other)
                 results[i]["contrast"] = ready[i].contrast
@@ -372,7 +372,7 @@ class Worker:
             "inside_area": float(cover.mean()),
         }
 
-    def _contrastpatch_maps(self, ready: Sequence[_Ready]) -> list[np.ndarray]:
+    def _contrast_maps(self, ready: Sequence[_Ready]) -> list[np.ndarray]:
         pairs = self._inputs(ready, contrast=True)
         image_bits, record = self.load().attribute_with_record(
             pairs.inputs[0],

@@ -19,7 +19,7 @@ def text_records(
     tokens: Sequence[Sequence[str]],
     attributions: Tensor,
     scores: Tensor | Sequence[float],
-    lengths: Sequence[int] | None = None,
+    real: Tensor | None = None,
     unit: str = "bits",
 ) -> list[VisualizationDataRecord]:
     r"""Records for Captum's ``visualize_text``, one per pair, safe to show whatever the captions hold.
@@ -34,8 +34,8 @@ def text_records(
         tokens (sequence of sequences of str): Per pair, its tokens, such as ``pairs.tokens``.
         attributions (Tensor): One number per token, (N, L), of either sign.
         scores (Tensor or sequence of float): The pairs' scores, (N,).
-        lengths (sequence of int, optional): How many tokens of each pair are real, such as
-                    ``encoder.token_counts(pairs)``. Default: None (all)
+        real (Tensor, optional): Which tokens are real, (N, L) boolean, such as ``encoder.real_tokens(pairs)``.
+                    Default: None (all)
         unit (str, optional): What the attributions are measured in. Default: "bits"
 
     Returns:
@@ -47,28 +47,29 @@ def text_records(
     Examples::
 
         >>> # input_ids (2, 12), token_bits (2, 12)
-        >>> records = text_records(pairs.tokens, token_bits, scores, encoder.token_counts(pairs))
+        >>> records = text_records(pairs.tokens, token_bits, scores, encoder.real_tokens(pairs))
         >>> visualization.visualize_text(records)  # from captum.attr import visualization
     """
     from captum.attr import visualization
 
-    counts = [len(row) for row in tokens] if lengths is None else list(lengths)
-    values, totals = attributions.detach(), torch.as_tensor(scores).detach().flatten().tolist()
-    fits = values.ndim == 2 and len(values) == len(tokens) == len(counts) == len(totals)
-    if not fits or any(count > min(len(row), values.shape[1]) for row, count in zip(tokens, counts, strict=True)):
+    values, totals = attributions.detach().double().cpu(), torch.as_tensor(scores).detach().flatten().tolist()
+    shape = (len(tokens), max(map(len, tokens), default=0))
+    if values.shape != shape or len(totals) != len(tokens) or any(len(row) != shape[1] for row in tokens):
         raise ValueError(
-            f"attributions: expected one number per token, ({len(tokens)}, {max(counts, default=0)}), and as many "
-            f"lengths and scores as captions, got {tuple(values.shape)}, {len(counts)} lengths and {len(totals)} "
-            "scores; sum embeddings' attributions over channels first."
+            f"attributions: expected one number per token, {shape}, and one score per caption, got "
+            f"{tuple(values.shape)} and {len(totals)} scores; sum embeddings' attributions over channels first."
         )
+    kept = torch.ones(shape, dtype=torch.bool) if real is None else real.detach().cpu().bool()
+    if kept.shape != shape:
+        raise ValueError(f"real: expected which tokens are real, {shape}, got {tuple(kept.shape)}.")
     if not bool(values.isfinite().all()):
         raise ValueError("attributions: expected finite numbers, got NaN or infinity.")
     records = []
-    for row, value, score, count in zip(tokens, values.double().cpu(), totals, counts, strict=True):
-        shown = value[:count]
-        largest = float(shown.abs().max()) if count else 0.0
+    for row, value, score, keep in zip(tokens, values, totals, kept, strict=True):
+        shown = value[keep]
+        largest = float(shown.abs().max()) if len(shown) else 0.0
         scaled = shown / largest if largest > 0 else torch.zeros_like(shown)
-        words = [html.escape(clean_token(token)) for token in row[:count]]
+        words = [html.escape(clean_token(token)) for token, shows in zip(row, keep, strict=True) if shows]
         records.append(
             visualization.VisualizationDataRecord(
                 word_attributions=scaled,

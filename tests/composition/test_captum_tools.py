@@ -211,7 +211,7 @@ def test_visualize_image_attr_multiple(setup: Setup, bits: tuple[Tensor, Tensor]
 
 def test_visualize_text(setup: Setup, bits: tuple[Tensor, Tensor], capsys: pytest.CaptureFixture[str]):
     tokens = [[f"<{token}></w>" for token in row] for row in setup.ids.tolist()]
-    records = text_records(tokens, bits[1], setup.score(), setup.mask.sum(1).tolist())
+    records = text_records(tokens, bits[1], setup.score(), setup.mask)
     page = visualization.visualize_text(records).data
     capsys.readouterr()
     assert [record.attr_score for record in records] == pytest.approx(bits[1].sum(1).tolist())
