@@ -267,7 +267,7 @@ class DualEncoder(nn.Module):
         found = []
         for index, side in enumerate(self.sides):
             positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
-            layout = derive_layout(side, self._side(index), positions)
+            layout = derive_layout(side, self.tower_of(index), positions)
             if isinstance(layout, TextLayout) and layout.reads_padding and processor is not None:
                 # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
                 layout = replace(layout, pad_token_id=padding_of(processor, layout.pad_token_id))
@@ -282,7 +282,7 @@ class DualEncoder(nn.Module):
     def layout_of(self, layer: nn.Module, modality: int | None = None) -> Layout | None:
         """The layout that holds in one layer: its tower's, with what is particular to the layer."""
         modality = self.owner(layer) if modality is None else modality
-        return refine(self.layouts[modality], self._side(modality), layer)
+        return refine(self.layouts[modality], self.tower_of(modality), layer)
 
     @property
     def device(self) -> torch.device:
@@ -295,7 +295,7 @@ class DualEncoder(nn.Module):
 
     def owner(self, layer: nn.Module) -> int:
         """Which tower a layer belongs to: 0 for the first, 1 for the second; 0 if both use it."""
-        sides = [self._side(index) for index in (0, 1)]
+        sides = [self.tower_of(index) for index in (0, 1)]
         inside = [any(module is layer for module in side.modules()) for side in sides]
         # A tower that is not kept apart from the whole model owns what no other tower does.
         whole = [side is self._modules.get("model") for side in sides]
@@ -312,7 +312,7 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
-        return self._told_apart([self._recommended(index) for index in (0, 1)])
+        return self.told_apart([self._recommended(index) for index in (0, 1)])
 
     def published_layers(self) -> tuple[LayerLike, LayerLike]:
         """The layers of the M2IB paper: the output of the block at three quarters of each tower's depth."""
@@ -320,7 +320,7 @@ class DualEncoder(nn.Module):
         for index in (0, 1):
             blocks = [block for stage in self.stages(index) for block in stage]
             found.append(blocks[_three_quarters(len(blocks))])
-        return self._told_apart(found)
+        return self.told_apart(found)
 
     def statistics_of(self, layer: nn.Module) -> ChannelStatistics | None:
         r"""What is known of a layer's channels without seeing data: shipped statistics, or the vocabulary's.
@@ -337,7 +337,7 @@ class DualEncoder(nn.Module):
             for name, module in root.named_modules():
                 if module is layer and name in self.statistics:
                     return self.statistics[name]
-        text = [self._side(i) for i, side in enumerate(self.sides) if side.modality == "text"]
+        text = [self.tower_of(i) for i, side in enumerate(self.sides) if side.modality == "text"]
         return vocabulary_statistics(layer) if any(layer is find_embeddings(tower) for tower in text) else None
 
     def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
@@ -372,7 +372,7 @@ class DualEncoder(nn.Module):
             self.argument_names,
             images,
             captions,
-            getattr(config_of(self._side(1), "text_config"), "max_position_embeddings", None),
+            getattr(config_of(self.tower_of(1), "text_config"), "max_position_embeddings", None),
             self.sides[1].padding,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
         )
@@ -384,7 +384,7 @@ class DualEncoder(nn.Module):
         real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
         return torch.ones(pairs.inputs[1].shape[:2], dtype=torch.bool) if real is None else real.cpu()
 
-    def _side(self, index: int) -> nn.Module:
+    def tower_of(self, index: int) -> nn.Module:
         """The module that holds one tower's layers."""
         if "model" not in self._modules:
             return (self.image_tower, self.text_tower)[index]
@@ -392,7 +392,7 @@ class DualEncoder(nn.Module):
 
     def stages(self, index: int) -> list[list[nn.Module]]:
         """The blocks of one tower, stage by stage; a tower of one resolution has one stage."""
-        tower, kind = self._side(index), self.sides[index].modality
+        tower, kind = self.tower_of(index), self.sides[index].modality
         found = stages_of(tower)
         if not found:
             raise ValueError(
@@ -402,7 +402,7 @@ class DualEncoder(nn.Module):
         return found
 
     def _recommended(self, index: int) -> nn.Module:
-        tower = self._side(index)
+        tower = self.tower_of(index)
         if self.sides[index].modality != "text":
             stages = self.stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
@@ -414,7 +414,7 @@ class DualEncoder(nn.Module):
             )
         return found
 
-    def _told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
         first, second = layers
         return ((first, 0), (second, 1)) if first is second else (first, second)
 

@@ -57,7 +57,7 @@ def intercept(handler: Handler) -> Iterator[None]:
             _original_call = nn.Module.__call__
             nn.Module.__call__ = _call  # type: ignore[method-assign]
         _interceptors += 1
-    outer, _state.handler = getattr(_state, "handler", None), handler
+    outer, _state.handler = current_handler(), handler
     try:
         yield
     finally:
@@ -68,8 +68,13 @@ def intercept(handler: Handler) -> Iterator[None]:
                 nn.Module.__call__ = _original_call  # type: ignore[method-assign]
 
 
+def current_handler() -> Handler | None:
+    """What this thread's module calls are routed through at present."""
+    return getattr(_state, "handler", None)
+
+
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    handler = getattr(_state, "handler", None)
+    handler = current_handler()
     proceed = _original_call
     if handler is None:
         return proceed(module, *args, **kwargs)

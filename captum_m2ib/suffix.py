@@ -105,8 +105,8 @@ class Suffix:
         self._forward = forward
         self._arguments = arguments
         self._pairs = pairs
-        self._taps = list(taps)
-        recorder = _Recorder(self._taps, pairs + 1)
+        self.taps = list(taps)
+        recorder = _Recorder(self.taps, pairs + 1)
         planted = tuple(_repeat_first(argument, pairs) for argument in arguments)
         with intercept(recorder), recorder.dependence:
             recorder.dependence.mark(tensors_in(planted), _DATA)
@@ -138,7 +138,7 @@ class Suffix:
         with intercept(_Replayer(self, values, draws)):
             score = check_score(self._forward(arguments), self._pairs * draws, self._pairs)
         if torch.is_grad_enabled() and any(v.requires_grad for v in values.values()) and not score.requires_grad:
-            names = ", ".join(repr(self._taps[index].layer.name) for index in values)
+            names = ", ".join(repr(self.taps[index].layer.name) for index in values)
             raise RuntimeError(
                 f"layers: the score does not depend on layer {names} in a differentiable way; choose a layer after the "
                 "last rounding, index or torch.no_grad() between the input and the score."
@@ -191,7 +191,7 @@ class _Recorder:
     """Runs every call, opens the taps, and notes what each output depends on."""
 
     def __init__(self, taps: Sequence[Tap], rows: int) -> None:
-        self._taps = taps
+        self.taps = taps
         self._rows = rows
         self._seen = [0] * len(taps)
         self._opened: set[int] = set()
@@ -206,12 +206,12 @@ class _Recorder:
         tap = self._tap_of(module)
         call = _Call(module, len(self.calls), tap=tap)
         self.calls.append(call)
-        if tap is not None and self._taps[tap].at_input:
+        if tap is not None and self.taps[tap].at_input:
             args, kwargs = self._open(tap, (args, kwargs))
         received = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in received]
         output = proceed(module, *args, **kwargs)
-        if tap is not None and not self._taps[tap].at_input:
+        if tap is not None and not self.taps[tap].at_input:
             output = self._open(tap, output)
             self.structures[tap] = self._keep(output)
         returned = tensors_in(output)
@@ -234,7 +234,7 @@ class _Recorder:
     def check(self, score: Tensor) -> None:
         """Raise unless every tap was reached as asked and the score depends on it."""
         reach = self.dependence.of([score])
-        for index, tap in enumerate(self._taps):
+        for index, tap in enumerate(self.taps):
             name, chosen, seen = tap.layer.name, tap.layer.call, self._seen[index]
             if seen == 0:
                 raise RuntimeError(
@@ -256,7 +256,7 @@ class _Recorder:
 
     def _tap_of(self, module: nn.Module) -> int | None:
         chosen = None
-        for index, tap in enumerate(self._taps):
+        for index, tap in enumerate(self.taps):
             if tap.layer.module is module:
                 if tap.layer.call in (None, self._seen[index]) and index not in self._opened:
                     chosen = index
@@ -265,7 +265,7 @@ class _Recorder:
 
     def _open(self, index: int, structure: Any) -> Any:
         """Take the hidden state, and pass on a copy by which its descendants are known."""
-        tap = self._taps[index]
+        tap = self.taps[index]
         side = "input" if tap.at_input else "output"
         path = find_hidden(structure)
         if path is None:
@@ -311,7 +311,7 @@ class _Replayer:
         call = self._next(module)
         tap = call.tap if call.tap in self._replaced else None
         if tap is not None:
-            if self._suffix._taps[tap].at_input:
+            if self._suffix.taps[tap].at_input:
                 args, kwargs = replace_at((args, kwargs), self._suffix._paths[tap], self._value(tap))
                 return proceed(module, *args, **kwargs)
             self._cursor = call.end

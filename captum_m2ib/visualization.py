@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import html
 import textwrap
-import unicodedata
 from collections.abc import Sequence
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+
+from captum_m2ib.lettering import INK, clean_token, elide, text_width, visible, write
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -24,6 +24,7 @@ __all__ = [
     "clean_token",
     "format_bits",
     "heat_colors",
+    "heat_ramp",
     "overlay",
     "pair_figure",
     "token_colors",
@@ -34,7 +35,7 @@ __all__ = [
 # brightest on white and on black pictures alike.
 _DIM, _GREY = 0.55, 0.5
 
-_INK, _QUIET, _EDGE = "#1b1b1f", "#5c5c66", "#b8b8c2"
+_QUIET, _EDGE = "#5c5c66", "#b8b8c2"
 
 
 def overlay(
@@ -70,7 +71,7 @@ def overlay(
     resized = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     level = np.clip(resized / top, 0.0, 1.0) if top > 0 else np.zeros_like(resized)
 
-    colors, opacity = _heat_ramp(strength)
+    colors, opacity = heat_ramp(strength)
     index = np.rint(level * (len(colors) - 1)).astype(np.intp)
     base = picture.astype(np.float32) / 255
     base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
@@ -80,7 +81,7 @@ def overlay(
 
 def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
     """The colours of :func:`overlay` from zero to the maximum on a mid-grey picture, (n, 3) in [0, 1]."""
-    colors, opacity = _heat_ramp(strength)
+    colors, opacity = heat_ramp(strength)
     seen = _DIM * 0.5 + opacity[:, None] * (colors - _DIM * 0.5)
     return seen[np.rint(np.linspace(0, len(seen) - 1, n)).astype(np.intp)].astype(np.float32)
 
@@ -95,25 +96,6 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # A tiny picture is shown as the pixels it has; smoothing would draw halos around them.
     kernel = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(picture).resize(size, kernel))
-
-
-def clean_token(token: str) -> str:
-    """Turn a tokenizer's piece into what a reader expects to see.
-
-    Marks of word boundaries (``</w>``, ``▁``, ``Ġ``, ``##``) are dropped, control tokens are named in
-    brackets (``<|startoftext|>`` becomes ``[startoftext]``, ``</s>`` becomes ``[/s]``), byte-level pieces are
-    decoded where they hold whole characters, and invisible characters are removed. A blank piece becomes
-    ``␣``. The result is plain text; whoever puts it into HTML must escape it, as :func:`token_html` does.
-    """
-    if token.startswith("<|") and token.endswith("|>") and len(token) > 4:
-        return f"[{_visible(token[2:-2])}]"
-    if token != "</w>" and token.startswith("<") and token.endswith(">") and token[1:-1].strip("/").isalnum():
-        return f"[{_visible(token[1:-1])}]"
-    text = _decode_bytes(token.removesuffix("</w>"))
-    if text.startswith("##") and len(text) > 2:
-        text = text[2:]
-    text = _visible(text.replace("▁", " ").replace("\n", "⏎")).strip()
-    return text or "␣"
 
 
 def format_bits(value: float) -> str:
@@ -170,7 +152,7 @@ def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] |
         )
         kind = ", special token" if flag else ""
         spans.append(
-            f'<span style="{style}" title="{value:.6g} bits{kind}"><bdi>{html.escape(_visible(token))}</bdi>'
+            f'<span style="{style}" title="{value:.6g} bits{kind}"><bdi>{html.escape(visible(token))}</bdi>'
             f'<span style="display:block;font-size:0.72em">{html.escape(format_bits(value))}</span></span>'
         )
     return "\n".join(spans)
@@ -231,7 +213,7 @@ def pair_figure(
     heading = [] if caption is None else _caption_lines(caption, room)
     caption_top = top + bar_height + 0.42
     tokens_top = caption_top + 0.3 + 0.24 * len(heading)
-    rows = _token_rows([_visible(token) for token in tokens], values, room)
+    rows = _token_rows([visible(token) for token in tokens], values, room)
     height = tokens_top + _ROW_PITCH * len(rows) + 0.2
 
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
@@ -243,9 +225,9 @@ def pair_figure(
     page = axes_at(0, 0, width, height)
     page.set(xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
-    _write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
+    write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
     totals = f"image {format_bits(pixels.sum())} bits   ·   text {format_bits(values.sum())} bits"
-    _write(page, width - margin, 0.36, totals, size=11.5, ha="right")
+    write(page, width - margin, 0.36, totals, size=11.5, ha="right")
     page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
 
     shown = at_display_size(picture)
@@ -254,7 +236,7 @@ def pair_figure(
     panels = (("picture", shown), (found, overlay(shown, heat)))
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
-        _write(page, x, first_top - 0.16, _elide(name, panel_width, 10), size=10, color=_QUIET)
+        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=_QUIET)
         axes = axes_at(x, first_top, panel_width, panel_height)
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
@@ -262,9 +244,9 @@ def pair_figure(
     _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), float(heat.max()), unit)
 
     count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, bits below each"
-    _write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
+    write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
     for line, text in enumerate(heading):
-        _write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
+        write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
     colors = token_colors(values)
     for line, row in enumerate(rows):
         y = tokens_top + _ROW_PITCH * line
@@ -284,8 +266,8 @@ def _token_rows(
     rows: list[list[tuple[int, float, float, str]]] = []
     x = room + 1
     for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
-        text = _elide(token, room - 0.2, _TOKEN_SIZE)
-        needed = max(_text_width(text, _TOKEN_SIZE) + 0.18, _text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36)
+        text = elide(token, room - 0.2, _TOKEN_SIZE)
+        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36)
         if x + needed > room:
             rows.append([])
             x = 0.0
@@ -312,9 +294,9 @@ def _token_box(
     page.add_patch(
         FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
     )
-    _write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
+    write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
     below = y + _BOX_HEIGHT + 0.1
-    _write(page, x + width / 2, below, format_bits(value), size=_BITS_SIZE, color=_QUIET, ha="center")
+    write(page, x + width / 2, below, format_bits(value), size=_BITS_SIZE, color=_QUIET, ha="center")
 
 
 def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
@@ -329,140 +311,27 @@ def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
     axes.yaxis.set_major_formatter("{x:g}")
     if maximum <= 0:
         axes.set_yticks([0.0], ["0"])
-    axes.tick_params(labelsize=9, colors=_INK, width=0.6, length=3)
-    axes.set_ylabel(unit, fontsize=9.5, color=_INK, labelpad=6)
+    axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
+    axes.set_ylabel(unit, fontsize=9.5, color=INK, labelpad=6)
     axes.spines[:].set(color=_EDGE, linewidth=0.6)
 
 
 def _caption_lines(caption: str, room: float) -> list[str]:
     """The caption on at most two lines that fit into room."""
     size = 11.5
-    text = " ".join(_visible(caption).split())
+    text = " ".join(visible(caption).split())
     if not text:
         return []
     text = f"“{text}”"
-    if _text_width(text, size) <= room:
+    if text_width(text, size) <= room:
         return [text]
-    columns = max(1, int(len(text) * room / _text_width(text, size) * 0.96))
+    columns = max(1, int(len(text) * room / text_width(text, size) * 0.96))
     lines = textwrap.wrap(text, columns)
     first, rest = lines[0], " ".join(lines[1:])
-    return [_elide(first, room, size), *([_elide(rest, room, size)] if rest else [])]
+    return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
 
 
-def _write(page: Any, x: float, y: float, text: str, *, size: float, color: str = _INK, **style: Any) -> None:
-    drawn, families = _drawable(text)
-    style = {"ha": "left", "va": "center_baseline", **style}
-    page.text(x, y, drawn, fontsize=size, color=color, family=families, parse_math=False, **style)
-
-
-def _elide(text: str, room: float, size: float) -> str:
-    """The longest beginning of text, with an ellipsis if it is cut, that fits into room (inches)."""
-    if _text_width(text, size) <= room:
-        return text
-    fits, too_long = 0, len(text)
-    while too_long - fits > 1:
-        middle = (fits + too_long) // 2
-        if _text_width(text[:middle].rstrip() + "…", size) <= room:
-            fits = middle
-        else:
-            too_long = middle
-    return text[:fits].rstrip() + "…"
-
-
-def _text_width(text: str, size: float) -> float:
-    """Inches that text takes when drawn at this font size."""
-    from matplotlib.backends.backend_agg import RendererAgg
-    from matplotlib.font_manager import FontProperties
-
-    drawn, families = _drawable(text)
-    dots, _, _ = RendererAgg(8, 8, 150).get_text_width_height_descent(
-        drawn, FontProperties(family=families, size=size), False
-    )
-    return float(dots) / 150
-
-
-_FIRST_FONT = "DejaVu Sans"  # comes with matplotlib
-_OTHER_FONTS = (
-    *(
-        "Noto Sans",
-        "Noto Sans CJK SC",
-        "Noto Sans CJK JP",
-        "Noto Sans CJK KR",
-        "Noto Sans SC",
-        "Noto Sans JP",
-    ),
-    *(
-        "Noto Sans KR",
-        "Source Han Sans SC",
-        "WenQuanYi Zen Hei",
-        "WenQuanYi Micro Hei",
-        "Droid Sans Fallback",
-    ),
-    *("PingFang SC", "Hiragino Sans", "Apple SD Gothic Neo", "Microsoft YaHei", "Yu Gothic", "Malgun Gothic"),
-    *("Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil", "Noto Sans Thai", "Nirmala UI"),
-    *("Arial Unicode MS", "Noto Sans Symbols2", "Segoe UI Symbol", "Noto Emoji", "Symbola"),
-)
-
-
-def _drawable(text: str) -> tuple[str, list[str]]:
-    """The text with ``□`` for what no installed font has, and the font families that together draw it."""
-    families, missing = [_FIRST_FONT], set(text) - _glyphs(_FIRST_FONT)
-    for family in _OTHER_FONTS if missing else ():
-        found = missing & _glyphs(family)
-        if found:
-            families.append(family)
-            missing -= found
-        if not missing:
-            break
-    return "".join("□" if character in missing else character for character in text), families
-
-
-@cache
-def _glyphs(family: str) -> frozenset[str]:
-    """The characters that an installed font family can draw; none if it is not installed."""
-    from matplotlib.font_manager import fontManager, get_font
-
-    if all(entry.name != family for entry in fontManager.ttflist):
-        return frozenset()
-    return frozenset(map(chr, get_font(fontManager.findfont(family)).get_charmap()))
-
-
-def _visible(text: str) -> str:
-    """Text without what changes how other text is shown: controls, direction marks, lone surrogates."""
-    kept = []
-    for character in text:
-        if character.isprintable():
-            kept.append(character)
-        elif character.isspace():
-            kept.append(" ")
-        elif unicodedata.category(character) != "Cf":
-            kept.append("\N{REPLACEMENT CHARACTER}")
-    return "".join(kept)
-
-
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: printable Latin-1 as itself, the rest from U+0100 on."""
-    alphabet, spare = {}, 0x100
-    for byte in range(256):
-        if chr(byte).isprintable() and byte != 0x20:
-            alphabet[chr(byte)] = byte
-        else:
-            alphabet[chr(spare)] = byte
-            spare += 1
-    return alphabet
-
-
-def _decode_bytes(token: str) -> str:
-    """The text that a byte-level piece stands for; other pieces, and parts of a character, stay."""
-    alphabet = _byte_alphabet()
-    try:
-        return bytes(alphabet[character] for character in token).decode("utf-8")
-    except (KeyError, UnicodeDecodeError):
-        return token.removeprefix("Ġ")
-
-
-def _heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Colours and opacities from no bits to the most; the colours' lightness rises throughout."""
     from matplotlib import colormaps
 

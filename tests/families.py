@@ -410,7 +410,7 @@ def model_case(model: zoo.Model) -> Case:
     encoder = zoo.encoder_of(model)
     ids, mask = captions()
     first, second, *additional = zoo.arguments_of(model, encoder, ids, mask)
-    layers = tuple(zoo.layers_to_try(encoder._side(index)) for index in (0, 1))
+    layers = tuple(zoo.layers_to_try(encoder.tower_of(index)) for index in (0, 1))
     return Case(encoder, (first, second), tuple(additional), layers, [encoder.model])
 
 

@@ -78,7 +78,7 @@ def check_keys(suffix: Suffix, index: int, attended: Attended, method: str) -> N
     tokens, keys = suffix.hidden[index].shape[1], attended.attention.key.shape[-2]
     if keys != tokens:
         raise ValueError(
-            f"layers: {method} needs attention over the {tokens} tokens of layer {suffix._taps[index].layer.name!r}, "
+            f"layers: {method} needs attention over the {tokens} tokens of layer {suffix.taps[index].layer.name!r}, "
             f"got one over {keys}; choose a layer after which the tokens stay the same, or use NarrowingInfoBottleneck "
             "or RISE."
         )
@@ -86,7 +86,7 @@ def check_keys(suffix: Suffix, index: int, attended: Attended, method: str) -> N
 
 def without_attention(suffix: Suffix, index: int, method: str) -> ValueError:
     """The error for a tower that does not attend."""
-    layer = suffix._taps[index].layer
+    layer = suffix.taps[index].layer
     return ValueError(
         f"layers: {method} needs a transformer tower, but found no attention over tokens after the input of layer "
         f"{layer.name!r} ({type(layer.module).__name__}), where the hidden state has the shape "

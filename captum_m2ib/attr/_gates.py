@@ -187,11 +187,11 @@ def optimise(
         ) as bar,
     ):
         for start in range(0, pairs, at_once):
-            chunk = tuple(_slice(argument, pairs, start, at_once) for argument in arguments)
+            chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
             suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
-            _check_finite("score of the untouched pairs", suffix.score, start)
+            check_finite("score of the untouched pairs", suffix.score, start)
             for tap, hidden in zip(taps, suffix.hidden, strict=True):
-                _check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
+                check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
             gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
@@ -273,9 +273,9 @@ def _descend(
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]
         score = torch.cat(scores, 1).mean(1)
-        _check_finite(f"score at step {step}", score, start)
+        check_finite(f"score at step {step}", score, start)
         for gate in gates:
-            _check_finite(f"gradient at step {step}", gate.alpha.grad, start)
+            check_finite(f"gradient at step {step}", gate.alpha.grad, start)
         adam.step()
         history.append((score, totals))
         advance()
@@ -357,13 +357,13 @@ def _join(parts: list[Gated]) -> Gated:
     return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
 
 
-def _slice(argument: Any, pairs: int, start: int, count: int) -> Any:
+def slice_pairs(argument: Any, pairs: int, start: int, count: int) -> Any:
     if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] == pairs:
         return argument[start : start + count]
     return argument
 
 
-def _check_finite(what: str, tensor: Tensor | None, start: int) -> None:
+def check_finite(what: str, tensor: Tensor | None, start: int) -> None:
     if tensor is None:
         return
     bad = ~tensor.isfinite().flatten(1 if tensor.ndim > 1 else 0)

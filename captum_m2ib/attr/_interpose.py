@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from captum_m2ib.interception import Handler, _state, intercept
+from captum_m2ib.interception import Handler, current_handler, intercept
 
 
 @contextlib.contextmanager
@@ -19,10 +19,10 @@ def interpose(handler: Handler) -> Iterator[None]:
     ``proceed`` goes on to whatever intercepts already; ``aside`` runs the module without it, so that only the calls
     inside are seen there.
     """
-    outer = _state.handler
+    outer = current_handler()
 
     def go_on(original: Handler, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return outer(original, module, args, kwargs)
+        return original(module, *args, **kwargs) if outer is None else outer(original, module, args, kwargs)
 
     def through(original: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         return handler(partial(go_on, original), original, module, args, kwargs)

@@ -15,12 +15,12 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._gates import Gated, _check_finite, _slice
+from captum_m2ib.attr._gates import Gated, check_finite, slice_pairs
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
-    _as_forward_func,
-    _roots,
-    _to_units_and_input,
+    as_forward_func,
+    roots_of,
+    to_units_and_input,
 )
 from captum_m2ib.dual_encoder import DualEncoder
 from captum_m2ib.interception import borrowing
@@ -42,7 +42,7 @@ class PairAttribution(_captum.Attribution):
         layouts: Sequence[Layout | None] | None,
         choose: Callable[[DualEncoder], Sequence[LayerLike]],
     ) -> None:
-        forward_func = _as_forward_func(forward_func)
+        forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
         chosen = choose(_as_encoder(forward_func)) if layers is None else layers
         resolved = MultiModalInfoBottleneck(forward_func, chosen, layouts)
@@ -76,7 +76,7 @@ class PairAttribution(_captum.Attribution):
         at_once = min(pairs, pairs_at_once or pairs)
         parts: list[list[Tensor]] = [[] for _ in tensors]
         with (
-            borrowing(*_roots(self.forward_func, layers)),
+            borrowing(*roots_of(self.forward_func, layers)),
             tqdm(
                 total=-(-pairs // at_once) * len(tensors),
                 desc=self.get_name(),
@@ -85,12 +85,12 @@ class PairAttribution(_captum.Attribution):
             ) as bar,
         ):
             for start in range(0, pairs, at_once):
-                chunk = tuple(_slice(argument, pairs, start, at_once) for argument in arguments)
+                chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
                 suffix = Suffix(around(forward), chunk, chunk[0].shape[0], [Tap(layer, at_input) for layer in layers])
-                _check_finite("score of the untouched pairs", suffix.score, start)
+                check_finite("score of the untouched pairs", suffix.score, start)
                 for index in range(len(tensors)):
                     elements = explain(suffix, index, chunk)
-                    _check_finite("attribution", elements, start)
+                    check_finite("attribution", elements, start)
                     units = sum_units(self.layouts[index], elements, index, chunk)
                     parts[index].append(spread_units(self.layouts[index], units, chunk[index]))
                     bar.update()
@@ -111,13 +111,13 @@ def _as_encoder(forward_func: Any) -> DualEncoder:
 def last_blocks(encoder: DualEncoder, counts: Sequence[int]) -> Sequence[LayerLike]:
     """Per tower the first of its last so many blocks, or its first block if it has fewer."""
     towers = [[block for stage in encoder.stages(index) for block in stage] for index in (0, 1)]
-    return encoder._told_apart([blocks[-min(count, len(blocks))] for blocks, count in zip(towers, counts, strict=True)])
+    return encoder.told_apart([blocks[-min(count, len(blocks))] for blocks, count in zip(towers, counts, strict=True)])
 
 
 def sum_units(layout: Layout | None, elements: Tensor, modality: int, arguments: tuple[Any, ...]) -> Tensor:
     """Elements of a hidden state summed to the input's patches or tokens; 0 at padding."""
     real = real_elements(layout, elements, modality, arguments)
-    return _to_units_and_input(layout, Gated(elements, None, real), arguments[modality])[0]  # type: ignore[arg-type]
+    return to_units_and_input(layout, Gated(elements, None, real), arguments[modality])[0]  # type: ignore[arg-type]
 
 
 def spread_units(layout: Layout | None, units: Tensor, inputs: Tensor) -> Tensor:

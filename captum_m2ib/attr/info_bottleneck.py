@@ -15,8 +15,8 @@ from captum_m2ib.attr._gates import Prior, optimise
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     Statistics,
-    _roots,
-    _to_units_and_input,
+    roots_of,
+    to_units_and_input,
 )
 from captum_m2ib.layers import LayerLike
 from captum_m2ib.layouts import Layout, PatchLayout, to_input
@@ -177,11 +177,11 @@ class InfoBottleneck(_captum.Attribution):
             priors,
             layouts,
             settings,
-            _roots(self.forward_func, layers),
+            roots_of(self.forward_func, layers),
         )
         attributions = []
         for layout, gate, tensor in zip(layouts, gated, tensors, strict=True):
-            units, attribution = _to_units_and_input(layout, gate, tensor)
+            units, attribution = to_units_and_input(layout, gate, tensor)
             if smoothing and isinstance(layout, PatchLayout) and units.ndim == 3:
                 attribution = to_input(layout, smooth(units, smoothing), tensor)
             attributions.append(attribution)

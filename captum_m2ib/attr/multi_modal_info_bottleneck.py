@@ -81,7 +81,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         layouts: Sequence[Layout | None] | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        forward_func = _as_forward_func(forward_func)
+        forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
         if layers is None:
             layers, recommended = _recommended(forward_func)
@@ -108,7 +108,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         Returns:
             MultiModalInfoBottleneck: with the paper's layers and prior, for comparison.
         """
-        forward_func = _as_forward_func(forward_func)
+        forward_func = as_forward_func(forward_func)
         if not isinstance(forward_func, DualEncoder):
             raise ValueError(
                 f"forward_func: expected a DualEncoder or a model that it can wrap, got {type(forward_func).__name__}; "
@@ -275,12 +275,12 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             priors,
             self.layouts,
             settings,
-            _roots(self.forward_func, layers),
+            roots_of(self.forward_func, layers),
             with_record,
         )
         attributions = []
         for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False):
-            units, attribution = _to_units_and_input(layout, gate, tensor)
+            units, attribution = to_units_and_input(layout, gate, tensor)
             attributions.append(attribution)
             if gate.record is not None:
                 gate.record.units = units
@@ -315,7 +315,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         statistics: Statistics | None = None,
         layouts: Sequence[Layout | None] | None = None,
     ) -> None:
-        _captum.LayerAttribution.__init__(self, _as_forward_func(forward_func), layer, device_ids)
+        _captum.LayerAttribution.__init__(self, as_forward_func(forward_func), layer, device_ids)
         self.statistics = statistics
         self.layouts = layouts
 
@@ -377,7 +377,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             priors,
             self._layouts_of(layers),
             settings,
-            _roots(self.forward_func, layers),
+            roots_of(self.forward_func, layers),
             modalities=self._modalities_of(layers),
         )
         bits = [gate.axis.merge(gate.bits).contiguous() for gate in gated]
@@ -401,7 +401,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         return list(range(len(layers)))
 
 
-def _as_forward_func(forward_func: Any) -> Any:
+def as_forward_func(forward_func: Any) -> Any:
     """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
     if (
         isinstance(forward_func, nn.Module)
@@ -444,12 +444,12 @@ def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Pri
     return tuple(statistics)
 
 
-def _roots(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
+def roots_of(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
     owners = (forward_func, getattr(forward_func, "__self__", None), *(layer.module for layer in layers))
     return [owner for owner in owners if isinstance(owner, nn.Module)]
 
 
-def _to_units_and_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
+def to_units_and_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
     """Bits per patch, (N, ...), or token, (N, L), and what they are in the input's shape."""
     if layout is not None and not (isinstance(layout, PatchLayout) and tensor.ndim <= len(layout.patch_size)):
         units = to_units(layout, gate.bits, tensor, gate.real)

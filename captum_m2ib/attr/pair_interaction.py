@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._gates import _check_finite, _slice
+from captum_m2ib.attr._gates import check_finite, slice_pairs
 from captum_m2ib.attr._pairwise import (
     PairAttribution,
     check_count,
@@ -21,7 +21,7 @@ from captum_m2ib.attr._pairwise import (
     rows_at_once,
     sum_units,
 )
-from captum_m2ib.attr.multi_modal_info_bottleneck import _roots
+from captum_m2ib.attr.multi_modal_info_bottleneck import roots_of
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import LayerLike
 from captum_m2ib.layouts import Layout, TextLayout, real_tokens
@@ -131,18 +131,18 @@ class PairInteraction(PairAttribution):
         at_once = min(pairs, pairs_at_once or pairs)
         taps = [Tap(layer, attribute_to_layer_input) for layer in self.layers]
         parts = []
-        with borrowing(*_roots(self.forward_func, self.layers)):
+        with borrowing(*roots_of(self.forward_func, self.layers)):
             starts = range(0, pairs, at_once)
             for start in tqdm(starts, desc=self.get_name(), unit="part", disable=not show_progress):
                 chunk, other = (
-                    tuple(_slice(argument, pairs, start, at_once) for argument in given)
+                    tuple(slice_pairs(argument, pairs, start, at_once) for argument in given)
                     for given in (arguments, references)
                 )
                 suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
-                _check_finite("score of the untouched pairs", suffix.score, start)
+                check_finite("score of the untouched pairs", suffix.score, start)
                 reference = Suffix(forward, other, chunk[0].shape[0], taps)
                 found = _Ways(suffix, reference.hidden, self.layouts, chunk, n_steps, steps_at_once).interaction()
-                _check_finite("interaction", found, start)
+                check_finite("interaction", found, start)
                 parts.append(found)
         return torch.cat(parts)
 

@@ -13,9 +13,9 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._gates import _check_finite, _slice
+from captum_m2ib.attr._gates import check_finite, slice_pairs
 from captum_m2ib.attr._pairwise import Forward, check_count, rows_at_once, spread_units, sum_units
-from captum_m2ib.attr.multi_modal_info_bottleneck import _as_forward_func, _roots
+from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, roots_of
 from captum_m2ib.dual_encoder import DualEncoder
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer, LayerLike, resolve_for
@@ -67,7 +67,7 @@ class RISE(_captum.Attribution):
         layers: Sequence[LayerLike | None] | None = None,
         layouts: Sequence[Layout | None] | None = None,
     ) -> None:
-        forward_func = _as_forward_func(forward_func)
+        forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
         if layouts is None and isinstance(forward_func, DualEncoder):
             layouts = forward_func.layouts
@@ -137,18 +137,18 @@ class RISE(_captum.Attribution):
                 enter = forward if layer is not None else _entering(forward, index, entry.module)
                 layout = self.layouts[index] if index < len(self.layouts) else None
                 parts = []
-                with borrowing(*_roots(self.forward_func, [entry])):
+                with borrowing(*roots_of(self.forward_func, [entry])):
                     for start in range(0, pairs, at_once):
-                        chunk = tuple(_slice(argument, pairs, start, at_once) for argument in arguments)
+                        chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
                         suffix = Suffix(enter, chunk, chunk[0].shape[0], [Tap(entry)])
-                        _check_finite("score of the untouched pairs", suffix.score, start)
+                        check_finite("score of the untouched pairs", suffix.score, start)
                         axes = None if layer is not None else _grid_axes(layout, tensor)
                         generator = np.random.default_rng((seed, index))
                         masks = draw_masks(
                             generator, suffix.hidden[0], axes, n_masks, cells, probability, masks_at_once
                         )
                         shown = _mean_shown(suffix, masks, n_masks, bar.update) / probability
-                        _check_finite("attribution", shown, start)
+                        check_finite("attribution", shown, start)
                         parts.append(_to_input(shown, axes, layout, index, chunk))
                 maps.append(torch.cat(parts))
         return _captum.format_output(_captum.is_tuple(inputs), tuple(maps))
@@ -173,10 +173,10 @@ def _embeddings(forward_func: Any) -> Sequence[LayerLike | None]:
     if not isinstance(forward_func, DualEncoder):
         return ()
     first, second = (
-        find_embeddings(forward_func._side(index)) if isinstance(layout, TextLayout) else None
+        find_embeddings(forward_func.tower_of(index)) if isinstance(layout, TextLayout) else None
         for index, layout in enumerate(forward_func.layouts)
     )
-    return (first, second) if first is None or second is None else forward_func._told_apart((first, second))
+    return (first, second) if first is None or second is None else forward_func.told_apart((first, second))
 
 
 def _entering(forward: Forward, index: int, entry: nn.Module) -> Forward:

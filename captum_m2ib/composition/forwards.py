@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.batch_axis import BatchAxis
 from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.interception import Handler, _state, borrowing, intercept
+from captum_m2ib.interception import Handler, borrowing, current_handler, intercept
 from captum_m2ib.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
 from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, channel_axis, real_elements, to_units
 from captum_m2ib.towers import find_embeddings
@@ -51,7 +51,7 @@ class _View(nn.Module):
 @contextlib.contextmanager
 def _exchanging(layer: Layer, change: Callable[[Tensor], Tensor], root: nn.Module) -> Iterator[None]:
     """Pass the hidden state that a layer returns through ``change``, in this thread."""
-    outer, is_grad_enabled = getattr(_state, "handler", None), torch.is_grad_enabled()
+    outer, is_grad_enabled = current_handler(), torch.is_grad_enabled()
     calls = 0
 
     def step(original: Handler, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -340,7 +340,7 @@ def _text_modality(forward_func: Any) -> int:
 
 
 def _embedding_of(forward_func: Any, modality: int) -> LayerLike:
-    found = find_embeddings(forward_func._side(modality)) if isinstance(forward_func, DualEncoder) else None
+    found = find_embeddings(forward_func.tower_of(modality)) if isinstance(forward_func, DualEncoder) else None
     if found is None:
         raise ValueError(
             f"embedding: found no layer of {type(forward_func).__name__} that embeds tokens; pass the module, e.g. "

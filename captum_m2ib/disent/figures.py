@@ -17,7 +17,8 @@ from captum_m2ib.disent._grid import cell_box
 from captum_m2ib.disent.explanations import Contributions, Half, heatmaps
 from captum_m2ib.disent.model import ConceptModel
 from captum_m2ib.disent.prototypes import ClassExplanation, Prototype, Prototypes
-from captum_m2ib.visualization import _elide, _write, at_display_size, overlay
+from captum_m2ib.lettering import elide, write
+from captum_m2ib.visualization import at_display_size, overlay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,10 +76,10 @@ def local_figure(
     explained = float((found.positive + found.negative).sum() + found.bias.sum())
     what = f"{explained:.2f} above the mean logit" if contrast else f"logit {explained:.2f}"
     title = f"{model.name_of(chosen)}: {what}"
-    _write(page, _MARGIN, 0.36, _elide(title, width - 2 * _MARGIN, 15), size=15, weight="bold")
+    write(page, _MARGIN, 0.36, elide(title, width - 2 * _MARGIN, 15), size=15, weight="bold")
     predicted = int(found.logits[0].argmax())
     note = "the predicted class" if predicted == chosen else f"the predicted class is {model.name_of(predicted)}"
-    _write(page, _MARGIN, 0.68, _elide(note, width - 2 * _MARGIN, 10), size=10, color=_QUIET)
+    write(page, _MARGIN, 0.68, elide(note, width - 2 * _MARGIN, 10), size=10, color=_QUIET)
 
     axes = axes_at(_MARGIN, 1.0, 3.0, picture_height)
     _show(axes, seen)
@@ -92,12 +93,12 @@ def local_figure(
     maps = heatmaps(found.maps, [halves])[0].cpu().numpy()
     for index, half in enumerate(halves):
         x = left + index * (side + gap)
-        name = _elide(f"{index + 1}   {_name(half)}", side + gap - 0.1, 9.5)
-        _write(page, x, bottom - 0.18, name, size=9.5, color=_colour(half.contribution))
+        name = elide(f"{index + 1}   {_name(half)}", side + gap - 0.1, 9.5)
+        write(page, x, bottom - 0.18, name, size=9.5, color=_colour(half.contribution))
         _show(axes_at(x, bottom, side, side), overlay(seen, _at_pixels(maps[index], size, patch)))
         box = _scaled(cell_box(half.cell, grid, size, patch, context=1), size, seen)
         _show(axes_at(x, bottom + side + 0.3, side, side), seen[box[0] : box[2], box[1] : box[3]])
-    _write(
+    write(
         page, left, bottom + side + 0.15, "where the channel is strongest, with its surroundings", size=9, color=_QUIET
     )
     return figure
@@ -126,25 +127,25 @@ def class_figure(
     side = min(1.05, (width - 2 * _MARGIN - text - bar - 0.3) / max(shown, 1) - 0.1)
     height = 1.25 + row * len(page.halves) + 0.2
     figure, sheet, axes_at = _page(width, height)
-    _write(sheet, _MARGIN, 0.36, _elide(page.name, width - 2 * _MARGIN, 15), size=15, weight="bold")
+    write(sheet, _MARGIN, 0.36, elide(page.name, width - 2 * _MARGIN, 15), size=15, weight="bold")
     held = f"these {len(page.halves)} halves of channels hold {100 * page.share:.0f} % of the absolute contributions"
-    _write(sheet, _MARGIN, 0.66, held, size=10, color=_QUIET)
-    _write(sheet, _MARGIN + text, 1.0, "mean contribution", size=9, color=_QUIET)
+    write(sheet, _MARGIN, 0.66, held, size=10, color=_QUIET)
+    write(sheet, _MARGIN + text, 1.0, "mean contribution", size=9, color=_QUIET)
     if shown:
-        _write(sheet, _MARGIN + text + bar + 0.3, 1.0, "where it is strongest in the data set", size=9, color=_QUIET)
+        write(sheet, _MARGIN + text + bar + 0.3, 1.0, "where it is strongest in the data set", size=9, color=_QUIET)
     longest = max((abs(half.mean_contribution) for half in page.halves), default=0.0) or 1.0
     for index, half in enumerate(page.halves):
         top = 1.2 + index * row
         colour = _colour(half.mean_contribution)
-        _write(sheet, _MARGIN, top + 0.3, _name(half), size=11.5, color=_INK, weight="bold")
+        write(sheet, _MARGIN, top + 0.3, _name(half), size=11.5, color=_INK, weight="bold")
         shared = ", ".join(model.name_of(other) for other in half.shared_with)
         note = f"shared with {shared}" if shared else "of this class alone"
-        _write(sheet, _MARGIN, top + 0.58, _elide(note, text - 0.2, 9.5), size=9.5, color=_QUIET)
-        _write(sheet, _MARGIN, top + 0.83, f"weight {half.weight:.2f}", size=9.5, color=_QUIET)
+        write(sheet, _MARGIN, top + 0.58, elide(note, text - 0.2, 9.5), size=9.5, color=_QUIET)
+        write(sheet, _MARGIN, top + 0.83, f"weight {half.weight:.2f}", size=9.5, color=_QUIET)
         length = (bar - 0.7) * abs(half.mean_contribution) / longest
         sheet.barh(top + 0.52, length, 0.3, left=_MARGIN + text, color=colour)
         value = f"{half.mean_contribution:+.2f}".replace("-", "−")
-        _write(sheet, _MARGIN + text + length + 0.08, top + 0.53, value, size=10)
+        write(sheet, _MARGIN + text + length + 0.08, top + 0.53, value, size=10)
         for place, one in enumerate(half.prototypes):
             x = _MARGIN + text + bar + 0.3 + place * (side + 0.1)
             _prototype(axes_at(x, top, side, side), one, prototypes, pictures, model.reader.patch, colour)

@@ -43,7 +43,7 @@ def test_embeddings_in_place_of_ids(family: Family):
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
 def test_the_grid_changes_no_score(family: Family, modality: int):
     case = family.build()
-    layer = find_embeddings(case.forward._side(1)) if modality else case.layers[0][0]
+    layer = find_embeddings(case.forward.tower_of(1)) if modality else case.layers[0][0]
     view = GridForward(case.forward, layer)
     expected = case.forward(*case.inputs, *case.additional).detach()
     close(view(*case.inputs, *case.additional).detach(), expected, atol=1e-6)

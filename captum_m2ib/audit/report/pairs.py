@@ -11,7 +11,8 @@ import numpy as np
 
 from captum_m2ib.audit.report.figures import NUMBERS, Finding
 from captum_m2ib.audit.writer import read_shard, shards
-from captum_m2ib.visualization import _heat_ramp, _visible, token_colors
+from captum_m2ib.lettering import visible
+from captum_m2ib.visualization import heat_ramp, token_colors
 
 _LONGEST_CAPTION = 600
 _COLUMNS = (
@@ -107,7 +108,7 @@ def agreement(first: Any, second: Any) -> float | None:
 
 def colours() -> dict[str, Any]:
     """256 colours of heat as red, green, blue and opacity, and 256 of tokens as background and ink."""
-    colors, opacity = _heat_ramp(0.85)
+    colors, opacity = heat_ramp(0.85)
     heat = np.concatenate([colors, opacity[:, None]], axis=1)
     return {
         "heat": np.rint(255 * heat).astype(int).tolist(),
@@ -126,7 +127,7 @@ def found_in(findings: Sequence[Finding]) -> dict[int, dict[str, int]]:
 
 def shown_text(text: object) -> str:
     """Text without controls and direction marks, on one line."""
-    return " ".join(_visible(str(text)).split())
+    return " ".join(visible(str(text)).split())
 
 
 def _rounded(value: float | None) -> float | None:
