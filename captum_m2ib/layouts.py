@@ -378,11 +378,10 @@ def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
     axes = [axis % inputs.ndim for axis in _axes(layout, inputs)]
     sides = [inputs.shape[axis] for axis in axes]
     covered = [
-        side if layout.size else _covered(side, count, patch, layout.coarser)
+        side if layout.size else covered_side(side, count, patch, layout.coarser)
         for side, count, patch in zip(sides, units.shape[1:], layout.patch_size, strict=True)
     ]
-    # Signs apart, so that each keeps its own sum.
-    fine = _resized(units.clamp(min=0), covered) - _resized((-units).clamp(min=0), covered)
+    fine = resized(units, covered)
     # Patches that do not divide the input leave a margin that the model never sees.
     margins = [extra for side, part in zip(sides[::-1], covered[::-1], strict=True) for extra in (0, side - part)]
     fine = F.pad(fine, margins)
@@ -392,15 +391,31 @@ def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
     return (fine / math.prod(inputs.shape[axis] for axis in others)).expand(inputs.shape).contiguous()
 
 
-def _resized(units: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps of non-negative values linearly along every axis of the grid, keeping their sums."""
-    mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
-    fine = F.interpolate(units.unsqueeze(1), size=list(size), mode=mode, align_corners=False).squeeze(1)
-    before, after = units.flatten(1).sum(1), fine.flatten(1).sum(1)
-    scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
-    return fine * scale.view(-1, *[1] * len(size))
+def resized(units: Tensor, size: Sequence[int], nearest: bool = False) -> Tensor:
+    r"""Resize maps along every axis of their grid, keeping the sum of the positive and of the negative values.
+
+    Args:
+
+        units (Tensor): (N, \*grid).
+        size (sequence of int): The new grid.
+        nearest (bool, optional): Repeat values instead of going from one to the next linearly. Default: False
+
+    Returns:
+        Tensor: (N, \*size).
+    """
+    mode = "nearest" if nearest else {1: "linear", 2: "bilinear", 3: "trilinear"}[len(size)]
+    options: dict[str, Any] = {} if nearest else {"align_corners": False}
+    parts = []
+    # Signs apart, so that each keeps its own sum.
+    for part in (units.clamp(min=0), (-units).clamp(min=0)):
+        fine = F.interpolate(part.unsqueeze(1), size=list(size), mode=mode, **options).squeeze(1)
+        before, after = part.flatten(1).sum(1), fine.flatten(1).sum(1)
+        scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
+        parts.append(fine * scale.view(-1, *[1] * len(size)))
+    return parts[0] - parts[1]
 
 
-def _covered(side: int, count: int, patch: int, coarser: Sequence[int]) -> int:
+def covered_side(side: int, count: int, patch: int, coarser: Sequence[int]) -> int:
+    """How much of an input's side so many cells cover: patches that do not divide it leave a margin."""
     steps = (patch * factor for factor in coarser)
     return next((count * step for step in steps if side // step == count), side)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.disent._checks import check_choice
-from captum_m2ib.layouts import HALVINGS, PatchLayout, channel_axis, to_units
+from captum_m2ib.layouts import HALVINGS, PatchLayout, channel_axis, covered_side, resized, to_units
 from captum_m2ib.towers import image_layout
 
 INTERPOLATIONS = ("nearest", "bilinear")
@@ -111,16 +110,11 @@ def _arranged(hidden: Tensor, images: Tensor, layout: PatchLayout) -> Tensor:
 
 
 def covered(size: Sequence[int], grid: Sequence[int], patch: tuple[int, int] | None) -> tuple[int, int]:
-    """The part of a picture that a grid covers, in pixels: patches that do not divide it leave a margin."""
-    height, width = (
-        _covered_side(side, count, length) for side, count, length in zip(size, grid, patch or (0, 0), strict=True)
-    )
+    """The part of a picture that a grid covers, in pixels."""
+    if patch is None:
+        return size[0], size[1]
+    height, width = (covered_side(*side, HALVINGS) for side in zip(size, grid, patch, strict=True))
     return height, width
-
-
-def _covered_side(side: int, count: int, length: int) -> int:
-    steps = (length * factor for factor in HALVINGS if length)
-    return next((count * step for step in steps if side // step == count), side)
 
 
 def spread(grid: Tensor, size: Sequence[int], patch: tuple[int, int] | None, interpolation: str) -> Tensor:
@@ -138,14 +132,8 @@ def spread(grid: Tensor, size: Sequence[int], patch: tuple[int, int] | None, int
     """
     check_choice("interpolation", interpolation, INTERPOLATIONS)
     height, width = covered(size, grid.shape[1:], patch)
-    options: dict[str, Any] = {"align_corners": False} if interpolation == "bilinear" else {}
-    parts = []
-    for part in (grid.clamp(min=0), (-grid).clamp(min=0)):
-        fine = F.interpolate(part.unsqueeze(1), size=(height, width), mode=interpolation, **options).squeeze(1)
-        before, after = part.sum((1, 2)), fine.sum((1, 2))
-        scale = torch.where(after > 0, before / after.clamp(min=torch.finfo(fine.dtype).tiny), 0.0)
-        parts.append(fine * scale[:, None, None])
-    return F.pad(parts[0] - parts[1], (0, size[1] - width, 0, size[0] - height))
+    fine = resized(grid, (height, width), nearest=interpolation == "nearest")
+    return F.pad(fine, (0, size[1] - width, 0, size[0] - height))
 
 
 def cell_box(
