@@ -12,14 +12,14 @@ training and scenes for evaluation never come from the same random stream, whate
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from captum_m2ib.scenes.captions import COLOURS, SHAPES, Caption, describe
+from captum_m2ib.scenes.shapes import DISTANCES, interior_points
 
 PURPOSES = (
     "scenes",
@@ -49,7 +49,6 @@ _MAX_OBJECTS = max(OBJECT_COUNTS)
 # on the safe side; the distance between this limit and 1 - VISIBLE_SHARE pays for the finite number of
 # points.
 _COVERED_LIMIT = 0.3
-_INTERIOR_POINTS = 64
 _CANDIDATES = 6
 
 _RGB = {
@@ -364,83 +363,11 @@ def visible_masks(layouts: Layouts, size: int) -> np.ndarray:
     return masks.reshape(_MAX_OBJECTS, -1, size, size).swapaxes(0, 1)
 
 
-def _circle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.sqrt(u * u + v * v) - np.float32(0.9)
-
-
-def _square(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(u), np.abs(v)) - np.float32(0.7)
-
-
-def _triangle(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.maximum(v, np.float32(np.sqrt(3) / 2) * np.abs(u) - np.float32(0.5) * v) - np.float32(0.5)
-
-
-def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # Folded into the half sector between a tip (1, 0) and the notch at 36 degrees, the outline is one
-    # straight edge.
-    sector = np.float32(2 * np.pi / 5)
-    theta = np.arctan2(u, -v)
-    theta = np.abs(theta - sector * np.rint(theta / sector))
-    notch = 0.46 * np.exp(1j * np.pi / 5)
-    normal = np.array([notch.imag, 1 - notch.real]) / abs(1 - notch)
-    distance = np.sqrt(u * u + v * v)
-    along, across = distance * np.cos(theta), distance * np.sin(theta)
-    return (along - 1) * np.float32(normal[0]) + across * np.float32(normal[1])
-
-
-def _cross(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    u, v = np.abs(u), np.abs(v)
-    return np.maximum(np.maximum(u, v) - np.float32(0.95), np.minimum(u, v) - np.float32(0.29))
-
-
-def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    # A square standing on its corner, with half discs on its two upper edges; h is half its diagonal.
-    h = np.float32(0.785)
-    u, v = np.abs(u), np.float32(0.25) * h - v
-    corner = (u + np.abs(v) - h) * np.float32(np.sqrt(0.5))
-    lobe = np.sqrt((u - h / 2) ** 2 + (v - h / 2) ** 2) - h * np.float32(np.sqrt(0.5))
-    return np.minimum(corner, lobe)
-
-
-def _ring(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.abs(np.sqrt(u * u + v * v) - np.float32(0.71)) - np.float32(0.23)
-
-
-def _moon(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    bite = np.float32(0.74) - np.sqrt((u - np.float32(0.5)) ** 2 + v * v)
-    return np.maximum(np.sqrt(u * u + v * v) - np.float32(0.96), bite)
-
-
-_DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-    "circle": _circle,
-    "square": _square,
-    "triangle": _triangle,
-    "star": _star,
-    "cross": _cross,
-    "heart": _heart,
-    "ring": _ring,
-    "moon": _moon,
-}
-"""Signed distance to each outline, in the shape's own frame: it fits the unit circle, v points down."""
-
-
-@lru_cache(maxsize=1)
-def _interior_points() -> np.ndarray:
-    """Points spread evenly over each shape's area, in its own frame: float32 (shapes, points, 2)."""
-    # The additive recurrence with the plastic number covers the square evenly, and so every part of it.
-    plastic = 1.32471795724474602596
-    steps = np.arange(1, 16 * _INTERIOR_POINTS + 1)[:, None] * np.array([1 / plastic, 1 / plastic**2])
-    grid = (2 * (steps % 1) - 1).astype(np.float32)
-    inside = [grid[_DISTANCES[shape](grid[:, 0], grid[:, 1]) < 0][:_INTERIOR_POINTS] for shape in SHAPES]
-    return np.stack(inside)
-
-
 def _place(
     rng: np.random.Generator, shape: np.ndarray, radius: np.ndarray, angle: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Centres x and y, float32 (n, 4): whole scenes are proposed, the first acceptable one is kept."""
-    points = _interior_points()[shape] * radius[..., None, None]
+    points = interior_points()[shape] * radius[..., None, None]
     cosine, sine = np.cos(angle)[..., None], np.sin(angle)[..., None]
     reach_x = cosine * points[..., 0] - sine * points[..., 1]
     reach_y = sine * points[..., 0] + cosine * points[..., 1]
@@ -521,7 +448,7 @@ def _stamps(layouts: Layouts, size: int) -> _Stamps:
         rows = np.flatnonzero(shapes == index)
         u = (cosine * across)[rows, None, :] + (sine * down)[rows, :, None]
         v = (cosine * down)[rows, :, None] - (sine * across)[rows, None, :]
-        distance[rows] = _DISTANCES[name](u, v)
+        distance[rows] = DISTANCES[name](u, v)
     opacity = np.clip(0.5 - distance * (radius * size)[:, None, None], 0, 1)
     # A light from the upper left, and a darker rim that keeps touching objects of one colour apart.
     shade = 1 - np.float32(0.09) * (across[:, None, :] + down[:, :, None])
