@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_m2ib.batch_axis import BatchAxis, find_batch_axis
@@ -156,24 +157,24 @@ class _Dependence(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self._reach: dict[int, frozenset[int]] = {}
+        # While one of these is held, no other storage gets the address, although the memory itself is released.
+        self._held: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         came = tensors_in((args, kwargs))
-        given = {_storage(tensor) for tensor in came}
         reach = self.of(came)
         made = tensors_in(output)
-        for tensor in made:
-            key = _storage(tensor)
-            # A storage that no argument had is new, whatever its address held before.
-            self._reach[key] = reach | self._reach.get(key, frozenset()) if key in given else reach
+        self.mark(made, *reach)
         if not made and func._schema.is_mutable:
             self.mark(came, *reach)
         return output
 
     def mark(self, tensors: Sequence[Tensor], *sources: int) -> None:
-        for tensor in tensors:
+        for tensor in tensors if sources else ():
             key = _storage(tensor)
+            if key not in self._held:
+                self._held[key] = _hold(tensor)
             self._reach[key] = self._reach.get(key, frozenset()) | frozenset(sources)
 
     def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
@@ -185,6 +186,14 @@ def _storage(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+
+def _hold(tensor: Tensor) -> Any:
+    """What keeps a tensor's identity, as :func:`_storage` tells it, from being given to another tensor."""
+    try:
+        return StorageWeakRef(tensor.untyped_storage())
+    except (NotImplementedError, RuntimeError):
+        return tensor
 
 
 class _Recorder:

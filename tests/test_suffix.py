@@ -323,6 +323,27 @@ def test_prefix_and_other_tower_do_not_run_again():
     assert not set(ran) & set(text.modules())
 
 
+def test_memory_used_again_is_not_taken_for_what_it_held():
+    ran: list[nn.Module] = []
+
+    def forward(m, x):
+        h = m.first(x)
+        other = 0
+        for _ in range(50):
+            # Freed at once; a tensor made from numbers, which no operation gives birth to, may get its place.
+            (h * 2).sum()
+            other = other + m.norm(x * torch.tensor(0.5))
+        return m.third(h + other)
+
+    model = Parts(forward)
+    case = Case(model, (torch.randn(2, 5, 4),), (), ([model.first],), [model])
+    with borrowing(model):
+        suffix = record(case, [Tap(Layer(model.first, "first"))])
+        model.norm.register_forward_hook(lambda module, *_: ran.append(module))
+        suffix.run({0: suffix.hidden[0]}, 1)
+    assert not ran
+
+
 def test_gradient_reaches_the_value_and_no_parameter():
     case = family_named("closure").build()
     layer = layer_of(case, case.layers[0][0])
