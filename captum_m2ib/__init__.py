@@ -26,6 +26,14 @@ if TYPE_CHECKING:
         OptimizationRecord,
         PairInteraction,
     )
+    from captum_m2ib.bypass import (
+        BypassWarning,
+        TowerBypass,
+        measure_bypass,
+        plot_bypass,
+        recommend_layers,
+        warn_of_bypass,
+    )
     from captum_m2ib.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.explanation import Explanation, explain
     from captum_m2ib.layouts import PackedLayout, PatchLayout, TextLayout
@@ -51,6 +59,14 @@ _HOMES = {
         "PairInteraction",
         "RISE",
     ),
+    "bypass": (
+        "BypassWarning",
+        "TowerBypass",
+        "measure_bypass",
+        "plot_bypass",
+        "recommend_layers",
+        "warn_of_bypass",
+    ),
     "dual_encoder": ("DualEncoder", "Pairs"),
     "explanation": ("Explanation", "explain"),
     "layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
@@ -60,6 +76,7 @@ _HOMES = {
 __all__ = [
     "RISE",
     "AttentionRelevance",
+    "BypassWarning",
     "ChannelStatistics",
     "ContrastiveInfoBottleneck",
     "DualEncoder",
@@ -77,10 +94,15 @@ __all__ = [
     "Pairs",
     "PatchLayout",
     "TextLayout",
+    "TowerBypass",
     "estimate_statistics",
     "explain",
     "load_statistics",
+    "measure_bypass",
+    "plot_bypass",
+    "recommend_layers",
     "save_statistics",
+    "warn_of_bypass",
 ]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_model, load_open_clip, load_processor
 from captum_m2ib.families import Family, Side, derive_layout, family_of
-from captum_m2ib.layers import LayerLike
+from captum_m2ib.layers import LayerLike, resolve_for
 from captum_m2ib.layouts import Layout, TextLayout, real_tokens
 from captum_m2ib.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.pictures import PictureLike
@@ -108,10 +108,11 @@ class DualEncoder(nn.Module):
 
     Examples::
 
-        >>> # pixel_values (2, 3, 224, 224), input_ids (2, 12)
-        >>> encoder = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
-        >>> pairs = encoder.prepare(["cat.jpg", "dog.jpg"], ["a cat", "a dog"])
-        >>> encoder(*pairs.inputs, *pairs.additional_forward_args)  # cosine similarities, shape (2,)
+        >>> from captum_m2ib.scenes import CHECKPOINT
+        >>> encoder = DualEncoder.from_pretrained(CHECKPOINT)  # or "openai/clip-vit-base-patch32", or any directory
+        >>> pairs = encoder.prepare(images, captions)  # two pictures, two captions
+        >>> encoder(*pairs.inputs, *pairs.additional_forward_args).shape  # cosine similarities
+        torch.Size([2])
     """
 
     def __init__(
@@ -260,7 +261,9 @@ class DualEncoder(nn.Module):
 
     @property
     def argument_names(self) -> tuple[str, ...]:
-        """What :meth:`forward` reads, in its order: the two inputs, attention masks, then what else there is."""
+        """What :meth:`forward` reads, in its order; first the two inputs, then attention masks, then what else there
+        is.
+        """
         return tuple(name for _, name in self._slots)
 
     def _derived_layouts(self, processor: Any) -> tuple[Layout | None, ...]:
@@ -276,11 +279,20 @@ class DualEncoder(nn.Module):
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:
-        """Layouts of the towers: as given, or derived from their modules and configuration."""
+        """Layouts of the towers, as given, or derived from their modules and configuration."""
         return self._layouts
 
     def layout_of(self, layer: nn.Module, modality: int | None = None) -> Layout | None:
-        """The layout that holds in one layer: its tower's, with what is particular to the layer."""
+        r"""The layout that holds in one layer: its tower's, with what is particular to the layer.
+
+        Args:
+
+            layer (nn.Module): A layer of this encoder.
+            modality (int, optional): Which tower it is taken for. Default: None (see :meth:`owner`)
+
+        Returns:
+            Layout or None: None where it cannot be derived.
+        """
         modality = self.owner(layer) if modality is None else modality
         return refine(self.layouts[modality], self.tower_of(modality), layer)
 
@@ -290,11 +302,23 @@ class DualEncoder(nn.Module):
         return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
 
     def roots(self) -> tuple[nn.Module, ...]:
-        """Where names of layers start: at the wrapped model, and at this module."""
+        r"""Where names of layers start.
+
+        Returns:
+            tuple[nn.Module, ...]: the wrapped model, and this module.
+        """
         return (self.model, self) if "model" in self._modules else (self,)
 
     def owner(self, layer: nn.Module) -> int:
-        """Which tower a layer belongs to: 0 for the first, 1 for the second; 0 if both use it."""
+        r"""Which tower a layer belongs to.
+
+        Args:
+
+            layer (nn.Module): A layer of this encoder.
+
+        Returns:
+            int: 0 for the first tower, 1 for the second; 0 if both use it.
+        """
         sides = [self.tower_of(index) for index in (0, 1)]
         inside = [any(module is layer for module in side.modules()) for side in sides]
         # A tower that is not kept apart from the whole model owns what no other tower does.
@@ -309,36 +333,48 @@ class DualEncoder(nn.Module):
         coarser from stage to stage are taken at the end of the last stage but one, where one unit covers about what a
         patch of a plain tower does. One tower for both inputs is reached twice: the layers name the calls.
 
+        Returns:
+            tuple: Two layers, each a module, or (module, index of the call) where one tower serves both inputs.
+
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
         return self.told_apart([self._recommended(index) for index in (0, 1)])
 
     def published_layers(self) -> tuple[LayerLike, LayerLike]:
-        """The layers of the M2IB paper: the output of the block at three quarters of each tower's depth."""
+        r"""The layers of the M2IB paper: the output of the block at three quarters of each tower's depth.
+
+        Returns:
+            tuple: Two layers, as for :meth:`recommended_layers`.
+
+        Raises:
+            ValueError: if a tower has no list of blocks.
+        """
         found = []
         for index in (0, 1):
             blocks = [block for stage in self.stages(index) for block in stage]
             found.append(blocks[_three_quarters(len(blocks))])
         return self.told_apart(found)
 
-    def statistics_of(self, layer: nn.Module) -> ChannelStatistics | None:
+    def statistics_of(self, layer: LayerLike) -> ChannelStatistics | None:
         r"""What is known of a layer's channels without seeing data: shipped statistics, or the vocabulary's.
 
         Args:
 
-            layer (nn.Module): A layer of this encoder.
+            layer (nn.Module, str or tuple): A layer of this encoder: a module, its dotted name, or a pair of either
+                and the index of a call.
 
         Returns:
             ChannelStatistics or None: as shipped with the checkpoint; for the embeddings of a text tower those of
             every token of the vocabulary; else None.
         """
+        wanted = resolve_for(self, layer).module
         for root in self.roots():
             for name, module in root.named_modules():
-                if module is layer and name in self.statistics:
+                if module is wanted and name in self.statistics:
                     return self.statistics[name]
         text = [self.tower_of(i) for i, side in enumerate(self.sides) if side.modality == "text"]
-        return vocabulary_statistics(layer) if any(layer is find_embeddings(tower) for tower in text) else None
+        return vocabulary_statistics(wanted) if any(wanted is find_embeddings(tower) for tower in text) else None
 
     def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
@@ -379,19 +415,46 @@ class DualEncoder(nn.Module):
         return pairs.to(self.device)
 
     def real_tokens(self, pairs: Pairs) -> Tensor:
-        """Which tokens of each pair are real, (N, L) boolean; the rest is padding, before them or after."""
+        r"""Which tokens of each pair are real; the rest is padding, before them or after.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+
+        Returns:
+            Tensor: Boolean, (N, L), on the CPU.
+        """
         layout, arguments = self.layouts[1], (*pairs.inputs, *pairs.additional_forward_args)
         real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
         return torch.ones(pairs.inputs[1].shape[:2], dtype=torch.bool) if real is None else real.cpu()
 
     def tower_of(self, index: int) -> nn.Module:
-        """The module that holds one tower's layers."""
+        r"""The module that holds one tower's layers.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            nn.Module: the tower.
+        """
         if "model" not in self._modules:
             return (self.image_tower, self.text_tower)[index]
         return self.sides[index].tower(self.model)
 
     def stages(self, index: int) -> list[list[nn.Module]]:
-        """The blocks of one tower, stage by stage; a tower of one resolution has one stage."""
+        r"""The blocks of one tower, stage by stage; a tower of one resolution has one stage.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            list[list[nn.Module]]: Per stage its blocks, from input to output.
+
+        Raises:
+            ValueError: if the tower has no list of blocks under a known name.
+        """
         tower, kind = self.tower_of(index), self.sides[index].modality
         found = stages_of(tower)
         if not found:
@@ -415,6 +478,15 @@ class DualEncoder(nn.Module):
         return found
 
     def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+        r"""Name the calls where one module serves both towers.
+
+        Args:
+
+            layers (sequence of nn.Module): The layer of the first tower and the layer of the second.
+
+        Returns:
+            tuple: The layers; if they are one module, ((module, 0), (module, 1)).
+        """
         first, second = layers
         return ((first, 0), (second, 1)) if first is second else (first, second)
 

@@ -57,25 +57,41 @@ def explain(
     r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
 
     Args:
-        encoder: the dual encoder, with a processor (as :meth:`DualEncoder.from_pretrained` loads it).
-        images: paths, PIL images or uint8 arrays (H, W, 3); a single one is paired with every caption.
-        captions: one per image; a single one is paired with every image.
-        method: the attribution method. Default: ``MultiModalInfoBottleneck(encoder)``.
-        internal_batch_size: most rows (pairs times noise draws) in one forward pass. Default: 80.
-        **settings: further arguments of :meth:`MultiModalInfoBottleneck.attribute`, such as ``beta`` or
-            ``seed``.
+
+        encoder (DualEncoder): With a processor, as :meth:`DualEncoder.from_pretrained` loads it.
+        images (picture or sequence of pictures): Paths, PIL images or uint8 arrays (H, W, 3); a single one is paired
+            with every caption.
+        captions (str or sequence of str): One per image; a single one is paired with every image.
+        method (MultiModalInfoBottleneck, optional): The attribution method. Default: None
+            (``MultiModalInfoBottleneck(encoder)``)
+        internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; None for all at
+            once. Default: 80
+        **settings: Further arguments of :meth:`MultiModalInfoBottleneck.attribute`, such as ``beta`` or ``seed``.
 
     Returns:
-        One :class:`Explanation` per pair.
+        list[Explanation]: one per pair.
 
     Raises:
         ValueError: if a picture or caption cannot be used, or a setting is out of range.
+
+    Warns:
+        BypassWarning: if ``method`` was given layers, and information goes round the units of one; looked at on the
+            first four pairs. The recommended layers and those of :meth:`MultiModalInfoBottleneck.published` are not
+            looked at.
+
+    Examples::
+
+        >>> explain(encoder, images, captions, n_steps=5)[0].top_tokens(1)[0][0] in captions[0]
+        True
     """
     from captum_m2ib.attr import MultiModalInfoBottleneck
+    from captum_m2ib.bypass import has_chosen_layers, warn_of_bypass
     from captum_m2ib.layouts import PackedLayout, packed_grid
 
     method = MultiModalInfoBottleneck(encoder) if method is None else method
     pairs = encoder.prepare(images, captions)
+    if has_chosen_layers(method):
+        warn_of_bypass(method, pairs.inputs, pairs.additional_forward_args)
     (image_bits, token_bits), record = method.attribute_with_record(
         pairs.inputs,
         additional_forward_args=pairs.additional_forward_args,
@@ -155,26 +171,37 @@ def _course(record: LayerRecord, index: int) -> dict[str, Any]:
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    """How many bits each part of one image–text pair contributes to the model's score.
+    r"""How many bits each part of one image–text pair contributes to the model's score.
 
     Arrays are copied and made read-only; ``settings`` and ``record`` are copied as JSON: tuples become lists.
 
     Args:
-        image: the part of the picture that the model saw, uint8, shape (H, W, 3), at any resolution.
-        caption: the caption as it was given.
-        tokens: display tokens, without padding, the model's special tokens included.
-        special: for each token, whether it is special (start, end, ...) rather than part of the caption.
-        score: the model's similarity for the pair.
-        image_bits: bits per pixel position of the model's input, float32, shape (h, w); sums to the
-            image's total.
-        patch_bits: bits per patch, float32, shape (gh, gw), or None where the model has no patch grid.
-        token_bits: bits per token, float32, shape (len(tokens),).
-        settings: what the explanation was computed with.
-        record: the optimisation's course, such as score and information per step, or None.
+
+        image (numpy.ndarray): The part of the picture that the model saw, uint8, (H, W, 3), at any resolution.
+        caption (str): The caption as it was given.
+        tokens (tuple[str, ...]): Display tokens, without padding, the model's special tokens included.
+        special (tuple[bool, ...]): For each token, whether it is special (start, end, ...) rather than part of the
+            caption.
+        score (float): The model's similarity for the pair.
+        image_bits (numpy.ndarray): Bits per pixel position of the model's input, float32, (h, w); sums to the image's
+            total.
+        patch_bits (numpy.ndarray or None): Bits per patch, float32, (gh, gw), or None where the model has no patch
+            grid.
+        token_bits (numpy.ndarray): Bits per token, float32, (tokens,).
+        settings (dict): What the explanation was computed with.
+        record (dict, optional): The optimisation's course, such as score and information per step. Default: None
 
     Raises:
-        ValueError: for shapes or lengths that do not fit, values with NaN or infinity, or settings or a
-            record that JSON cannot hold.
+        ValueError: for shapes or lengths that do not fit, values with NaN or infinity, or settings or a record that
+            JSON cannot hold.
+
+    Examples::
+
+        >>> explanation = explain(encoder, images[0], captions[0], n_steps=2)[0]
+        >>> [token for token, bits in explanation.top_tokens(1)]
+        ['white']
+        >>> explanation.patch_bits.shape, explanation.image_bits.shape
+        ((8, 8), (64, 64))
     """
 
     image: NDArray[np.uint8]
@@ -236,15 +263,35 @@ class Explanation:
         return float(self.token_bits.sum(dtype=np.float64))
 
     def top_tokens(self, k: int = 5, *, include_special: bool = False) -> list[tuple[str, float]]:
-        """The k tokens with the most bits, most first; equal ones in the caption's order."""
+        r"""The k tokens with the most bits, most first; equal ones in the caption's order.
+
+        Args:
+
+            k (int, optional): At most so many. Default: 5
+            include_special (bool, optional): Whether start, end and the like count. Default: False
+
+        Returns:
+            list[tuple[str, float]]: token and bits.
+
+        Raises:
+            ValueError: if ``k`` is negative.
+        """
         if k < 0:
             raise ValueError(f"k must not be negative, got {k}")
         rows = zip(self.tokens, self.token_bits.tolist(), self.special, strict=True)
         kept = [(token, bits) for token, bits, special in rows if include_special or not special]
         return sorted(kept, key=lambda row: -row[1])[:k]
 
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return _to_png(self)
+
     def plot(self) -> Figure:
-        """The explanation as a figure; see :func:`captum_m2ib.visualization.pair_figure`."""
+        r"""The explanation as a figure; see :func:`captum_m2ib.visualization.pair_figure`.
+
+        Returns:
+            matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
+        """
         return pair_figure(
             self.image,
             self.image_bits,
@@ -257,13 +304,17 @@ class Explanation:
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the explanation to a file; the name's ending says how.
+        r"""Write the explanation to a file; the name's ending says how.
 
         ``.png``: the figure. ``.html``: one page that needs no other file. ``.npz`` and ``.json``: data that
         :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an older one.
 
+        Args:
+
+            path (str or PathLike): The file, in a directory that exists.
+
         Returns:
-            The path that was written.
+            Path: the path that was written.
 
         Raises:
             ValueError: if the name ends in anything else.
@@ -276,7 +327,14 @@ class Explanation:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
-        """Read what :meth:`save` wrote as ``.npz`` or ``.json``; every field is equal to the one saved.
+        r"""Read what :meth:`save` wrote as ``.npz`` or ``.json``; every field is equal to the one saved.
+
+        Args:
+
+            path (str or PathLike): The file.
+
+        Returns:
+            Explanation: equal to the one that was saved.
 
         Raises:
             ValueError: if the name ends in anything else, or the file holds no explanation.

@@ -43,6 +43,13 @@ class PatchLayout:
             HTS-AT does with a spectrogram. Default: 1
         window (int, optional): Side of the square windows within which attention works. Default: None
         shift (int, optional): By how many patches windows are shifted in this layer. Default: 0
+
+    Examples::
+
+        >>> layout = PatchLayout(patch_size=(16, 16), prefix=1)
+        >>> hidden, picture = torch.ones(2, 1 + 2 * 3, 8), torch.zeros(2, 3, 32, 48)
+        >>> to_units(layout, hidden, picture).shape  # rows and columns; the class token is left out
+        torch.Size([2, 2, 3])
     """
 
     patch_size: tuple[int, ...]
@@ -98,6 +105,12 @@ class TextLayout:
         prefix (int, optional): Tokens that the tower itself puts before the input's. Default: 0
         suffix (int, optional): Tokens that the tower itself puts after them (CoCa's class token). A layer may lack
             the prefix, the suffix or both. Default: 0
+
+    Examples::
+
+        >>> ids = torch.tensor([[0, 7, 9, 1, 1]])
+        >>> real_tokens(TextLayout(end_token_id=1), ids, (ids,))
+        tensor([[ True,  True,  True,  True, False]])
     """
 
     mask_argument: int | None = None

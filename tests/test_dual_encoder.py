@@ -159,6 +159,7 @@ def test_statistics_are_those_given_else_the_vocabularys():
     given = ChannelStatistics(torch.zeros(32), torch.ones(32))
     encoder = DualEncoder(model, statistics={"vision_model.encoder.layers.0": given})
     assert encoder.statistics_of(model.vision_model.encoder.layers[0]) is given
+    assert encoder.statistics_of("vision_model.encoder.layers.0") is given
     assert encoder.statistics_of(model.vision_model.encoder.layers[1]) is None
     vocabulary = encoder.statistics_of(model.text_model.embeddings)
     positions = torch.arange(64) % 16

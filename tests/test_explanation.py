@@ -99,6 +99,13 @@ def test_wrong_fields_are_refused(changes, message):
         make(**changes)
 
 
+def test_a_notebook_shows_the_figure():
+    from IPython.core.formatters import DisplayFormatter
+
+    shown, _ = DisplayFormatter().format(make())
+    assert shown["image/png"].startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("changes", [{}, {"patch_bits": None}, {"image_bits": np.zeros((4, 4)), "patch_bits": None}])
 def test_png_is_a_picture(tmp_path, changes):
     with Image.open(make(**changes).save(tmp_path / "pair.png")) as picture:

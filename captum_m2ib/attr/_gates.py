@@ -21,11 +21,12 @@ from captum_m2ib.batch_axis import BatchAxis
 from captum_m2ib.bottleneck import NATS_PER_BIT, information, mean_information, sample
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer
-from captum_m2ib.layouts import Layout, channel_axis, real_elements
+from captum_m2ib.layouts import Layout, channel_axis, real_elements, to_units
 from captum_m2ib.statistics import ChannelStatistics, floor_std
 from captum_m2ib.suffix import Suffix, Tap
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
+GateFilter: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -116,14 +117,20 @@ class _Gates:
     beta: float
     initial_gate: float
     dtype: torch.dtype
+    filter: GateFilter | None = None
     alpha: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         start = math.log(self.initial_gate / (1 - self.initial_gate))
         self.alpha = torch.full_like(self.hidden, start, requires_grad=True)
 
+    @property
+    def logits(self) -> Tensor:
+        """Logits of the gates that the hidden state passes through."""
+        return self.alpha if self.filter is None else self.filter(self.alpha)
+
     def information(self) -> Tensor:
-        elements = information(self.alpha, self.hidden, self.mean, self.std)
+        elements = information(self.logits, self.hidden, self.mean, self.std)
         return elements if self.real is None else torch.where(self.real, elements, 0.0)
 
     def sample(self, drawn: Tensor) -> Tensor:
@@ -131,7 +138,7 @@ class _Gates:
         hidden = self.hidden.unsqueeze(1)
         mean, std = (part.unsqueeze(1) if isinstance(part, Tensor) else part for part in (self.mean, self.std))
         drawn = drawn.to(hidden.device, hidden.dtype).unsqueeze(0)
-        mixed = sample(self.alpha.unsqueeze(1), hidden, drawn, mean, std)
+        mixed = sample(self.logits.unsqueeze(1), hidden, drawn, mean, std)
         if self.real is not None:
             mixed = torch.where(self.real.unsqueeze(1), mixed, hidden)
         return mixed.flatten(0, 1).to(self.dtype)
@@ -147,6 +154,7 @@ def optimise(
     roots: Sequence[Any] = (),
     with_record: bool = False,
     modalities: Sequence[int] | None = None,
+    filters: Sequence[Callable[[Tensor, Tensor], GateFilter | None]] | None = None,
 ) -> list[Gated]:
     r"""Optimise the gates of every tap for every pair.
 
@@ -163,6 +171,9 @@ def optimise(
         with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
         modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
             argument ``i``)
+        filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
+            function from gate logits to the logits of the gates that are applied, or None. Default: None (gates are
+            applied as they are)
 
     Returns:
         list[Gated]: one per tap.
@@ -193,6 +204,8 @@ def optimise(
             for tap, hidden in zip(taps, suffix.hidden, strict=True):
                 check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
             gates = [_gates(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
+            for gate, make in zip(gates, filters or (), strict=False):
+                gate.filter = make(gate.hidden, chunk[explains[gate.index]])
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
                 steps = _descend(suffix, chosen, settings, start, bar.update)
@@ -217,13 +230,14 @@ def _gates(
     modality = min(modality, len(arguments) - 1)
     real = real_elements(layout, hidden, modality, arguments)
     inputs = arguments[modality] if isinstance(arguments[modality], Tensor) else None
-    mean, std = _prior(prior, hidden, real, settings.variance[index], channel_axis(layout, hidden, inputs))
+    mean, std = prior_of(prior, hidden, real, settings.variance[index], channel_axis(layout, hidden, inputs))
     return _Gates(index, hidden, mean, std, real, settings.beta[index], settings.initial_gate[index], held.dtype)
 
 
-def _prior(
+def prior_of(
     prior: Prior, hidden: Tensor, real: Tensor | None, variance: float, channels: int
 ) -> tuple[Tensor | float, Tensor | float]:
+    """Mean and standard deviation of the prior and of the noise, of shapes that broadcast with the hidden state."""
     scale = variance**0.5
     if prior is None:
         return 0.0, scale
@@ -254,6 +268,32 @@ def _own_statistics(hidden: Tensor, real: Tensor | None, channels: int) -> tuple
     mean = (hidden * weight).sum(positions, keepdim=True) / count
     std = (((hidden - mean).square() * weight).sum(positions, keepdim=True) / count).sqrt()
     return mean, floor_std(std.movedim(channels, -1)).movedim(-1, channels)
+
+
+def unit_positions(layout: Layout, hidden: Tensor, inputs: Tensor) -> Tensor:
+    r"""Which positions of a hidden state hold the units of the input.
+
+    Args:
+
+        layout (Layout): The tower's layout.
+        hidden (Tensor): The hidden state, pairs first, (N, ...).
+        inputs (Tensor): The tower's input.
+
+    Returns:
+        Tensor: Indices, of the shape of one pair's units (patches or tokens), into its positions as they follow one
+        another with the channels last.
+
+    Raises:
+        ValueError: if the hidden state does not have the units that the layout says.
+    """
+    channels = channel_axis(layout, hidden, inputs)
+    shape = [1, *hidden.shape[1:]]
+    del shape[channels]
+    # Numbered by their positions in one channel and empty in the others, elements sum to their positions.
+    numbered = torch.zeros(1, *hidden.shape[1:], dtype=torch.float64, device=hidden.device)
+    numbers = torch.arange(math.prod(shape), dtype=torch.float64, device=hidden.device)
+    numbered.select(channels, 0).copy_(numbers.view(shape))
+    return to_units(layout, numbered, inputs[:1])[0].long()
 
 
 def _descend(

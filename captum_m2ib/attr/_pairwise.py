@@ -102,7 +102,7 @@ class PairAttribution(_captum.Attribution):
 def _as_encoder(forward_func: Any) -> DualEncoder:
     if not isinstance(forward_func, DualEncoder):
         raise ValueError(
-            f"layers: layers can only be chosen for a DualEncoder, got {type(forward_func).__name__}; name one layer "
+            f"layers: they can only be chosen for a DualEncoder, got {type(forward_func).__name__}; name one layer "
             "per input, e.g. layers=(model.image_tower.blocks[-1], model.text_tower.blocks[-1])."
         )
     return forward_func

@@ -20,7 +20,7 @@ class AttentionRelevance(PairAttribution):
     r"""Attention relevance (Chefer et al.), for towers with attention.
 
     From the first block that counts to the last, with ``A`` a block's attention weights and ``dA`` the gradient of the
-    score with respect to them,
+    score with respect to them, ::
 
         R = R + mean over heads of ReLU(A * dA) @ R,    starting from the identity.
 
@@ -49,7 +49,9 @@ class AttentionRelevance(PairAttribution):
 
         >>> relevance = AttentionRelevance(encoder)
         >>> image_map, token_map = relevance.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(

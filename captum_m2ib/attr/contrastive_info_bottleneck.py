@@ -28,7 +28,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
     Below the floor, what speaks against the rival is no merit: the plain difference (floor None) can be raised far
     beyond the pair's own by distorting what the rival names, and then bits go there.
 
-    ``attribute`` takes ``inputs`` and ``additional_forward_args`` such that together they are
+    ``attribute`` takes ``inputs`` and ``additional_forward_args`` such that together they are::
 
         first, second, rival, *extras of the pair, *extras of the rival's pair,
 
@@ -53,11 +53,13 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
 
     Examples::
 
-        >>> right, wrong = encoder.prepare(image, "a red cube"), encoder.prepare(image, "a blue cube")
+        >>> right, wrong = encoder.prepare(images[0], "a red star"), encoder.prepare(images[0], "a blue star")
         >>> contrast = ContrastiveInfoBottleneck(encoder)
         >>> image_bits, token_bits, rival_bits = contrast.attribute(
-        >>>     (*right.inputs, wrong.inputs[1]),
-        >>>     additional_forward_args=(*right.additional_forward_args, *wrong.additional_forward_args))
+        ...     (*right.inputs, wrong.inputs[1]),
+        ...     additional_forward_args=(*right.additional_forward_args, *wrong.additional_forward_args), n_steps=2)
+        >>> image_bits.shape, token_bits.shape, rival_bits.shape
+        (torch.Size([1, 3, 64, 64]), torch.Size([1, 5]), torch.Size([1, 5]))
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class GradECLIP(PairAttribution):
     Per block, with ``w`` the gradient of the score with respect to what attention returns for the pooled token (heads
     joined, before the output projection), ``v_i`` the value of token ``i``, and ``s_i`` the cosine similarity of the
     pooled token's query and token ``i``'s key, both taken through the output projection, scaled to [0, 1] over the
-    tokens,
+    tokens, ::
 
         attribution_i = ReLU(sum over blocks of s_i * sum over channels of w * v_i).
 
@@ -52,7 +52,9 @@ class GradECLIP(PairAttribution):
 
         >>> grad_eclip = GradECLIP(encoder)
         >>> image_map, token_map = grad_eclip.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(

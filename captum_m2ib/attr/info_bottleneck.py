@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PUBLISHED, PerModality, format_additional, format_inputs, make_settings, scorer
-from captum_m2ib.attr._gates import Prior, optimise
+from captum_m2ib.attr._gates import GateFilter, Prior, optimise, unit_positions
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     Statistics,
@@ -19,7 +20,7 @@ from captum_m2ib.attr.multi_modal_info_bottleneck import (
     to_units_and_input,
 )
 from captum_m2ib.layers import LayerLike
-from captum_m2ib.layouts import Layout, PatchLayout, to_input
+from captum_m2ib.layouts import Layout, PatchLayout, channel_axis
 from captum_m2ib.statistics import estimate_statistics
 from captum_m2ib.suffix import Tap
 from captum_m2ib.towers import image_layout
@@ -34,9 +35,10 @@ class InfoBottleneck(_captum.Attribution):
         beta * mean(information) + mean over noise draws(cross entropy of the target).
 
     As in the paper the prior is standardised: noise and prior have each channel's own mean and standard deviation,
-    estimated over data by :meth:`estimate`, or else taken from the example itself. Differences: statistics are per
-    channel instead of per unit, and where the paper smooths the gates by a Gaussian kernel while they are optimised,
-    the finished map of bits is smoothed here, by the same kernel and keeping its sum.
+    estimated over data by :meth:`estimate`, or else taken from the example itself; and the gates are smoothed while
+    they are optimised: what the hidden state passes through is, channel by channel, the sigmoid of the optimised
+    values blurred by a Gaussian kernel over the grid, so that a narrow gate cannot open without its neighbours. One
+    difference: statistics are per channel instead of per unit.
 
     Schulz, Sixt, Tombari and Landgraf, "Restricting the Flow: Information Bottlenecks for Attribution", ICLR 2020,
     https://arxiv.org/abs/2001.00396
@@ -133,8 +135,10 @@ class InfoBottleneck(_captum.Attribution):
             n_steps (int, optional): Steps of the optimisation. Default: 10
             n_samples (int, optional): Noise draws per step. Default: 10
             lr (float or sequence, optional): Adam's learning rate. Default: 1.0
-            smoothing (float, optional): Standard deviation of the Gaussian kernel, in cells of the hidden state's
-                        grid; None or 0 for none. Only pictures are smoothed. Default: 1.0
+            smoothing (float, optional): Standard deviation of the Gaussian kernel by which gates are smoothed while
+                        they are optimised, in cells of the hidden state's grid; None or 0 for none. Kernels reach two
+                        standard deviations, and grids are mirrored at their borders, as in the paper's code. Gates of
+                        class tokens, of texts, and of units on no grid of two axes are not smoothed. Default: 1.0
             seed (int, optional): Seed of the noise. Default: 0
             internal_batch_size (int, optional): Most rows (examples times draws) in one pass. Default: None
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
@@ -178,14 +182,13 @@ class InfoBottleneck(_captum.Attribution):
             layouts,
             settings,
             roots_of(self.forward_func, layers),
+            filters=[partial(_smoothing, layout, smoothing) for layout in layouts] if smoothing else None,
         )
-        attributions = []
-        for layout, gate, tensor in zip(layouts, gated, tensors, strict=True):
-            units, attribution = to_units_and_input(layout, gate, tensor)
-            if smoothing and isinstance(layout, PatchLayout) and units.ndim == 3:
-                attribution = to_input(layout, smooth(units, smoothing), tensor)
-            attributions.append(attribution)
-        return _captum.format_output(_captum.is_tuple(inputs), tuple(attributions))
+        attributions = tuple(
+            to_units_and_input(layout, gate, tensor)[1]
+            for layout, gate, tensor in zip(layouts, gated, tensors, strict=True)
+        )
+        return _captum.format_output(_captum.is_tuple(inputs), attributions)
 
     def attribute_future(self) -> None:
         """Not offered, as for most of Captum's methods."""
@@ -229,21 +232,59 @@ class _Total:
         return self.forward_func(*arguments).flatten(1).sum(1)
 
 
-def smooth(units: Tensor, sigma: float) -> Tensor:
-    r"""A map blurred by a Gaussian kernel of 2 * round(2 * sigma) + 1 cells a side, reflected at the border.
+def _smoothing(layout: Layout | None, sigma: float, hidden: Tensor, inputs: Tensor) -> GateFilter | None:
+    """The smoothing of the gates of one hidden state, or None where it has no grid of two axes."""
+    if not isinstance(layout, PatchLayout) or inputs.ndim <= len(layout.patch_size):
+        return None
+    places = unit_positions(layout, hidden, inputs)
+    return partial(_smooth_units, sigma, places, channel_axis(layout, hidden, inputs)) if places.ndim == 2 else None
+
+
+def _smooth_units(sigma: float, places: Tensor, channels: int, alpha: Tensor) -> Tensor:
+    last = alpha.movedim(channels, -1)
+    rows = last.flatten(1, -2)
+    grid = rows[:, places.flatten()].movedim(1, -1).unflatten(-1, places.shape)
+    smoothed = smooth_logits(grid, sigma).flatten(2).movedim(-1, 1)
+    return rows.index_copy(1, places.flatten(), smoothed).view(last.shape).movedim(-1, channels)
+
+
+def smooth_logits(alpha: Tensor, sigma: float) -> Tensor:
+    r"""Logits of gates smoothed by a Gaussian kernel: ``logit(blur(sigmoid(alpha)))``.
 
     Args:
 
-        units (Tensor): (N, h, w), non-negative.
-        sigma (float): Standard deviation of the kernel in cells.
+        alpha (Tensor): (N, C, h, w).
+        sigma (float): Standard deviation of the kernel in cells, above 0.
 
     Returns:
-        Tensor: (N, h, w), with the sums of the given maps.
+        Tensor: (N, C, h, w).
     """
-    reach = min(round(2 * sigma), *(side - 1 for side in units.shape[1:]))
-    offsets = torch.arange(-reach, reach + 1, dtype=units.dtype, device=units.device)
-    kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
-    padded = F.pad(units.unsqueeze(1), (reach,) * 4, mode="reflect")
-    blurred = F.conv2d(F.conv2d(padded, kernel.view(1, 1, -1, 1)), kernel.view(1, 1, 1, -1)).squeeze(1)
-    before, after = units.sum((1, 2), keepdim=True), blurred.sum((1, 2), keepdim=True)
-    return blurred * (before / after.clamp(min=torch.finfo(units.dtype).tiny))
+    # Mirrored borders blur 1 - g to 1 - blur(g), and blurring both keeps the digits of gates that are nearly open.
+    least = torch.finfo(alpha.dtype).tiny
+    opened, closed = (blur(torch.sigmoid(part), sigma).clamp(min=least) for part in (alpha, -alpha))
+    return opened.log() - closed.log()
+
+
+def blur(maps: Tensor, sigma: float) -> Tensor:
+    r"""Maps blurred by a Gaussian kernel of ``2 * round(2 * sigma) + 1`` cells a side, mirrored at the border.
+
+    A border mirrored without repeating its own cells (torch's ``reflect``, as in the paper's code) keeps constant maps,
+    though not every map's sum. On a grid too small to be mirrored so far the kernel is cut.
+
+    Args:
+
+        maps (Tensor): (N, C, h, w).
+        sigma (float): Standard deviation of the kernel in cells, above 0.
+
+    Returns:
+        Tensor: (N, C, h, w).
+    """
+    for axis in (2, 3):
+        reach = min(round(2 * sigma), maps.shape[axis] - 1)
+        offsets = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
+        kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
+        # F.pad counts its sides from the last dimension.
+        sides = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
+        windows = F.pad(maps, sides, mode="reflect").unfold(axis, 2 * reach + 1, 1)
+        maps = windows @ kernel
+    return maps

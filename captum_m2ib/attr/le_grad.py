@@ -26,7 +26,7 @@ class LeGrad(PairAttribution):
     r"""Layerwise explainability through gradients of attention (LeGrad), for towers with attention.
 
     Each of the last blocks ``l`` is given an embedding of its own: the mean of its tokens, taken through what follows
-    the last block. With ``s_l`` the score of that embedding and ``A_l`` the block's attention weights,
+    the last block. With ``s_l`` the score of that embedding and ``A_l`` the block's attention weights, ::
 
         attribution = sum over l of mean over heads and queries of ReLU(d s_l / d A_l).
 
@@ -57,7 +57,9 @@ class LeGrad(PairAttribution):
 
         >>> legrad = LeGrad(encoder)
         >>> image_map, token_map = legrad.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(

@@ -101,6 +101,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
     def published(cls, forward_func: Callable[..., Any]) -> MultiModalInfoBottleneck:
         r"""The method as published: output of the block at three quarters of each tower's depth, prior N(0, variance).
 
+        For comparison, not for use on captions: by that depth the pooled position of a causal text tower holds nearly
+        all that the score needs, information goes round the other tokens' gates, and their bits mean little. See
+        :func:`captum_m2ib.bypass.measure_bypass`.
+
         Args:
 
             forward_func (DualEncoder or nn.Module): The dual encoder.
@@ -417,12 +421,11 @@ def as_forward_func(forward_func: Any) -> Any:
 def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike], Sequence[Prior]]:
     if not isinstance(forward_func, DualEncoder):
         raise ValueError(
-            f"layers: layers can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
+            f"layers: they can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
             "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
         )
     layers = forward_func.recommended_layers()
-    modules = [resolve_for(forward_func, layer).module for layer in layers]
-    return layers, [forward_func.statistics_of(module) or "pair" for module in modules]
+    return layers, [forward_func.statistics_of(layer) or "pair" for layer in layers]
 
 
 def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:

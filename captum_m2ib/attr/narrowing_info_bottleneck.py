@@ -20,7 +20,7 @@ class NarrowingInfoBottleneck(PairAttribution):
     r"""Narrowing information bottleneck attribution (NIB).
 
     The hidden state ``h`` that enters a layer is scaled by one number that runs from 1 / n_steps to 1; the gradients
-    met on the way, averaged and multiplied by ``h``, are the attribution:
+    met on the way, averaged and multiplied by ``h``, are the attribution::
 
         attribution = h * mean over i = 1..n_steps of grad score(h * i / n_steps).
 
@@ -47,7 +47,9 @@ class NarrowingInfoBottleneck(PairAttribution):
 
         >>> nib = NarrowingInfoBottleneck(encoder)
         >>> image_map, token_map = nib.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(

@@ -34,7 +34,7 @@ class PairInteraction(PairAttribution):
     r"""Second-order attribution of a pair (exCLIP): how each unit of one input acts together with each of the other.
 
     With ``x`` and ``y`` the hidden states that enter a layer of each tower, ``r`` those of references, ``e`` and ``f``
-    the embeddings of the pair, and Jacobians averaged on straight ways from the references,
+    the embeddings of the pair, and Jacobians averaged on straight ways from the references, ::
 
         interaction[s, p] = sum over d, d' of (y - r)_sd (mean dF/dy_sd . mean dE/dx_pd') (x - r)_pd' / (|e| |f|),
 
@@ -66,8 +66,9 @@ class PairInteraction(PairAttribution):
     Examples::
 
         >>> looks = PairInteraction(encoder).attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
-        >>> looks.shape  # (2, 12, 7, 7): per token a map of patches
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+        >>> looks.shape  # per token a map of patches
+        torch.Size([2, 7, 8, 8])
     """
 
     def __init__(

@@ -28,7 +28,7 @@ class RISE(_captum.Attribution):
     r"""Randomised input sampling for explanation (RISE), for any tower.
 
     Inputs are multiplied by random masks ``m``; the attribution of a place is the mean score under the masks, each
-    weighted by how far it shows the place:
+    weighted by how far it shows the place::
 
         attribution_i = mean over masks of score(input * m) * m_i / probability.
 
@@ -58,7 +58,9 @@ class RISE(_captum.Attribution):
 
         >>> rise = RISE(encoder)
         >>> image_map, token_map = rise.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args, n_masks=1000)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args, n_masks=50)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(

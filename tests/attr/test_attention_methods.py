@@ -250,7 +250,7 @@ def test_towers_without_attention_between_all_tokens_are_refused(method, name: s
 
 @pytest.mark.parametrize("method", [*METHODS])
 def test_layers_are_asked_for_where_none_can_be_chosen(method):
-    with pytest.raises(ValueError, match="layers: layers can only be chosen for a DualEncoder"):
+    with pytest.raises(ValueError, match="layers: they can only be chosen for a DualEncoder"):
         method(lambda pixels, ids: pixels.sum((1, 2, 3)))
 
 

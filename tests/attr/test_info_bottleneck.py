@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_m2ib import ChannelStatistics, MultiModalInfoBottleneck, PatchLayout
-from captum_m2ib.attr.info_bottleneck import InfoBottleneck, smooth
+from captum_m2ib import ChannelStatistics, MultiModalInfoBottleneck, PatchLayout, TextLayout
+from captum_m2ib.attr._gates import noise
+from captum_m2ib.attr.info_bottleneck import InfoBottleneck, _smoothing, blur, smooth_logits
+from captum_m2ib.layouts import to_input
 
 FEW = {"n_steps": 5, "n_samples": 3}
 PAPER = {"beta": 10.0, "lr": 1.0, "initial_gate": 1 / (1 + math.exp(-5)), "antithetic": False}
@@ -77,15 +79,14 @@ def test_the_only_cell_that_matters_gets_nearly_all_bits(place: tuple[int, int])
     cells = F.avg_pool2d(iba.attribute(given, smoothing=None, **settings).sum(1), 4)
     for map_ in cells:
         assert divmod(int(map_.argmax()), 6) == place
-    for map_ in cells:
-        assert divmod(int(map_.argmax()), 6) == place
     # Bilinear resizing carries a cell's bits half a cell beyond its border.
     near = cells[:, max(row - 1, 0) : row + 2, max(column - 1, 0) : column + 2]
     assert bool((near.sum((1, 2)) > 0.9 * cells.sum((1, 2))).all())
-    blurred = F.avg_pool2d(iba.attribute(given, **settings).sum(1), 4)
-    torch.testing.assert_close(blurred.sum((1, 2)), cells.sum((1, 2)))
-    for map_, sharp in zip(blurred, cells, strict=True):
-        assert float(map_.max()) < float(sharp.max())
+    smoothed = F.avg_pool2d(iba.attribute(given, **settings).sum(1), 4)
+    for map_, sharp in zip(smoothed, cells, strict=True):
+        # The gate opens with its neighbours, so they carry bits that nothing needs.
+        assert divmod(int(map_.argmax()), 6) == place
+        assert float(map_.max() / map_.sum()) < 0.95 * float(sharp.max() / sharp.sum())
 
 
 def test_estimated_statistics_are_those_of_the_data():
@@ -105,18 +106,111 @@ def test_estimated_statistics_are_those_of_the_data():
     assert not torch.allclose(one, InfoBottleneck(model, ["stem"]).attribute(pictures(), target=0, **FEW))
 
 
-def test_smoothing_is_a_gaussian_that_keeps_the_sum():
-    point = torch.zeros(1, 9, 9).double()
-    point[0, 4, 4] = 7.0
-    found = smooth(point, 1.0)
-    line = torch.exp(-(torch.arange(-2.0, 3.0).double() ** 2) / 2)
+def gaussian(sigma: float) -> Tensor:
+    """The published kernel, as a square: 2 * round(2 * sigma) + 1 cells a side."""
+    reach = round(2 * sigma)
+    offsets = torch.arange(-reach, reach + 1).double()
+    square = torch.exp(-(offsets[:, None] ** 2 + offsets**2) / (2 * sigma**2))
+    return square / square.sum()
+
+
+def published_bits(model: Classifier, picture: Tensor, target: int, prior: ChannelStatistics, sigma: float) -> Tensor:
+    """The paper's loop for one picture: bits per element after the last step, (C, h, w)."""
+    hidden = model.stem(picture[None]).detach()
+    mean, std = (part.double().view(1, -1, 1, 1) for part in (prior.mean, prior.std))
+    channels = hidden.shape[1]
+    kernel = gaussian(sigma).expand(channels, 1, -1, -1)
+    reach = kernel.shape[-1] // 2
+    alpha = torch.full_like(hidden, 5.0, requires_grad=True)
+    adam = torch.optim.Adam([alpha], lr=1.0)
+
+    def gates() -> Tensor:
+        return F.conv2d(F.pad(torch.sigmoid(alpha), (reach,) * 4, mode="reflect"), kernel, groups=channels)
+
+    def divergence(gate: Tensor) -> Tensor:
+        prior_, posterior = (
+            torch.distributions.Normal(torch.zeros_like(hidden), torch.ones_like(hidden)),
+            torch.distributions.Normal(gate * (hidden - mean) / std, 1 - gate),
+        )
+        return torch.distributions.kl_divergence(posterior, prior_)
+
+    for step in range(FEW["n_steps"]):
+        gate = gates()
+        drawn = noise(0, 0, step, FEW["n_samples"], hidden.shape[1:]).double()
+        mixed = gate * hidden + (1 - gate) * (mean + std * drawn)
+        logits = model.head(mixed.flatten(2).mean(2))
+        loss = F.cross_entropy(logits, torch.full((len(drawn),), target)) + 10.0 * divergence(gate).mean()
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+    return (divergence(gates()).detach() / math.log(2))[0]
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0])
+def test_smoothed_gates_give_the_published_recipe(sigma: float):
+    model = Classifier().double().eval()
+    prior = ChannelStatistics(torch.linspace(-0.2, 0.3, 8), torch.linspace(0.3, 0.9, 8))
+    iba = InfoBottleneck(model, ["stem"], statistics=[prior])
+    targets = [2, 0, 1]
+    found = iba.attribute(pictures(), target=targets, smoothing=sigma, **FEW)
+    units = torch.stack(
+        [published_bits(model, given, t, prior, sigma) for given, t in zip(pictures(), targets, strict=True)]
+    ).sum(1)
+    expected = to_input(PatchLayout((4, 4)), units, pictures())
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9 * float(expected.max()))
+    plain = iba.attribute(pictures(), target=targets, smoothing=None, **FEW)
+    assert float((found - plain).abs().max()) > 1e-3 * float(expected.max())
+
+
+def test_the_default_is_the_published_kernel():
+    model = Classifier().double().eval()
+    iba = InfoBottleneck(model, ["stem"])
+    default, one = (iba.attribute(pictures(), target=0, **FEW, **more) for more in ({}, {"smoothing": 1.0}))
+    torch.testing.assert_close(default, one, rtol=0, atol=0)
+
+
+def test_blurring_is_a_gaussian_mirrored_at_the_border():
+    maps = torch.rand(2, 3, 9, 7, generator=torch.Generator().manual_seed(0)).double()
+    for sigma in (0.3, 1.0, 1.4):
+        kernel = gaussian(sigma).expand(3, 1, -1, -1)
+        padded = F.pad(maps, (kernel.shape[-1] // 2,) * 4, mode="reflect")
+        torch.testing.assert_close(blur(maps, sigma), F.conv2d(padded, kernel, groups=3), rtol=0, atol=1e-12)
+    line = torch.exp(torch.tensor([-2.0, -0.5, 0.0, -0.5, -2.0]).double())
     line = line / line.sum()
-    torch.testing.assert_close(found[0, 2:7, 2:7], 7 * torch.outer(line, line))
-    maps = torch.rand(4, 5, 6).double()
-    for sigma in (0.3, 1.0, 5.0):
-        torch.testing.assert_close(smooth(maps, sigma).sum((1, 2)), maps.sum((1, 2)))
-    flat = torch.ones(1, 2, 1).double()
-    torch.testing.assert_close(smooth(flat, 3.0), flat)
+    for row, weights in ((0, (line[2], line[1])), (1, (2 * line[1], line[0] + line[2]))):
+        point = torch.zeros(1, 1, 5, 9).double()
+        point[0, 0, row, 4] = 1.0
+        found = blur(point, 1.0)[0, 0, :, 2:7]
+        # By hand: the border row is its own mirror, and what the next one holds is met a second time beyond it.
+        torch.testing.assert_close(found[0], weights[0] * line)
+        torch.testing.assert_close(found[1], weights[1] * line)
+    flat = torch.full((1, 1, 2, 1), 0.7).double()
+    torch.testing.assert_close(blur(flat, 3.0), flat)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_smoothed_gates_stay_finite_however_far_they_are_driven(dtype: torch.dtype):
+    # Wide enough that some cells have only open, and some only closed neighbours.
+    alpha = torch.full((1, 1, 4, 12), 400.0, dtype=dtype)
+    alpha[..., 6:] = -400.0
+    alpha.requires_grad_()
+    logits = smooth_logits(alpha, 1.0)
+    logits.sum().backward()
+    assert bool(logits.isfinite().all()) and bool(alpha.grad.isfinite().all())
+    torch.testing.assert_close(torch.sigmoid(logits), blur(torch.sigmoid(alpha), 1.0))
+
+
+def test_gates_of_patches_are_smoothed_over_their_grid_and_no_others():
+    layout, given = PatchLayout((4, 4), prefix=1), torch.zeros(2, 3, 16, 24).double()
+    hidden = torch.zeros(2, 25, 8).double()
+    alpha = torch.randn(2, 25, 8, generator=torch.Generator().manual_seed(1)).double()
+    found = _smoothing(layout, 1.0, hidden, given)(alpha)
+    torch.testing.assert_close(found[:, 0], alpha[:, 0], rtol=0, atol=0)
+    grid = torch.sigmoid(alpha[:, 1:]).unflatten(1, (4, 6)).movedim(-1, 1)
+    expected = torch.logit(blur(grid, 1.0)).movedim(1, -1).flatten(1, 2)
+    torch.testing.assert_close(found[:, 1:], expected, rtol=0, atol=1e-9)
+    assert _smoothing(TextLayout(), 1.0, hidden, torch.zeros(2, 25).long()) is None
+    assert _smoothing(None, 1.0, hidden, given) is None
 
 
 def test_a_score_per_example_needs_no_target():

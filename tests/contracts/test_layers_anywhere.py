@@ -215,7 +215,7 @@ def test_published_and_recommended_layers():
     recommended = MultiModalInfoBottleneck(encoder)
     assert [layer.name for layer in recommended.layers] == ["vision_model.encoder.layers.0", "text_model.embeddings"]
     assert all(prior is not None for prior in recommended.priors)
-    with pytest.raises(ValueError, match="layers: layers can only be recommended for a DualEncoder"):
+    with pytest.raises(ValueError, match="layers: they can only be recommended for a DualEncoder"):
         MultiModalInfoBottleneck(lambda x: x)
     with pytest.raises(ValueError, match="forward_func: expected a DualEncoder"):
         MultiModalInfoBottleneck.published(lambda x: x)
