@@ -1,11 +1,11 @@
-"""The information bottleneck itself: pure functions on tensors, no model in sight.
+r"""The information bottleneck itself: pure functions on tensors, no model in sight.
 
-A hidden state ``h`` is mixed with noise through a gate ``g = sigmoid(alpha)``, one per element:
+A hidden state ``h`` is mixed with noise through a gate ``g = sigmoid(alpha)``, one per element::
 
     z = g * h + (1 - g) * (m + s * eps),   eps ~ N(0, 1),   prior r = N(m, s^2).
 
 Given ``h``, ``z`` is normal with mean ``g * h + (1 - g) * m`` and standard deviation ``(1 - g) * s``. With
-``hn = (h - m) / s`` the divergence from the prior is, per element and in nats,
+``hn = (h - m) / s`` the divergence from the prior is, per element and in nats, ::
 
     KL(p(z | h) || r) = -log(1 - g) + ((1 - g)^2 + (g * hn)^2) / 2 - 1 / 2.
 
@@ -36,6 +36,11 @@ def information(alpha: Tensor, hidden: Tensor, mean: Tensor | float = 0.0, std: 
 
     Returns:
         Tensor: ``KL(p(z | h) || r(z))``, non-negative up to rounding, of the broadcast shape.
+
+    Examples::
+
+        >>> information(torch.zeros(1), torch.ones(1)) / NATS_PER_BIT  # half open: bits of an element at one deviation
+        tensor([0.6393])
     """
     gate = torch.sigmoid(alpha)
     standardised = (hidden - mean) / std

@@ -99,7 +99,7 @@ class TowerBypass:
             threshold (float, optional): The share from which on a layer counts as bypassed. Default: 0.5
 
         Returns:
-            int or None: its position in :attr:`layers`; None if the first layer's share reaches the threshold.
+            int or None: its position in ``layers``; None if the first layer's share reaches the threshold.
         """
         reached = ~(self.mean_share < threshold)
         first = int(reached.int().argmax()) if bool(reached.any()) else len(self.layers)
@@ -159,7 +159,8 @@ def measure_bypass(
     Examples::
 
         >>> image, text = measure_bypass(encoder, pairs.inputs, pairs.additional_forward_args)
-        >>> dict(zip(text.layers, text.mean_share.tolist()))  # 0.03 at the embeddings, 0.9 after a block or two
+        >>> bool(text.mean_share[0] < 0.1), bool(text.mean_share[1] > 0.9)  # at the embeddings, after a block
+        (True, True)
     """
     check_count("n_draws", n_draws)
     check_count("seed", seed, 0)

@@ -10,12 +10,17 @@ INK = "#1b1b1f"
 
 
 def clean_token(token: str) -> str:
-    """Turn a tokenizer's piece into what a reader expects to see.
+    r"""Turn a tokenizer's piece into what a reader expects to see.
 
     Marks of word boundaries (``</w>``, ``▁``, ``Ġ``, ``##``) are dropped, control tokens are named in
     brackets (``<|startoftext|>`` becomes ``[startoftext]``, ``</s>`` becomes ``[/s]``), byte-level pieces are
     decoded where they hold whole characters, and invisible characters are removed. A blank piece becomes
     ``␣``. The result is plain text; whoever puts it into HTML must escape it, as :func:`token_html` does.
+
+    Examples::
+
+        >>> clean_token("cat</w>"), clean_token("<|startoftext|>")
+        ('cat', '[startoftext]')
     """
     if token.startswith("<|") and token.endswith("|>") and len(token) > 4:
         return f"[{visible(token[2:-2])}]"

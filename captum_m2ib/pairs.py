@@ -42,7 +42,15 @@ class Pairs:
         return len(self.captions)
 
     def to(self, device: torch.device | str) -> Pairs:
-        """The same pairs with their tensors on another device."""
+        r"""The same pairs with their tensors on another device.
+
+        Args:
+
+            device (torch.device or str): The device.
+
+        Returns:
+            Pairs: a copy; what is no tensor is shared.
+        """
         return Pairs(
             (self.inputs[0].to(device), self.inputs[1].to(device)),
             tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.additional_forward_args),

@@ -34,6 +34,14 @@ class ChannelStatistics:
         mean (Tensor): (channels,).
         std (Tensor): (channels,), positive.
         count (int, optional): Positions the estimate rests on. Default: 0 (unknown)
+
+    Raises:
+        ValueError: if the shapes differ, or a value is not finite or a standard deviation not positive.
+
+    Examples::
+
+        >>> ChannelStatistics(torch.zeros(2), torch.ones(2)).count
+        0
     """
 
     mean: Tensor
@@ -123,6 +131,13 @@ def estimate_statistics(
     Raises:
         ValueError: if the loader yields nothing, or a layer is unknown.
         RuntimeError: if a layer is not reached.
+
+    Examples::
+
+        >>> layers = encoder.recommended_layers()
+        >>> statistics = estimate_statistics(encoder, layers, [pairs])
+        >>> [(name, found.mean.shape, found.count) for name, found in statistics.items()]
+        [('vision_model.encoder.layers.0', torch.Size([96]), 130), ('text_model.embeddings', torch.Size([96]), 12)]
     """
     found = [resolve_for(forward_func, layer) for layer in layers]
     taps = [Tap(layer, attribute_to_layer_input) for layer in found]
@@ -152,6 +167,15 @@ def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, Chann
 
         path (str or PathLike): The file; replaced if it exists.
         statistics (mapping): Layer name to :class:`ChannelStatistics`.
+
+    Examples::
+
+        >>> import tempfile
+        >>> statistics = {"tower.blocks.0": ChannelStatistics(torch.zeros(4), torch.ones(4))}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_statistics(f"{folder}/statistics.safetensors", statistics)
+        ...     list(load_statistics(f"{folder}/statistics.safetensors"))
+        ['tower.blocks.0']
     """
     from safetensors.torch import save_file
 

@@ -46,22 +46,30 @@ def overlay(
     percentile: float = 100.0,
     strength: float = 0.85,
 ) -> NDArray[np.uint8]:
-    """Lay a map of bits over a picture as heat.
+    r"""Lay a map of bits over a picture as heat.
 
     Args:
-        image: the picture, uint8, shape (H, W, 3).
-        bits: the map, shape (h, w); its first row is the picture's top. Any resolution: it is resized to the
-            picture bilinearly. Negative values count as zero.
-        maximum: the value drawn in the hottest colour. Default: the map's own, see ``percentile``.
-        percentile: which percentile of the map is drawn in the hottest colour when ``maximum`` is not given;
-            below 100, a few extreme values do not hide the rest.
-        strength: the opacity of the hottest colour, in (0, 1].
+
+        image (array): The picture, uint8, (H, W, 3).
+        bits (array): The map, (h, w); its first row is the picture's top. Any resolution: it is resized to the picture
+            bilinearly. Negative values count as zero.
+        maximum (float, optional): The value drawn in the hottest colour. Default: None (the map's own, see
+            ``percentile``)
+        percentile (float, optional): Which percentile of the map is drawn in the hottest colour when ``maximum`` is not
+            given; below 100, a few extreme values do not hide the rest. Default: 100.0
+        strength (float, optional): The opacity of the hottest colour, in (0, 1]. Default: 0.85
 
     Returns:
-        uint8 array, shape (H, W, 3). A map that is zero everywhere gives the dimmed picture.
+        numpy.ndarray: uint8, (H, W, 3). A map that is zero everywhere gives the dimmed picture.
 
     Raises:
         ValueError: for a picture or a map of another shape, or a map with NaN or infinity.
+
+    Examples::
+
+        >>> picture = np.full((4, 6, 3), 128, dtype=np.uint8)
+        >>> overlay(picture, [[0.0, 1.0]]).shape
+        (4, 6, 3)
     """
     from PIL import Image
 
@@ -80,14 +88,34 @@ def overlay(
 
 
 def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
-    """The colours of :func:`overlay` from zero to the maximum on a mid-grey picture, (n, 3) in [0, 1]."""
+    r"""The colours of :func:`overlay` from zero to the maximum on a mid-grey picture.
+
+    Args:
+
+        n (int, optional): How many colours. Default: 256
+        strength (float, optional): As for :func:`overlay`. Default: 0.85
+
+    Returns:
+        numpy.ndarray: float32, (n, 3), in [0, 1].
+
+    Raises:
+        ValueError: if ``strength`` is out of range.
+    """
     colors, opacity = heat_ramp(strength)
     seen = _DIM * 0.5 + opacity[:, None] * (colors - _DIM * 0.5)
     return seen[np.rint(np.linspace(0, len(seen) - 1, n)).astype(np.intp)].astype(np.float32)
 
 
 def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The picture at about the resolution it is drawn at, so that heat over a small one is smooth."""
+    r"""The picture at about the resolution it is drawn at, so that heat over a small one is smooth.
+
+    Args:
+
+        picture (numpy.ndarray): uint8, (H, W, 3).
+
+    Returns:
+        numpy.ndarray: uint8, its longer side 720 pixels.
+    """
     from PIL import Image
 
     height, width = picture.shape[:2]
@@ -99,7 +127,20 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def format_bits(value: float) -> str:
-    """A number of bits in at most about five characters: ``0``, ``<0.01``, ``0.42``, ``31.4``, ``1280``."""
+    r"""A number of bits in at most about five characters.
+
+    Args:
+
+        value (float): The number, not negative.
+
+    Returns:
+        str: for example ``0``, ``<0.01``, ``0.42``, ``31.4`` or ``1280``.
+
+    Examples::
+
+        >>> format_bits(0.42), format_bits(31.42), format_bits(1280.3)
+        ('0.42', '31.4', '1280')
+    """
     size = abs(value)
     if size == 0:
         return "0"
@@ -113,9 +154,25 @@ def _format_score(score: float) -> str:
 
 
 def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple[str, str]]:
-    """For each token the colours of its background and its text, as ``#rrggbb``.
+    r"""For each token the colours of its background and its text.
 
     Backgrounds go from white to deep blue with the bits; texts are black or white, whichever contrasts more.
+
+    Args:
+
+        bits (array): One number per token, (tokens,).
+        maximum (float, optional): The value drawn in the deepest blue. Default: None (the largest)
+
+    Returns:
+        list[tuple[str, str]]: background and text, as ``#rrggbb``.
+
+    Raises:
+        ValueError: if bits hold NaN or infinity.
+
+    Examples::
+
+        >>> token_colors([0.0, 2.0])[0]
+        ('#ffffff', '#000000')
     """
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
@@ -129,18 +186,25 @@ def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple
 
 
 def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None = None) -> str:
-    """The tokens as HTML: one ``<span>`` each, coloured by its bits, with the bits below it.
+    r"""The tokens as HTML: one ``<span>`` each, coloured by its bits, with the bits below it.
 
     Args:
-        tokens: display tokens (see :func:`clean_token`); each is escaped.
-        bits: one number per token.
-        special: which tokens are the model's own (start, end, ...) rather than words; they get a dashed edge.
+
+        tokens (sequence of str): Display tokens (see :func:`clean_token`); each is escaped.
+        bits (array): One number per token, (tokens,).
+        special (sequence of bool, optional): Which tokens are the model's own (start, end, ...) rather than words; they
+            get a dashed edge. Default: None (none of them)
 
     Returns:
-        A fragment with inline styles only, safe to place inside any page.
+        str: a fragment with inline styles only, safe to place inside any page.
 
     Raises:
         ValueError: if the lengths differ, or bits hold NaN or infinity.
+
+    Examples::
+
+        >>> "&lt;b&gt;" in token_html(["<b>"], [1.0])
+        True
     """
     values, flags = _checked_tokens(tokens, bits, special)
     spans = []
@@ -170,22 +234,25 @@ def pair_figure(
     patch_bits: ArrayLike | None = None,
     score_name: str = "cosine similarity",
 ) -> Figure:
-    """One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
+    r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
 
     Args:
-        image: the picture, uint8, shape (H, W, 3).
-        image_bits: bits per pixel position of the model's input, shape (h, w); its sum is the image's total.
-        tokens: display tokens (see :func:`clean_token`).
-        token_bits: one number per token.
-        score: the model's similarity for the pair.
-        caption: the caption as it was given, shown above its tokens.
-        special: which tokens are the model's own (start, end, ...) rather than words; they get a dashed edge.
-        patch_bits: bits per patch, shape (gh, gw). When given, heat and colour bar show these.
-        score_name: what the score is called in the title.
+
+        image (array): The picture, uint8, (H, W, 3).
+        image_bits (array): Bits per pixel position of the model's input, (h, w); its sum is the image's total.
+        tokens (sequence of str): Display tokens (see :func:`clean_token`).
+        token_bits (array): One number per token, (tokens,).
+        score (float): The model's similarity for the pair.
+        caption (str, optional): The caption as it was given, shown above its tokens. Default: None (not shown)
+        special (sequence of bool, optional): Which tokens are the model's own (start, end, ...) rather than words; they
+            get a dashed edge. Default: None (none of them)
+        patch_bits (array, optional): Bits per patch, (gh, gw). When given, heat and colour bar show these. Default:
+            None
+        score_name (str, optional): What the score is called in the title. Default: "cosine similarity"
 
     Returns:
-        A :class:`matplotlib.figure.Figure` outside pyplot; save it with ``figure.savefig(path)``.
-        Characters that no installed font can draw appear as ``□``.
+        matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
+            font can draw appear as ``□``.
 
     Raises:
         ValueError: for shapes that do not fit, or values with NaN or infinity.
@@ -332,7 +399,18 @@ def _caption_lines(caption: str, room: float) -> list[str]:
 
 
 def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Colours and opacities from no bits to the most; the colours' lightness rises throughout."""
+    r"""Colours and opacities from no bits to the most; the colours' lightness rises throughout.
+
+    Args:
+
+        strength (float): The opacity of the hottest colour, in (0, 1].
+
+    Returns:
+        tuple[numpy.ndarray, numpy.ndarray]: colours, (256, 3), and opacities, (256,), float32, in [0, 1].
+
+    Raises:
+        ValueError: if ``strength`` is out of range.
+    """
     from matplotlib import colormaps
 
     if not 0 < strength <= 1:

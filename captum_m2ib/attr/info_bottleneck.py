@@ -60,10 +60,12 @@ class InfoBottleneck(_captum.Attribution):
 
     Examples::
 
-        >>> # images (2, 3, 224, 224)
-        >>> iba = InfoBottleneck(model, layers=["features.17"])
-        >>> iba.estimate(loader)
-        >>> bits = iba.attribute(images, target=torch.tensor([282, 207]))  # (2, 3, 224, 224)
+        >>> classifier = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> iba = InfoBottleneck(classifier, layers=["1"])
+        >>> iba.estimate([(torch.randn(16, 3, 16, 16),)])
+        >>> iba.attribute(torch.randn(2, 3, 16, 16), target=torch.tensor([1, 0])).shape
+        torch.Size([2, 3, 16, 16])
     """
 
     def __init__(

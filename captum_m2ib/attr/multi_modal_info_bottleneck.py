@@ -65,13 +65,11 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
     Examples::
 
-        >>> # pixel_values (2, 3, 224, 224), input_ids and attention_mask (2, 12)
-        >>> encoder = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
-        >>> pairs = encoder.prepare(images, captions)
         >>> m2ib = MultiModalInfoBottleneck(encoder)
         >>> image_bits, token_bits = m2ib.attribute(
-        >>>     pairs.inputs, additional_forward_args=pairs.additional_forward_args)
-        >>> # image_bits (2, 3, 224, 224), token_bits (2, 12)
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args, n_steps=2)
+        >>> image_bits.shape, token_bits.shape  # of the pixels and of the token ids
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
     def __init__(
@@ -111,6 +109,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
         Returns:
             MultiModalInfoBottleneck: with the paper's layers and prior, for comparison.
+
+        Raises:
+            ValueError: if ``forward_func`` is no dual encoder.
         """
         forward_func = as_forward_func(forward_func)
         if not isinstance(forward_func, DualEncoder):
@@ -189,8 +190,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         Examples::
 
             >>> m2ib = MultiModalInfoBottleneck(encoder)
-            >>> # one modality: tensor in, tensor out
-            >>> image_bits = m2ib.attribute(pixel_values, additional_forward_args=(input_ids, attention_mask))
+            >>> pixel_values, input_ids = pairs.inputs
+            >>> m2ib.attribute(  # one modality: tensor in, tensor out
+            ...     pixel_values, additional_forward_args=(input_ids, *pairs.additional_forward_args), n_steps=2).shape
+            torch.Size([2, 3, 64, 64])
         """
         is_tuple = _captum.is_tuple(inputs)
         attributions, _, _ = self._run(
@@ -220,7 +223,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
         Args:
 
-            inputs, *args, **kwargs: As for :meth:`attribute`.
+            inputs (Tensor or tuple[Tensor, ...]): As for :meth:`attribute`.
+            *args: As for :meth:`attribute`.
+            **kwargs: As for :meth:`attribute`.
 
         Returns:
             tuple: what :meth:`attribute` returns, and an :class:`OptimizationRecord` with, per modality, score and
@@ -306,9 +311,11 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
 
     Examples::
 
-        >>> layer_bits = LayerMultiModalInfoBottleneck(encoder, model.vision_model.encoder.layers[9])
-        >>> bits = layer_bits.attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args)
-        >>> # bits (N, 50, 768)
+        >>> method = LayerMultiModalInfoBottleneck(encoder, "vision_model.encoder.layers.1")
+        >>> bits = method.attribute(
+        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args, n_steps=2)
+        >>> bits.shape  # class token and patches, channels
+        torch.Size([2, 65, 96])
     """
 
     def __init__(
@@ -346,10 +353,11 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
 
         Args:
 
-            inputs, target, additional_forward_args, beta, variance, n_steps, n_samples, lr, seed, joint,
-                internal_batch_size, attribute_to_layer_input, show_progress, initial_gate, antithetic: As for
-                :meth:`MultiModalInfoBottleneck.attribute`; ``beta``, ``variance``, ``lr`` and
-                ``initial_gate`` per layer.
+            inputs, target, additional_forward_args: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
+            n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            show_progress: As for :meth:`MultiModalInfoBottleneck.attribute`.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:

@@ -1,9 +1,10 @@
-"""The small pieces that Captum's own tools need to work on pairs of pictures and captions.
+r"""The small pieces that Captum's own tools need to work on pairs of pictures and captions.
 
 Captum's tools expect floating-point inputs, layers that return maps, and one number per feature; a pair has token
-ids, a sequence of patches with a class token before it, and padding. :mod:`feature_masks` groups pixels by patch and
-keeps special tokens, :mod:`forwards` lets gradients reach tokens and maps, :mod:`text_records` shows tokens. Captum
-itself does the rest.
+ids, a sequence of patches with a class token before it, and padding.
+:mod:`~captum_m2ib.composition.feature_masks` groups pixels by patch and keeps special tokens,
+:mod:`~captum_m2ib.composition.forwards` lets gradients reach tokens and maps,
+:mod:`~captum_m2ib.composition.text_records` shows tokens. Captum itself does the rest.
 """
 
 from captum_m2ib.composition.feature_masks import feature_masks, token_baselines

@@ -54,12 +54,15 @@ def feature_masks(
 
     Examples::
 
-        >>> # pixel_values (2, 3, 224, 224), input_ids (2, 12)
+        >>> from captum.attr import FeatureAblation
         >>> maskable = ~torch.tensor(pairs.special)
-        >>> masks = feature_masks(encoder.layouts, pairs.inputs, pairs.additional_forward_args, maskable)
-        >>> baselines = (0, token_baselines(pairs.inputs[1], maskable, tokenizer.pad_token_id))
-        >>> FeatureAblation(encoder).attribute(pairs.inputs, baselines, feature_mask=masks,
-        >>>     additional_forward_args=pairs.additional_forward_args)
+        >>> masks = feature_masks(encoder.layouts, pairs.inputs, pairs.additional_forward_args, maskable, cell=(32, 32))
+        >>> unknown = encoder.processor.tokenizer.unk_token_id
+        >>> baselines = (0, token_baselines(pairs.inputs[1], maskable, unknown))
+        >>> image_map, token_map = FeatureAblation(encoder).attribute(
+        ...     pairs.inputs, baselines, feature_mask=masks, additional_forward_args=pairs.additional_forward_args)
+        >>> image_map.shape, token_map.shape
+        (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
     tensors = format_inputs(inputs, None)
     arguments = (*tensors, *format_additional(additional_forward_args, len(tensors[0])))
@@ -105,7 +108,7 @@ def token_baselines(ids: Tensor, maskable: Tensor, reference_token_id: int) -> T
     Examples::
 
         >>> token_baselines(torch.tensor([[2, 7, 9, 3]]), torch.tensor([[False, True, True, False]]), 0)
-        >>> # tensor([[2, 0, 0, 3]])
+        tensor([[2, 0, 0, 3]])
     """
     if ids.is_floating_point() or ids.ndim != 2:
         raise ValueError(f"ids: expected integer token ids, (N, L), got {ids.dtype} of shape {tuple(ids.shape)}.")

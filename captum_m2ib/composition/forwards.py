@@ -38,7 +38,11 @@ class _View(nn.Module):
         self.training = isinstance(forward_func, nn.Module) and forward_func.training
 
     def roots(self) -> tuple[nn.Module, ...]:
-        """Where names of layers start: where they start in ``forward_func``."""
+        r"""Where names of layers start.
+
+        Returns:
+            tuple[nn.Module, ...]: where they start in ``forward_func``.
+        """
         if hasattr(self.forward_func, "roots"):
             return self.forward_func.roots()
         return (self.forward_func if isinstance(self.forward_func, nn.Module) else self,)
@@ -112,10 +116,13 @@ class EmbeddingForward(_View):
 
     Examples::
 
+        >>> from captum.attr import IntegratedGradients
         >>> forward = EmbeddingForward(encoder)
         >>> inputs, additional = forward.embedded(pairs.inputs, pairs.additional_forward_args)
-        >>> # inputs: pixel_values (2, 3, 224, 224), embeddings (2, 12, 512); additional: input_ids, attention_mask
-        >>> IntegratedGradients(forward).attribute(inputs, additional_forward_args=additional)
+        >>> [tensor.shape for tensor in inputs]  # pixels, embeddings; the ids are the first of additional
+        [torch.Size([2, 3, 64, 64]), torch.Size([2, 7, 96])]
+        >>> image_map, token_map = IntegratedGradients(forward).attribute(
+        ...     tuple(tensor.requires_grad_() for tensor in inputs), additional_forward_args=additional, n_steps=4)
     """
 
     def __init__(
@@ -142,6 +149,9 @@ class EmbeddingForward(_View):
 
         Returns:
             Tensor: What the wrapped function returns, (N,).
+
+        Raises:
+            ValueError: if the arguments are not of this form.
         """
         inputs, rest = list(arguments[: self.n_inputs]), arguments[self.n_inputs :]
         given = inputs[self.modality] if len(inputs) == self.n_inputs else None
@@ -210,7 +220,7 @@ class EmbeddingForward(_View):
 
 
 class GridForward(_View):
-    r"""A ``forward_func`` in which the tokens of one layer pass through :attr:`grid` as a map, (N, channels, \*grid).
+    r"""A ``forward_func`` in which the tokens of one layer pass through ``grid`` as a map, (N, channels, \*grid).
 
     Captum's layer methods take the dimensions after the second for space. Given ``view.grid`` as the layer they find
     there a picture's patches as (N, channels, rows, columns) and a caption's tokens as (N, channels, L): without
@@ -235,9 +245,10 @@ class GridForward(_View):
 
     Examples::
 
-        >>> view = GridForward(encoder, "vision_model.encoder.layers.8")
-        >>> maps = LayerActivation(view, view.grid).attribute(pairs.inputs, pairs.additional_forward_args)
-        >>> # maps (2, 768, 7, 7)
+        >>> from captum.attr import LayerActivation
+        >>> view = GridForward(encoder, "vision_model.encoder.layers.2")
+        >>> LayerActivation(view, view.grid).attribute(pairs.inputs, pairs.additional_forward_args).shape
+        torch.Size([2, 96, 8, 8])
     """
 
     def __init__(
@@ -262,7 +273,15 @@ class GridForward(_View):
         self.grid = nn.Identity().train(self.training)
 
     def forward(self, *arguments: Any) -> Any:
-        r"""The score of the wrapped function, (N,), from its arguments."""
+        r"""The score of the wrapped function.
+
+        Args:
+
+            *arguments: The arguments of the wrapped function.
+
+        Returns:
+            Tensor: What the wrapped function returns, (N,).
+        """
 
         inputs = arguments[self.modality]
 
@@ -318,8 +337,8 @@ class TokenGradCam(LayerGradCam):
 
         >>> cam = TokenGradCam(encoder, encoder.published_layers()[0])
         >>> maps = cam.attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args)
-        >>> # maps (2, 1, 7, 7)
-        >>> LayerAttribution.interpolate(maps, (224, 224), "bilinear")
+        >>> maps.shape, TokenGradCam.interpolate(maps, (64, 64), "bilinear").shape
+        (torch.Size([2, 1, 8, 8]), torch.Size([2, 1, 64, 64]))
     """
 
     def __init__(

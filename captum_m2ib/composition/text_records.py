@@ -46,9 +46,10 @@ def text_records(
 
     Examples::
 
-        >>> # input_ids (2, 12), token_bits (2, 12)
+        >>> scores = encoder(*pairs.inputs, *pairs.additional_forward_args)
         >>> records = text_records(pairs.tokens, token_bits, scores, encoder.real_tokens(pairs))
-        >>> visualization.visualize_text(records)  # from captum.attr import visualization
+        >>> records[0].raw_input_ids  # for captum.attr.visualization.visualize_text(records)
+        ['[start]', 'a', 'white', 'square', '[end]']
     """
     from captum.attr import visualization
 

@@ -29,8 +29,16 @@ class InfoDisentAttribution(_captum.Attribution):
 
     Examples::
 
-        >>> attributions = InfoDisentAttribution(model).attribute(images, target=3)
-        >>> # images and attributions (N, 3, 224, 224); attributions.sum((1, 2, 3)) is model(images)[:, 3]
+        >>> from captum_m2ib.disent import InfoDisent
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> pictures, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
+
+        >>> model = InfoDisent(backbone, "1", n_classes=3)
+        >>> record = model.fit([(pictures, labels)], epochs=2)
+        >>> attributions = InfoDisentAttribution(model).attribute(pictures, target=1)
+        >>> bool(torch.allclose(attributions.sum((1, 2, 3)), model(pictures)[:, 1], atol=1e-4))
+        True
     """
 
     def __init__(self, forward_func: ConceptModel[Any]) -> None:

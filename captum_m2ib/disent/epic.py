@@ -75,10 +75,16 @@ class EPIC(ConceptModel[EPICHead]):
 
     Examples::
 
-        >>> model = EPIC(backbone, "layer4", "fc")
-        >>> model.fit(loader)
-        >>> model(images)                          # equals backbone(images) to rounding
-        >>> model.contributions(images).top(4)
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> pictures, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
+
+        >>> model = EPIC(backbone, "1", "4")
+        >>> record = model.fit([pictures], epochs=1)
+        >>> bool(torch.allclose(model(pictures), backbone(pictures), atol=1e-4))
+        True
+        >>> len(model.contributions(pictures).top(4)[0])
+        4
     """
 
     def __init__(
@@ -181,11 +187,20 @@ class EPIC(ConceptModel[EPICHead]):
             self.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the basis as one safetensors file; load it with :meth:`load_head`."""
+        r"""Write the basis as one safetensors file; load it with :meth:`load_head`.
+
+        Args:
+
+            path (str or PathLike): The file; replaced if it exists.
+        """
         write_tensors(path, with_prefix("epic", self.head.state_dict()), {"transform": self.head.transform.kind})
 
     def load_head(self, path: str | os.PathLike[str]) -> None:
         r"""Read a basis that :meth:`save` wrote for the same classifier.
+
+        Args:
+
+            path (str or PathLike): The file.
 
         Raises:
             OSError: if the file is missing or damaged.

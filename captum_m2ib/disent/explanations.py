@@ -66,6 +66,9 @@ class Contributions:
         Args:
 
             count (int, optional): At most so many; halves that contribute nothing are left out. Default: 5
+
+        Returns:
+            list[list[Half]]: per example.
         """
         both = torch.cat([self.positive, self.negative], 1)
         channels, columns = self.positive.shape[1], self.maps.shape[-1]
@@ -81,7 +84,18 @@ class Contributions:
         return found
 
     def halves_holding(self, share: float = 0.9) -> Tensor:
-        r"""Per example how few halves hold a share of the absolute contributions, int64 (N,)."""
+        r"""Per example how few halves hold a share of the absolute contributions.
+
+        Args:
+
+            share (float, optional): The share, above 0 and up to 1. Default: 0.9
+
+        Returns:
+            Tensor: int64, (N,).
+
+        Raises:
+            ValueError: if ``share`` is out of range.
+        """
         if not 0 < share <= 1:
             raise ValueError(f"share: expected a number above 0 and up to 1, got {share!r}.")
         sizes = torch.cat([self.positive, self.negative], 1).double().abs().sort(1, descending=True).values

@@ -51,12 +51,28 @@ class FeatureSet:
         return len(self.features)
 
     def subset(self, rows: Tensor) -> FeatureSet:
-        """The rows at these indices."""
+        r"""The rows at these indices.
+
+        Args:
+
+            rows (Tensor): Indices, int64, (m,).
+
+        Returns:
+            FeatureSet: of m rows.
+        """
         labels, ids = (None if values is None else values[rows] for values in (self.labels, self.ids))
         return FeatureSet(self.features[rows], labels, ids, self.size)
 
     def batches(self, size: int = 256) -> Iterator[Tensor]:
-        """The features in order, in parts of at most ``size`` rows."""
+        r"""The features in order, part by part.
+
+        Args:
+
+            size (int, optional): At most so many rows in a part. Default: 256
+
+        Yields:
+            Tensor: (size, D, h, w).
+        """
         yield from self.features.split(size)
 
 
@@ -203,7 +219,15 @@ class FeatureReader:
         return FeatureSet(torch.cat(features), torch.cat(labels) if labels else None, torch.cat(ids), size)
 
     def place(self, images: Tensor) -> Tensor:
-        """The images on the backbone's device."""
+        r"""The images on the backbone's device.
+
+        Args:
+
+            images (Tensor): Pictures, (N, C, H, W).
+
+        Returns:
+            Tensor: the same pictures.
+        """
         parameter = next(self.backbone.parameters(), None)
         return images if parameter is None else images.to(parameter.device)
 

@@ -40,7 +40,8 @@ class HeadOptions:
         pooling (str, optional): ``"max"`` is the paper's sparse pooling; ``"mean"`` and ``"top_k"`` are for
             ablations. Default: ``"max"``
         top_k (int, optional): Locations that ``"top_k"`` averages. Default: 3
-        estimator (str, optional): How the sparse pooling is trained, see :func:`sample_location_weights`. The paper's
+        estimator (str, optional): How the sparse pooling is trained, see
+            ``captum_m2ib.disent.pooling.sample_location_weights``. The paper's
             appendix trains with Gumbel-softmax and its main figure shows the plain maximum; both are here. Other
             poolings ignore it. Default: ``"gumbel"``
         temperature (float, optional): Of the Gumbel-softmax; the paper's is not known, 1 is the usual start.
@@ -125,7 +126,14 @@ class ConceptHead(nn.Module):
         return None
 
     def maps(self, features: Tensor) -> Tensor:
-        r"""Channel maps K in the new basis, (N, D, h, w).
+        r"""Channel maps K in the new basis.
+
+        Args:
+
+            features (Tensor): (N, D, h, w).
+
+        Returns:
+            Tensor: (N, D, h, w).
 
         Raises:
             ValueError: if the features are not (N, D, h, w) with this head's D.
@@ -139,7 +147,15 @@ class ConceptHead(nn.Module):
         return self.transform(centred / self.scale)
 
     def location_weights(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights of the locations for both halves when predicting, each (N, D, h w)."""
+        r"""Weights of the locations for both halves when predicting.
+
+        Args:
+
+            maps (Tensor): Channel maps, (N, D, h, w), as :meth:`maps` returns them.
+
+        Returns:
+            tuple[Tensor, Tensor]: of the positive and of the negative half, each (N, D, h w).
+        """
         flat = maps.flatten(2)
         return (
             location_weights(flat, self.pooling, self.top_k),
@@ -147,15 +163,41 @@ class ConceptHead(nn.Module):
         )
 
     def evidence(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Pooled halves p and n of the channel maps when predicting, both non-negative, (N, D)."""
+        r"""Pooled halves p and n of the channel maps when predicting.
+
+        Args:
+
+            maps (Tensor): Channel maps, (N, D, h, w), as :meth:`maps` returns them.
+
+        Returns:
+            tuple[Tensor, Tensor]: p and n, both non-negative, (N, D).
+        """
         return pool_halves(maps.flatten(2), *self.location_weights(maps))
 
     def classify(self, positive: Tensor, negative: Tensor) -> Tensor:
-        """Logits, (N, n_classes), of pooled halves, (N, D)."""
+        r"""Logits of pooled halves.
+
+        Args:
+
+            positive (Tensor): p, (N, D).
+            negative (Tensor): n, (N, D).
+
+        Returns:
+            Tensor: (N, n_classes).
+        """
         return F.linear(positive - negative, self.class_weight, self.class_bias)
 
     def forward(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Logits, (N, n_classes), of features, (N, D, h, w)."""
+        r"""Logits of features.
+
+        Args:
+
+            features (Tensor): (N, D, h, w).
+            generator (torch.Generator, optional): Where the noise of training comes from. Default: None
+
+        Returns:
+            Tensor: (N, n_classes).
+        """
         return self.classify(*self.evidence(self.maps(features)))
 
 
@@ -199,7 +241,11 @@ class InfoDisentHead(ConceptHead):
         return self.bias
 
     def calibrate(self, features: Tensor) -> None:
-        r"""Set the standardisation from the training features, (n, D, h, w).
+        r"""Set the standardisation from the training features.
+
+        Args:
+
+            features (Tensor): (n, D, h, w).
 
         Raises:
             ValueError: if the features are constant, so that nothing can be scaled.
@@ -218,12 +264,15 @@ class InfoDisentHead(ConceptHead):
         self.scale.copy_(scale)
 
     def forward(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        r"""Logits, (N, n_classes); in training mode the sparse pooling draws its locations.
+        r"""Logits of features; in training mode the sparse pooling draws its locations.
 
         Args:
 
             features (Tensor): (N, D, h, w).
             generator (torch.Generator, optional): Where the noise of training comes from. Default: None
+
+        Returns:
+            Tensor: (N, n_classes).
         """
         maps = self.maps(features)
         if not self.training or self.options.pooling != "max":

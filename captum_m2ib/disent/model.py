@@ -72,38 +72,104 @@ class ConceptModel(nn.Module, Generic[HeadT]):
         return self._head
 
     def features(self, images: Tensor, *additional: Any) -> Tensor:
-        """Features of images at the layer, (N, D, h, w), on the head's device."""
+        r"""Features of images at the layer.
+
+        Args:
+
+            images (Tensor): Pictures, (N, C, H, W).
+            *additional: Further arguments of the backbone.
+
+        Returns:
+            Tensor: (N, D, h, w), on the head's device.
+        """
         found = self.reader.read(images, *additional)[0]
         return found if self._head is None else found.to(self._head.scale.device)
 
     def forward(self, images: Tensor, *additional: Any) -> Tensor:
-        """Logits, (N, n_classes); gradients reach the images if they require them."""
+        r"""Logits of images; gradients reach the images if they require them.
+
+        Args:
+
+            images (Tensor): Pictures, (N, C, H, W).
+            *additional: Further arguments of the backbone.
+
+        Returns:
+            Tensor: (N, n_classes).
+        """
         return self.head(self.features(images, *additional))
 
     def collect(self, loader: Loader, show_progress: bool = False) -> FeatureSet:
-        """Features of everything a loader yields, see :meth:`FeatureReader.collect`; feature sets pass through."""
+        r"""Features of everything a loader yields, see :meth:`FeatureReader.collect`; feature sets pass through.
+
+        Args:
+
+            loader (iterable or FeatureSet): Yields pictures, or (pictures, labels); or what :meth:`collect` returned.
+            show_progress (bool, optional): Show a progress bar. Default: False
+
+        Returns:
+            FeatureSet: features, (n, D, h, w), with the labels where there are any.
+        """
         return loader if isinstance(loader, FeatureSet) else self.reader.collect(loader, show_progress)
 
     def contributions(
         self, images: Tensor, target: Any = None, *additional: Any, contrast: bool = False
     ) -> Contributions:
-        """Contributions to the target's logits (default: the predicted class), see :func:`contributions`."""
+        r"""Contributions to the target's logits, see :func:`contributions`.
+
+        Args:
+
+            images (Tensor): Pictures, (N, C, H, W).
+            target (int, Tensor or list, optional): Class per example. Default: None (the predicted class)
+            *additional: Further arguments of the backbone.
+            contrast (bool, optional): Explain how far the target's logit is above the mean of all logits. Default:
+                False
+
+        Returns:
+            Contributions: detached.
+
+        Raises:
+            ValueError: if a target is not a class of the head, or there is not one per example.
+        """
         with torch.no_grad():
             features = self.features(images, *additional)
         return contributions(self.head, features, target, contrast)
 
     @torch.no_grad()
     def predict(self, loader: Loader) -> Tensor:
-        r"""Logits of everything a loader yields, or of a feature set, (n, n_classes), on the CPU."""
+        r"""Logits of everything a loader yields, or of a feature set.
+
+        Args:
+
+            loader (iterable or FeatureSet): Yields pictures, or (pictures, labels); or what :meth:`collect` returned.
+
+        Returns:
+            Tensor: (n, n_classes), on the CPU.
+        """
         return torch.cat([self.head.classify(*halves).cpu() for halves in self._evidence(self.collect(loader))])
 
     @torch.no_grad()
     def evidence(self, loader: Loader) -> Tensor:
-        r"""Pooled halves of everything a loader yields, or of a feature set, (n, D, 2): positive and negative."""
+        r"""Pooled halves of everything a loader yields, or of a feature set.
+
+        Args:
+
+            loader (iterable or FeatureSet): Yields pictures, or (pictures, labels); or what :meth:`collect` returned.
+
+        Returns:
+            Tensor: (n, D, 2), positive and negative halves.
+        """
         return torch.cat([torch.stack(halves, -1).cpu() for halves in self._evidence(self.collect(loader))])
 
     def name_of(self, index: int) -> str:
-        """What a class is called."""
+        r"""What a class is called.
+
+        Args:
+
+            index (int): The class.
+
+        Returns:
+            str: its name, or "class" and its index where there are no names.
+        """
         return f"class {index}" if self.class_names is None else self.class_names[index]
 
     def _evidence(self, features: FeatureSet) -> Iterator[tuple[Tensor, Tensor]]:
@@ -141,11 +207,17 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
 
     Examples::
 
-        >>> model = InfoDisent(backbone, "layer4", n_classes=200)
-        >>> model.fit(train_loader, validation_loader, checkpoint="head.training.safetensors")
-        >>> found = model.contributions(images)                     # images (N, 3, 224, 224)
-        >>> found.top(5)[0]                                         # the five halves that decide image 0
-        >>> InfoDisentAttribution(model).attribute(images)          # (N, 3, 224, 224)
+        >>> from captum_m2ib.disent import InfoDisentAttribution
+        >>> backbone = nn.Sequential(
+        ...     nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 3)).eval()
+        >>> pictures, labels = torch.randn(12, 3, 16, 16), torch.arange(12) % 3
+
+        >>> model = InfoDisent(backbone, "1", n_classes=3)
+        >>> record = model.fit([(pictures, labels)], epochs=2)
+        >>> model.contributions(pictures).top(5)[0]  # doctest: +ELLIPSIS
+        [Half(channel=...
+        >>> InfoDisentAttribution(model).attribute(pictures).shape
+        torch.Size([12, 3, 16, 16])
     """
 
     def __init__(
@@ -211,10 +283,6 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
             ValueError: if the loader is empty, features are of the wrong shape, NaN or infinite, labels do not fit
                 ``n_classes``, or a setting is out of range.
             FloatingPointError: if the loss is not finite.
-
-        Examples::
-
-            >>> model.fit(loader, epochs=30, lr=1e-2, checkpoint="run.safetensors")
         """
         unknown = sorted(set(settings) - set(FitSettings.__dataclass_fields__))
         if unknown:
@@ -240,7 +308,12 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
             self.eval()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write head, options and names as one safetensors file; the backbone is not part of it."""
+        r"""Write head, options and names as one safetensors file; the backbone is not part of it.
+
+        Args:
+
+            path (str or PathLike): The file; replaced if it exists.
+        """
         metadata = {
             "options": asdict(self.options),
             "layer": self.reader.layer.name,
@@ -266,7 +339,7 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
 
             path (str or PathLike): The file.
             backbone (nn.Module): The backbone that the head was trained on.
-            layout, channels_last: As when it was made.
+            layout, channels_last: As for :class:`InfoDisent`, as when it was made.
 
         Returns:
             InfoDisent: ready to predict.

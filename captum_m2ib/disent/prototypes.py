@@ -57,7 +57,16 @@ class Prototypes:
     size: tuple[int, int]
 
     def of(self, channel: int, sign: int) -> list[Prototype]:
-        """The prototypes of a half: sign 1 for the positive, -1 for the negative."""
+        r"""The prototypes of a half.
+
+        Args:
+
+            channel (int): The channel.
+            sign (int): 1 for its positive half, -1 for the negative.
+
+        Returns:
+            list[Prototype]: strongest first.
+        """
         side = _side(sign)
         rows = zip(
             self.images[channel, side].tolist(),
@@ -69,7 +78,15 @@ class Prototypes:
         return [Prototype(image, (cell[0], cell[1]), value, pure) for image, cell, value, pure in rows if image >= 0]
 
     def mean_purity(self, sign: int | None = None) -> float:
-        """Mean purity over prototypes, of both signs or of one; 0 if there are none."""
+        r"""Mean purity over prototypes.
+
+        Args:
+
+            sign (int, optional): Of the positive halves, 1, or the negative ones, -1. Default: None (of both)
+
+        Returns:
+            float: in [0, 1]; 0 if there are no prototypes.
+        """
         side = slice(None) if sign is None else slice(_side(sign), _side(sign) + 1)
         found = self.images[:, side] >= 0
         return float(self.purity[:, side][found].double().mean()) if bool(found.any()) else 0.0

@@ -75,7 +75,11 @@ class ChannelTransform(nn.Module):
         return torch.einsum("cd,ndhw->nchw", self.matrix(), features)
 
     def matrix(self) -> Tensor:
-        """U, (D, D); without autograd it is computed once and kept until a parameter changes."""
+        r"""The matrix U; without autograd it is computed once and kept until a parameter changes.
+
+        Returns:
+            Tensor: (D, D), orthogonal.
+        """
         if torch.is_grad_enabled() or self.kind == "none":
             return self.weight
         # With thousands of channels, building U takes longer than a pass of the backbone.
@@ -88,7 +92,11 @@ class ChannelTransform(nn.Module):
 
     @torch.no_grad()
     def orthogonality_error(self) -> float:
-        """Largest entry of ``|U^T U - I|``, computed in float64."""
+        r"""Largest entry of ``|U^T U - I|``.
+
+        Returns:
+            float: computed in float64.
+        """
         matrix = self.matrix().double()
         return float(
             (matrix.mT @ matrix - torch.eye(self.channels, dtype=matrix.dtype, device=matrix.device)).abs().max()

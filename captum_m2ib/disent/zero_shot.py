@@ -48,10 +48,10 @@ class ZeroShotInfoDisent(InfoDisent):
 
     Examples::
 
-        >>> encoder = DualEncoder.from_pretrained("openai/clip-vit-base-patch32")
-        >>> model = ZeroShotInfoDisent(encoder, ["a photo of a cat", "a photo of a dog"])
-        >>> model.fit(model.labelled(loader))                     # pictures only
-        >>> names = name_concepts(model, encoder, loader, ["fur", "a wet nose", "grass"])
+        >>> model = ZeroShotInfoDisent(encoder, ["a red star", "a blue ring"])
+        >>> record = model.fit([pairs.inputs[0].repeat(8, 1, 1, 1)], epochs=2)  # pictures only
+        >>> model.predict([pairs.inputs[0]]).shape
+        torch.Size([2, 2])
     """
 
     encoder: DualEncoder
@@ -94,6 +94,9 @@ class ZeroShotInfoDisent(InfoDisent):
 
         Returns:
             FeatureSet: for :meth:`fit`; its labels are float, (n, classes).
+
+        Raises:
+            ValueError: if given features, which hold no pictures to ask the encoder about.
         """
         if isinstance(loader, FeatureSet):
             raise ValueError("loader: expected pictures, which the encoder must see; got features.")
@@ -108,7 +111,10 @@ class ZeroShotInfoDisent(InfoDisent):
         Args:
 
             loader (iterable): Yields pictures; or what :meth:`labelled` made of them.
-            *args, **settings: As for :meth:`InfoDisent.fit`.
+            \*args, \*\*settings: As for :meth:`InfoDisent.fit`.
+
+        Returns:
+            FitRecord: as of :meth:`InfoDisent.fit`.
         """
         given = loader if isinstance(loader, FeatureSet) else self.labelled(loader)
         return super().fit(given, *args, **settings)
@@ -130,7 +136,19 @@ class ConceptNames:
     correlation: Tensor
 
     def of(self, channel: int, sign: int) -> list[tuple[str, float]]:
-        """Captions of a half (sign 1: positive, -1: negative) with their correlations, closest first."""
+        r"""Captions of a half with their correlations, closest first.
+
+        Args:
+
+            channel (int): The channel.
+            sign (int): 1 for its positive half, -1 for the negative.
+
+        Returns:
+            list[tuple[str, float]]: caption and correlation.
+
+        Raises:
+            ValueError: if ``sign`` is neither.
+        """
         if sign not in (1, -1):
             raise ValueError(f"sign: expected 1 or -1, got {sign!r}.")
         side = 0 if sign == 1 else 1
@@ -173,7 +191,7 @@ def name_concepts(
 def similarities(
     encoder: DualEncoder, loader: Iterable[Any], captions: Sequence[str], show_progress: bool = False
 ) -> Tensor:
-    r"""Cosine similarity of every picture with every caption, each embedded once, (n, captions), on the CPU.
+    r"""Cosine similarity of every picture with every caption, each embedded once.
 
     Args:
 
@@ -181,6 +199,9 @@ def similarities(
         loader (iterable): Yields pictures as the encoder takes them.
         captions (sequence of str): Captions.
         show_progress (bool, optional): Default: False
+
+    Returns:
+        Tensor: (n, captions), on the CPU.
 
     Raises:
         ValueError: if the encoder has no processor or the loader is empty.

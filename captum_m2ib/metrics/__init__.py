@@ -28,7 +28,8 @@ from captum_m2ib.metrics.localisation import (
     top_k,
 )
 from captum_m2ib.metrics.perturbations import infidelity_perturbation, sensitivity_perturbation
-from captum_m2ib.metrics.retrain import RetrainCell, RetrainRow, RetrainTable, roar, roar_plus
+from captum_m2ib.metrics.retrain import roar, roar_plus
+from captum_m2ib.metrics.retrain_table import RetrainCell, RetrainRow, RetrainTable
 from captum_m2ib.metrics.sanity import (
     Randomisation,
     caption_permutation,

@@ -52,17 +52,19 @@ class Confidence:
 
     @property
     def confidence_drop(self) -> Tensor:
-        r"""(N,), :math:`100 \max(0, s - s')`: points of cosine lost. Lower is better."""
+        r"""Points of cosine lost, :math:`100 \max(0, s - s')`, (N,). Lower is better."""
         return 100 * (self.original - self.masked).clamp(min=0)
 
     @property
     def confidence_increase(self) -> Tensor:
-        r"""(N,), :math:`100 \cdot 1[s' > s]`; its mean is the percentage of pairs that gain. Higher is better."""
+        r"""Whether the score rises, :math:`100 \cdot 1[s' > s]`, (N,); the mean is the percentage of pairs that gain.
+        Higher is better.
+        """
         return (100.0 * (self.masked > self.original)).to(self.original).masked_fill(self._missing, torch.nan)
 
     @property
     def average_drop(self) -> Tensor:
-        r"""(N,), :math:`100 \max(0, s - s') / s`: per cent of the score lost; NaN where :math:`s \le 0`."""
+        r"""Per cent of the score lost, :math:`100 \max(0, s - s') / s`, (N,); NaN where :math:`s \le 0`."""
         return (self.confidence_drop / self.original).masked_fill(~(self.original > 0), torch.nan)
 
     @property
@@ -113,9 +115,9 @@ def image_confidence(
 
     Examples::
 
-        >>> # image_bits (2, 3, 224, 224)
         >>> found = image_confidence(encoder, pairs.inputs, image_bits, pairs.additional_forward_args)
-        >>> found.confidence_drop, found.confidence_increase, found.average_drop  # (2,) each
+        >>> found.confidence_drop.shape, found.confidence_increase.shape, found.average_drop.shape
+        (torch.Size([2]), torch.Size([2]), torch.Size([2]))
     """
     arguments = join_arguments(inputs, additional_forward_args)
     pixels = argument_at(arguments, modality, is_ids=False)
@@ -183,9 +185,10 @@ def token_confidence(
     Examples::
 
         >>> found = token_confidence(
-        >>>     encoder, pairs.inputs, token_bits, pairs.additional_forward_args,
-        >>>     maskable=~torch.tensor(pairs.special), embedding="text_model.embeddings.token_embedding")
-        >>> found.confidence_drop  # (N,)
+        ...     encoder, pairs.inputs, token_bits, pairs.additional_forward_args,
+        ...     maskable=~torch.tensor(pairs.special), embedding="text_model.embeddings.token_embedding")
+        >>> found.confidence_drop.shape
+        torch.Size([2])
     """
     arguments = join_arguments(inputs, additional_forward_args)
     ids = argument_at(arguments, modality, is_ids=True)

@@ -126,7 +126,8 @@ def deletion(
     Examples::
 
         >>> curve = deletion(encoder, pairs.inputs, image_bits, pairs.additional_forward_args, substrate="mean")
-        >>> curve.auc, curve.normalised_auc  # (N,) each
+        >>> curve.scores.shape, curve.auc.shape  # steps and the untouched picture
+        (torch.Size([2, 101]), torch.Size([2]))
     """
     change = _picture_change(inputs, additional_forward_args, modality, attributions, substrate, step)
     settings = _Settings(order, internal_batch_size, seed, nan_policy, show_progress)
@@ -151,8 +152,8 @@ def insertion(
 
     Args:
 
-        forward_func, inputs, attributions, additional_forward_args, modality, order, step, internal_batch_size, seed,
-            nan_policy, show_progress: As for :func:`deletion`.
+        forward_func, inputs, attributions, additional_forward_args, modality: As for :func:`deletion`.
+        order, step, internal_batch_size, seed, nan_policy, show_progress: As for :func:`deletion`.
         substrate (str, float or Tensor, optional): What the picture starts from. Default: "blur", as in RISE
 
     Returns:
@@ -231,8 +232,9 @@ def token_insertion(
 
     Args:
 
-        forward_func, inputs, attributions, additional_forward_args, maskable, replacement, modality, order, step,
-            internal_batch_size, seed, nan_policy, show_progress: As for :func:`token_deletion`.
+        forward_func, inputs, attributions, additional_forward_args: As for :func:`token_deletion`.
+        maskable, replacement, modality, order, step: As for :func:`token_deletion`.
+        internal_batch_size, seed, nan_policy, show_progress: As for :func:`token_deletion`.
 
     Returns:
         PerturbationCurve: scores and shares of inserted tokens, with the areas.
@@ -259,6 +261,11 @@ def gaussian_blur(pixels: Tensor, kernel_size: int = 11, sigma: float = 5.0) -> 
 
     Raises:
         ValueError: if the kernel's size is even or its width is not positive.
+
+    Examples::
+
+        >>> gaussian_blur(torch.full((1, 3, 8, 8), 0.5), kernel_size=3, sigma=1.0)[0, 0, 0, 0].item()
+        0.5
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"kernel_size: expected an odd number of at least 1, got {kernel_size}.")

@@ -49,7 +49,13 @@ BoxFormat = Literal["xyxy", "xywh"]
 
 
 class BestIoU(NamedTuple):
-    """The highest IoU over all thresholds, (N,), and the value of the map that reaches it, (N,)."""
+    r"""The highest IoU over all thresholds.
+
+    Attributes:
+
+        iou (Tensor): (N,), in [0, 1].
+        threshold (Tensor): (N,), the value of the map that reaches it.
+    """
 
     iou: Tensor
     threshold: Tensor
@@ -82,6 +88,12 @@ def boxes_to_masks(
 
     Raises:
         ValueError: if a box is not four finite numbers, or has no width or height.
+
+    Examples::
+
+        >>> boxes_to_masks([[[1, 0, 3, 1]]], (2, 4)).int()
+        tensor([[[0, 1, 1, 0],
+                 [0, 0, 0, 0]]], dtype=torch.int32)
     """
     one_of("box_format", box_format, BoxFormat)
     rows, columns = (torch.arange(side, dtype=torch.float64) + 0.5 for side in size)
@@ -138,6 +150,12 @@ def pointing_game(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> pointing_game(maps, truth)
+        tensor([1.], dtype=torch.float64)
     """
     at_least("tolerance", tolerance, 0)
     truth = _truth(attributions, masks, valid)
@@ -173,6 +191,12 @@ def top_k(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> top_k(maps, truth, k=2)
+        tensor([0.5000], dtype=torch.float64)
     """
     at_least("k", k, 1)
     truth = _truth(attributions, masks, valid)
@@ -200,6 +224,12 @@ def relevance_rank(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> relevance_rank(maps, truth)
+        tensor([0.5000], dtype=torch.float64)
     """
     truth = _truth(attributions, masks, valid)
     share = _top_share(truth, truth.masks.sum(1).clamp(min=1), ties, seed)
@@ -224,6 +254,12 @@ def relevance_mass(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> relevance_mass(maps, truth)
+        tensor([0.6000], dtype=torch.float64)
     """
     truth = _truth(attributions, masks, valid)
     positive = truth.maps.clamp(min=0) * truth.valid
@@ -257,6 +293,12 @@ def iou(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> iou(maps, truth, 0.3)
+        tensor([0.3333], dtype=torch.float64)
     """
     truth = _truth(attributions, masks, valid)
     maps = truth.maps
@@ -286,6 +328,12 @@ def best_iou(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> best_iou(maps, truth).iou
+        tensor([0.5000], dtype=torch.float64)
     """
     truth = _truth(attributions, masks, valid)
     values, order = truth.maps.masked_fill(~truth.valid, -torch.inf).sort(1, descending=True)
@@ -316,6 +364,12 @@ def auroc(
 
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> auroc(maps, truth)
+        tensor([0.6250], dtype=torch.float64)
     """
     truth = _truth(attributions, masks, valid)
     true, others = truth.masks.sum(1).double(), (truth.valid & ~truth.masks).sum(1)
@@ -343,6 +397,12 @@ def average_precision(
     Raises:
         ValueError: if shapes do not fit, or by the NaN policy.
         ImportError: if scikit-learn is missing.
+
+    Examples::
+
+        >>> maps, truth = torch.tensor([[0.1, 0.5, 0.3, 0.1]]), torch.tensor([[False, True, False, True]])
+        >>> average_precision(maps, truth)
+        tensor([0.7500], dtype=torch.float64)
     """
     score = optional_module("sklearn.metrics", "average_precision").average_precision_score
     truth = _truth(attributions, masks, valid)

@@ -51,9 +51,11 @@ def infidelity_perturbation(
 
     Examples::
 
+        >>> from captum.metrics import infidelity
         >>> perturb = infidelity_perturbation(maskable=~torch.tensor(pairs.special), vocabulary=range(4, 48))
         >>> infidelity(encoder, perturb, pairs.inputs, (image_bits, token_bits),
-        >>>     additional_forward_args=pairs.additional_forward_args, normalize=True)  # (N,)
+        ...     additional_forward_args=pairs.additional_forward_args, normalize=True).shape
+        torch.Size([2])
     """
     at_least("noise", noise, 0)
     generator = torch.Generator().manual_seed(seed)
@@ -101,9 +103,12 @@ def sensitivity_perturbation(
 
     Examples::
 
+        >>> from captum.metrics import sensitivity_max
         >>> perturb = sensitivity_perturbation(maskable=~torch.tensor(pairs.special), vocabulary=range(4, 48))
-        >>> sensitivity_max(m2ib.attribute, pairs.inputs, perturb, perturb_radius=0.1,
-        >>>     additional_forward_args=pairs.additional_forward_args)  # (N,)
+        >>> m2ib = MultiModalInfoBottleneck(encoder)
+        >>> sensitivity_max(m2ib.attribute, pairs.inputs, perturb, perturb_radius=0.1, n_perturb_samples=1,
+        ...     additional_forward_args=pairs.additional_forward_args, n_steps=2).shape
+        torch.Size([2])
     """
     at_least("token_share", token_share, 0)
     generator = torch.Generator().manual_seed(seed)

@@ -29,92 +29,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from captum_m2ib.metrics._examples import (
-    NanPolicy,
-    Order,
-    finite_maps,
-    importance_ranks,
-    one_of,
-    optional_module,
-    unit_flags,
-    unit_maps,
-)
+from captum_m2ib.metrics._examples import Order, finite_maps, importance_ranks, one_of, unit_flags, unit_maps
+from captum_m2ib.metrics.retrain_table import INTACT, RANDOM, RetrainCell, RetrainTable
 
 Fit = Callable[[tuple[Tensor, ...], int], Any]
 Evaluate = Callable[[Any, tuple[Tensor, ...]], float]
 Fill = Literal["mean"] | float | Tensor
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-INTACT = "intact"
-RANDOM = "random"
-
-
-@dataclass(frozen=True)
-class RetrainCell:
-    """One fitted model: the method whose maps ranked the units, the share replaced, the seed, what was measured."""
-
-    method: str
-    fraction: float
-    seed: int
-    value: float
-
-
-@dataclass(frozen=True)
-class RetrainRow:
-    """Mean over seeds with a 95 % interval (Student's t; NaN for one seed), and how many seeds are in and left out."""
-
-    method: str
-    fraction: float
-    mean: float
-    low: float
-    high: float
-    seeds: int
-    omitted: int
-
-
-@dataclass(frozen=True)
-class RetrainTable:
-    r"""What a protocol measured.
-
-    Attributes:
-
-        protocol (str): ``"roar"``: values are what ``evaluate`` returned, ``"roar_plus"``: increases of the loss.
-        cells (tuple[RetrainCell, ...]): One per method, fraction and seed; method ``"intact"`` at fraction 0 is the
-            model fitted to intact examples, ``"random"`` the random ranking.
-    """
-
-    protocol: str
-    cells: tuple[RetrainCell, ...]
-
-    def summary(self, nan_policy: NanPolicy = "propagate") -> list[RetrainRow]:
-        r"""Mean and interval over seeds, per method and fraction.
-
-        Needs scipy (``captum_m2ib[metrics]``).
-
-        Args:
-
-            nan_policy (str, optional): What becomes of cells whose value is NaN: ``"propagate"`` makes their row NaN,
-                ``"omit"`` leaves them out and counts them, ``"raise"`` is an error. Default: "propagate"
-
-        Returns:
-            list[RetrainRow]: in the order of the cells.
-
-        Raises:
-            ValueError: by the NaN policy.
-            ImportError: if scipy is missing.
-        """
-        one_of("nan_policy", nan_policy, NanPolicy)
-        groups: dict[tuple[str, float], list[float]] = {}
-        for cell in self.cells:
-            groups.setdefault((cell.method, cell.fraction), []).append(cell.value)
-        return [_row(*group, values, nan_policy) for group, values in groups.items()]
-
-    def __str__(self) -> str:
-        rows = self.summary()
-        width = max(len(row.method) for row in rows)
-        return "\n".join(
-            f"{row.method:{width}}  {row.fraction:4.2f}  {row.mean:.4f} [{row.low:.4f}, {row.high:.4f}]" for row in rows
-        )
 
 
 def roar(
@@ -126,6 +48,7 @@ def roar(
     modality: int = 0,
     fill: Fill = "mean",
     maskable: tuple[Tensor, Tensor] | None = None,
+    block: int = 1,
     fractions: Sequence[float] = FRACTIONS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     order: Order = "morf",
@@ -151,6 +74,10 @@ def roar(
         maskable (tuple[Tensor, Tensor], optional): Boolean, for training and test examples, in the maps' shape without
                     channels: units that may be replaced; fractions count these. Needed for tokens, so that start, end
                     and pooled tokens stay. Default: None (all)
+        block (int, optional): Side, in pixels, of the squares of a picture that are ranked, by the sum of their map,
+                    and replaced as a whole; a square is left alone where ``maskable`` is False within. Take the side
+                    of the model's patches where maps are made of these: a random ranking of single pixels leaves every
+                    object visible, and any map of patches would beat it. Default: 1
         fractions (sequence of float, optional): Shares of the units, above 0 and at most 1.
                     Default: (0.1, 0.3, 0.5, 0.7, 0.9)
         seeds (sequence of int, optional): Of ``fit``, of ties and of the random ranking. Default: (0, 1, 2, 3, 4)
@@ -169,11 +96,17 @@ def roar(
 
     Examples::
 
-        >>> table = roar(fit, accuracy, (train_pixels, train_labels), (test_pixels, test_labels),
-        >>>     {"M2IB": (train_bits, test_bits)}, path="roar.json")
-        >>> print(table)
+        >>> pixels, labels = torch.randn(8, 1, 4, 4), torch.arange(8) % 2
+        >>> def fit(train, seed):
+        ...     return train[1].float().mean()
+        >>> def accuracy(model, test):
+        ...     return float((test[1] == model.round()).float().mean())
+        >>> table = roar(fit, accuracy, (pixels, labels), (pixels, labels),
+        ...     {"M2IB": (torch.rand(8, 4, 4), torch.rand(8, 4, 4))}, fractions=(0.5,), seeds=(0,))
+        >>> sorted({cell.method for cell in table.cells})
+        ['M2IB', 'intact', 'random']
     """
-    plan = _Plan("roar", train, test, modality, fill, maskable, order)
+    plan = _Plan("roar", train, test, modality, fill, maskable, order, block)
     return _run(plan, fit, evaluate, dict(attributions), fractions, seeds, path, show_progress)
 
 
@@ -186,6 +119,7 @@ def roar_plus(
     modality: int = 0,
     fill: Fill = "mean",
     maskable: Tensor | None = None,
+    block: int = 1,
     fractions: Sequence[float] = FRACTIONS,
     seeds: Sequence[int] = (0, 1, 2, 3, 4),
     order: Order = "morf",
@@ -200,7 +134,7 @@ def roar_plus(
         evaluate (Callable): ``evaluate(model, test)`` returns its loss.
         attributions (mapping): Name of a method to its maps of the training pairs.
         maskable (Tensor, optional): Boolean, for the training pairs. Default: None (all)
-        train, test, modality, fill, fractions, seeds, order, path, show_progress: As for :func:`roar`.
+        train, test, modality, fill, block, fractions, seeds, order, path, show_progress: As for :func:`roar`.
 
     Returns:
         RetrainTable: the increase :math:`(l_c - l_o) / l_o` per method, fraction and seed, :math:`l_o` being the loss
@@ -209,7 +143,8 @@ def roar_plus(
     Raises:
         ValueError: as for :func:`roar`.
     """
-    plan = _Plan("roar_plus", train, test, modality, fill, None if maskable is None else (maskable, maskable), order)
+    flags = None if maskable is None else (maskable, maskable)
+    plan = _Plan("roar_plus", train, test, modality, fill, flags, order, block)
     maps = {name: (given, given) for name, given in attributions.items()}
     table = _run(plan, fit, evaluate, maps, fractions, seeds, path, show_progress)
     losses = {cell.seed: cell.value for cell in table.cells if cell.method == INTACT}
@@ -233,14 +168,34 @@ class _Plan:
     fill: Fill
     maskable: tuple[Tensor, Tensor] | None
     order: Order
+    block: int
 
     @property
     def sides(self) -> list[tuple[Tensor, ...]]:
         return [self.train, self.test] if self.protocol == "roar" else [self.train]
 
-    def unit_shape(self, side: int) -> tuple[int, ...]:
+    def map_shape(self, side: int) -> tuple[int, ...]:
         values = self.sides[side][self.modality]
         return (values.shape[0], *values.shape[2:]) if values.ndim == 4 else tuple(values.shape)
+
+    def pooled(self, values: Tensor) -> Tensor:
+        """Sums over blocks: (N, H, W) or (N, L) -> (N, units)."""
+        if self.block > 1:
+            values = values.unflatten(2, (-1, self.block)).unflatten(1, (-1, self.block)).sum((2, 4))
+        return values.flatten(1)
+
+    def spread(self, units: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Each unit's value at all its pixels: (N, units) -> (N, H, W) or (N, L)."""
+        if self.block == 1:
+            return units.view(shape)
+        grid = units.view(shape[0], shape[1] // self.block, -1)
+        return grid.repeat_interleave(self.block, 1).repeat_interleave(self.block, 2)
+
+    def counted(self, side: int) -> Tensor:
+        """Which units may be replaced, (N, units)."""
+        shape, device = self.map_shape(side), self.sides[side][self.modality].device
+        flags = unit_flags("maskable", self.maskable and self.maskable[side], shape, device)
+        return self.pooled(flags.view(shape).long()) == self.block**2
 
     def value(self) -> Tensor:
         values = self.train[self.modality]
@@ -255,12 +210,11 @@ class _Plan:
 
     def replace(self, side: int, maps: Tensor, fraction: float, seed: int, order: Order) -> tuple[Tensor, ...]:
         """One side's examples with a share of their units replaced."""
-        examples, shape = self.sides[side], self.unit_shape(side)
+        examples, counted = self.sides[side], self.counted(side)
         values = examples[self.modality]
-        counted = unit_flags("maskable", self.maskable and self.maskable[side], shape, values.device)
         ranks = importance_ranks(maps.to(values.device), order, seed, counted)
         counts = (counted.sum(1, keepdim=True) * fraction).round()
-        where = (ranks < counts).view(shape)
+        where = self.spread(ranks < counts, self.map_shape(side))
         where = where.unsqueeze(1) if values.ndim > where.ndim else where
         replaced = torch.where(where, self.value(), values)
         return (*examples[: self.modality], replaced, *examples[self.modality + 1 :])
@@ -289,7 +243,7 @@ def _run(
         sides = plan.sides
         if method != INTACT:
             order: Order = "random" if method == RANDOM else plan.order
-            ranked = maps.get(method) or [torch.zeros(plan.unit_shape(i)).flatten(1) for i in range(len(sides))]
+            ranked = maps.get(method) or [torch.zeros(plan.counted(i).shape) for i in range(len(sides))]
             # A seed of its own for each side, so that examples at the same place have other random ranks.
             sides = [plan.replace(i, ranked[i], fraction, 2 * seed + i, order) for i in range(len(sides))]
         train, test = sides if len(sides) == 2 else (sides[0], plan.test)
@@ -311,6 +265,13 @@ def _check(plan: _Plan, attributions: Mapping[str, Any], fractions: Sequence[flo
                 f"modality: expected pictures, (N, C, H, W), or units, (N, L), at position {plan.modality}, got shape "
                 f"{tuple(side[plan.modality].shape)}."
             )
+        shape = side[plan.modality].shape
+        fits = plan.block >= 1 and len(shape) == 4 and not any(size % plan.block for size in shape[2:])
+        if plan.block != 1 and not fits:
+            raise ValueError(
+                f"block: expected 1, or for pictures a divisor of height and width, got {plan.block} for "
+                f"{tuple(shape)}."
+            )
     plan.value()
     for reserved in (INTACT, RANDOM):
         if reserved in attributions:
@@ -325,7 +286,7 @@ def _check(plan: _Plan, attributions: Mapping[str, Any], fractions: Sequence[flo
 def _flat_maps(plan: _Plan, name: str, given: tuple[Tensor, Tensor]) -> list[Tensor]:
     flats = []
     for side, maps in zip(range(len(plan.sides)), given, strict=False):
-        shape = plan.unit_shape(side)
+        shape = plan.map_shape(side)
         counted = unit_flags("maskable", plan.maskable and plan.maskable[side], shape, maps.device)
         flat, broken = finite_maps(unit_maps(maps, shape, ("train", "test")[side]), counted)
         if bool(broken.any()):
@@ -333,7 +294,7 @@ def _flat_maps(plan: _Plan, name: str, given: tuple[Tensor, Tensor]) -> list[Ten
                 f"attributions[{name!r}]: expected finite maps, got NaN or infinity in {int(broken.sum())} of "
                 f"{len(broken)} examples; leave these examples out of the data."
             )
-        flats.append(flat)
+        flats.append(plan.pooled(flat.view(shape)))
     return flats
 
 
@@ -351,7 +312,7 @@ class _Record:
         tensors = [*plan.train, *plan.test, plan.value(), *(plan.maskable or ())]
         header: dict[str, Any] = {
             "protocol": plan.protocol,
-            "data": _digest(tensors, f"{plan.modality} {plan.order}"),
+            "data": _digest(tensors, f"{plan.modality} {plan.order} {plan.block}"),
             "methods": {name: _digest(flats, name) for name, flats in maps.items()},
         }
         if not file.exists():
@@ -386,18 +347,3 @@ def _digest(tensors: Sequence[Tensor], settings: str) -> str:
         digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _row(method: str, fraction: float, values: Sequence[float], nan_policy: NanPolicy) -> RetrainRow:
-    known = [value for value in values if not math.isnan(value)]
-    missing = len(values) - len(known)
-    if missing and nan_policy == "raise":
-        raise ValueError(f"cells: expected a value for every seed of {method!r} at {fraction:g}, {missing} are NaN.")
-    if not known or (missing and nan_policy == "propagate"):
-        return RetrainRow(method, fraction, math.nan, math.nan, math.nan, len(known), missing)
-    given = torch.tensor(known, dtype=torch.float64)
-    mean, reach = float(given.mean()), math.nan
-    if len(known) > 1:
-        student = optional_module("scipy.stats", "summary").t
-        reach = float(student.ppf(0.975, len(known) - 1)) * float(given.std()) / math.sqrt(len(known))
-    return RetrainRow(method, fraction, mean, mean - reach, mean + reach, len(known), missing)

@@ -97,10 +97,12 @@ def randomisation(
 
     Examples::
 
+        >>> few = {"additional_forward_args": pairs.additional_forward_args, "n_steps": 2, "n_samples": 2}
         >>> found = randomisation(
-        >>>     m2ib.attribute, pairs.inputs, encoder, additional_forward_args=pairs.additional_forward_args,
-        >>>     layers=[("visual_projection", "text_projection"), "vision_model", "text_model"])
-        >>> found.similarities[0].mean(0)  # per stage, for image maps
+        ...     MultiModalInfoBottleneck(encoder).attribute, pairs.inputs, encoder,
+        ...     layers=[("visual_projection", "text_projection"), "vision_model"], **few)
+        >>> found.stages, found.similarities[0].shape  # of image maps: (N, stages)
+        (('visual_projection + text_projection', 'vision_model'), torch.Size([2, 2]))
     """
     from tqdm.auto import tqdm
 

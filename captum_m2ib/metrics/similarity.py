@@ -29,6 +29,11 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes differ.
+
+    Examples::
+
+        >>> pearson(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 2.0, 1.0]]))
+        tensor([-1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
     # Scaled before squaring, so that maps of tiny or huge bits neither vanish nor overflow.
@@ -50,6 +55,11 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes differ.
+
+    Examples::
+
+        >>> spearman(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 4.0, 9.0]]))
+        tensor([1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
     value = pearson(mean_ranks(a), mean_ranks(b))
@@ -77,6 +87,11 @@ def ssim(first: Tensor, second: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes differ or are not (N, H, W).
+
+    Examples::
+
+        >>> ssim(image_bits.sum(1), image_bits.sum(1))
+        tensor([1., 1.], dtype=torch.float64)
     """
     a, b = _flat(first, second)
     if first.ndim != 3:

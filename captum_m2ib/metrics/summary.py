@@ -56,6 +56,12 @@ def summarise(
 
     Raises:
         ValueError: if there are no values, they are not one per example, or NaN is met and the policy is ``"raise"``.
+
+    Examples::
+
+        >>> found = summarise(torch.tensor([0.2, 0.4, 0.6]))
+        >>> round(found.mean, 3)
+        0.4
     """
     one_of("nan_policy", nan_policy, NanPolicy)
     at_least("draws", draws, 1)

@@ -175,14 +175,14 @@ def draw_scene(
     purpose: str = "scenes",
     index: int = 0,
 ) -> Scene:
-    """Draws one scene.
+    r"""Draws one scene.
 
     Args:
         seed (int): Not negative. The same seed gives the same scene, whatever ``size``.
         size (int): Side of the picture in pixels, at least 16. Default: 64.
         counts (Mapping[int, float]): Probability of each number of objects, 1 to 4. Default:
-            :data:`OBJECT_COUNTS`.
-        purpose (str): The random stream, one of :data:`PURPOSES`. Default: ``"scenes"``.
+            ``captum_m2ib.scenes.drawing.OBJECT_COUNTS``.
+        purpose (str): The random stream, one of ``captum_m2ib.scenes.drawing.PURPOSES``. Default: ``"scenes"``.
         index (int): Position in that stream, not negative. Default: 0.
 
     Returns:
@@ -190,6 +190,13 @@ def draw_scene(
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Examples::
+
+        >>> from captum_m2ib.scenes import draw_scene
+        >>> scene = draw_scene(seed=0)
+        >>> scene.caption, scene.image.shape
+        ('here is a white star , a pink cross and a white ring', (64, 64, 3))
     """
     return draw_scenes(generator(purpose, seed, index), 1, size, counts=counts)[0]
 
@@ -203,14 +210,15 @@ def draw_batch(
     purpose: str = "scenes",
     index: int = 0,
 ) -> SceneBatch:
-    """Draws pictures and captions only: the fast path for training.
+    r"""Draws pictures and captions only: the fast path for training.
 
     Args:
         n (int): Number of scenes, at least 1.
         seed (int): Not negative.
         size (int): Side of the pictures in pixels, at least 16. Default: 64.
-        counts (Mapping[int, float]): Probability of each number of objects. Default: :data:`OBJECT_COUNTS`.
-        purpose (str): The random stream, one of :data:`PURPOSES`. Default: ``"scenes"``.
+        counts (Mapping[int, float]): Probability of each number of objects. Default:
+            ``captum_m2ib.scenes.drawing.OBJECT_COUNTS``.
+        purpose (str): The random stream, one of ``captum_m2ib.scenes.drawing.PURPOSES``. Default: ``"scenes"``.
         index (int): Position in that stream, for example the training step. Default: 0.
 
     Returns:

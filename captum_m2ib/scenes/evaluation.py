@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def evaluate_retrieval(
     model: CLIPModel, *, sets: int = 8, size: int = 256, seed: int = 0, purpose: str = "held_out"
 ) -> dict[str, float]:
-    """How often a picture finds its own caption among those of a set of held-out scenes.
+    r"""How often a picture finds its own caption among those of a set of held-out scenes.
 
     Args:
         model (transformers.CLIPModel): The compact dual encoder, on any device.
@@ -31,8 +31,7 @@ def evaluate_retrieval(
 
     Returns:
         dict[str, float]: ``top1`` and ``top5``, shares of pictures averaged over the sets; ``top1_std`` and
-            ``top5_std``, standard
-        deviations over the sets (0 for one set); ``sets`` and ``size``.
+        ``top5_std``, standard deviations over the sets (0 for one set); ``sets`` and ``size``.
     """
     tokenizer, pixels = build_tokenizer(), image_side(model)
     shares = []

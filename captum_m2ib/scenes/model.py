@@ -102,10 +102,10 @@ def build_model(
 
 
 def build_tokenizer() -> Tokenizer:
-    """Builds the tokenizer: lower case, words and punctuation apart, ``<start>`` and ``<end>`` around them.
+    r"""Builds the tokenizer: lower case, words and punctuation apart, ``<start>`` and ``<end>`` around them.
 
     Returns:
-        tokenizers.Tokenizer: A word-level tokenizer over :func:`captum_m2ib.scenes.captions.vocabulary`.
+        tokenizers.Tokenizer: A word-level tokenizer over ``captum_m2ib.scenes.captions.vocabulary``.
     """
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 

@@ -113,7 +113,7 @@ class NamingTrial:
 
 
 def image_probes(n: int, seed: int, size: int = 64) -> list[ImageProbe]:
-    """Draws probes of image maps.
+    r"""Draws probes of image maps.
 
     Args:
         n (int): How many, at least 1.
@@ -125,17 +125,49 @@ def image_probes(n: int, seed: int, size: int = 64) -> list[ImageProbe]:
 
     Raises:
         ValueError: If an argument is out of range.
+
+    Examples::
+
+        >>> probe = image_probes(1, seed=0)[0]
+        >>> probe.caption, probe.mask.shape, probe.image.shape
+        ('we can see a red cross', (64, 64), (64, 64, 3))
     """
     return _in_blocks(n, seed, size, "image_probes", PROBE_COUNTS, _image_probe)
 
 
 def token_probes(n: int, seed: int, size: int = 64) -> list[TokenProbe]:
-    """Draws probes of token maps; arguments and errors as :func:`image_probes`."""
+    r"""Draws probes of token maps.
+
+    Args:
+
+        n (int): How many, at least 1.
+        seed (int): Not negative.
+        size (int, optional): Side of the pictures in pixels, at least 16. Default: 64
+
+    Returns:
+        list[TokenProbe]: one scene each.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
     return _in_blocks(n, seed, size, "token_probes", PROBE_COUNTS, _token_probe)
 
 
 def naming_trials(n: int, seed: int, size: int = 64) -> list[NamingTrial]:
-    """Draws trials of the model: which caption is true? Arguments and errors as :func:`image_probes`."""
+    r"""Draws trials of the model: which caption is true?
+
+    Args:
+
+        n (int): How many, at least 1.
+        seed (int): Not negative.
+        size (int, optional): Side of the pictures in pixels, at least 16. Default: 64
+
+    Returns:
+        list[NamingTrial]: one scene each.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
     return _in_blocks(n, seed, size, "naming_trials", OBJECT_COUNTS, _naming_trial)
 
 

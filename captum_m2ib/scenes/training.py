@@ -78,7 +78,7 @@ def train(
     report_trials: int = 2048,
     show_progress: bool = True,
 ) -> dict[str, Any]:
-    """Trains the compact dual encoder and writes it as a checkpoint directory with a ``report.json``.
+    r"""Trains the compact dual encoder and writes it as a checkpoint directory with a ``report.json``.
 
     Every ``save_every`` steps the state of the training goes into ``<output>.training.safetensors`` beside
     the output; it is removed when the output is complete.
@@ -93,9 +93,9 @@ def train(
         weight_decay (float): On matrices only. Default: 0.1.
         warmup_steps (int): Updates until the highest rate. Default: 200.
         clip_norm (float): Largest norm of the gradient. Default: 1.
-        naming_weight (float): Weight of :func:`naming_loss` beside CLIP's loss. Default: 1.
+        naming_weight (float): Weight of ``naming_loss`` beside CLIP's loss. Default: 1.
         model_options (Mapping[str, int], optional): Sizes, as arguments of
-            :func:`captum_m2ib.scenes.build_model`.
+            :func:`captum_m2ib.scenes.build_model`. Default: None (as for the shipped model).
         seed (int): Seed of the weights and of the scenes. Default: 0.
         device (str or torch.device, optional): Default: CUDA where there is one, else the CPU.
         bf16 (bool, optional): Compute in bfloat16 (autocast); CUDA only. Default: on CUDA yes.

@@ -137,6 +137,42 @@ def test_replacement_by_hand():
     torch.testing.assert_close(seen[1], expected)
 
 
+def test_blocks_of_pixels_are_ranked_by_their_sum_and_replaced_whole():
+    maps = torch.zeros(1, 4, 6)
+    maps[0, 0, 5] = 5.0  # the highest pixel, in the block of second rank
+    maps[0, 2:, 2:4] = 2.0
+    pixels = torch.arange(24.0).view(1, 1, 4, 6)
+    seen: list[Tensor] = []
+
+    def watch(train: tuple[Tensor, ...], seed: int) -> None:
+        seen.append(train[0][0, 0])
+
+    def replaced(*blocks: tuple[slice, slice]) -> Tensor:
+        expected = pixels[0, 0].clone()
+        for rows, columns in blocks:
+            expected[rows, columns] = -1
+        return expected
+
+    top, bottom = slice(0, 2), slice(2, 4)
+    first, second = (bottom, slice(2, 4)), (top, slice(4, 6))
+    options: dict[str, Any] = {"fill": -1.0, "seeds": (0,), "block": 2}
+    given = (watch, lambda model, test: 1.0, (pixels,), (pixels,))
+    roar_plus(*given, {"m": maps}, fractions=(1 / 6, 1 / 3), **options)
+    assert seen[1].equal(replaced(first)) and seen[2].equal(replaced(first, second))
+    # Random ranks are those of blocks, too.
+    assert all(
+        (found.unfold(0, 2, 2).unfold(1, 2, 2).flatten(2) == -1).all(2).sum() == n
+        for found, n in zip(seen[3:], (1, 2), strict=True)
+    )
+    assert [int((found == -1).sum()) for found in seen[3:]] == [4, 8]
+    # One pixel that must stay keeps its block, and fractions count the rest.
+    maskable = torch.ones(1, 4, 6, dtype=torch.bool)
+    maskable[0, 3, 3] = False
+    seen.clear()
+    roar_plus(*given, {"m": maps}, fractions=(1 / 5,), maskable=maskable, **options)
+    assert seen[1].equal(replaced(second))
+
+
 def test_training_and_test_examples_are_replaced_by_their_own_maps():
     seen: list[Tensor] = []
 
@@ -236,6 +272,33 @@ def test_a_value_that_is_nan_is_kept_and_follows_the_policy(tmp_path):
         table.summary("raise")
 
 
+@pytest.mark.parametrize("block", [3, 4, -2])
+def test_blocks_that_do_not_fill_the_picture_are_refused(block: int):
+    pixels, maps = torch.ones(2, 1, 4, 6), torch.ones(2, 4, 6)
+    with pytest.raises(ValueError, match=rf"block: .* got {block} for \(2, 1, 4, 6\)"):
+        roar_plus(fit, loss, (pixels,), (pixels,), {"m": maps}, block=block)
+
+
+def test_differences_are_taken_between_the_same_seeds():
+    values = {"m": (0.9, 0.5, 0.4), "random": (0.8, 0.3, 0.1), "intact": (1.0, 1.0, 1.0)}
+    cells = [
+        RetrainCell(name, 0.0 if name == "intact" else 0.5, s, v)
+        for name, row in values.items()
+        for s, v in enumerate(row)
+    ]
+    # Cells in any order: it is the seed that pairs them.
+    table = RetrainTable("roar", tuple(reversed(cells)))
+    (row,) = table.against()
+    low, high = stats.t.interval(0.95, 2, loc=0.2, scale=stats.sem([0.1, 0.2, 0.3]))
+    assert (row.method, row.fraction, row.seeds) == ("m", 0.5, 3)
+    assert (row.mean, row.low, row.high) == (pytest.approx(0.2), pytest.approx(low), pytest.approx(high))
+    (opposite,) = table.against("m")
+    assert (opposite.method, opposite.mean) == ("random", pytest.approx(-0.2))
+    for unknown in ("other", "intact"):
+        with pytest.raises(ValueError, match=f"reference: expected one of m, random, got '{unknown}'"):
+            table.against(unknown)
+
+
 def test_token_ids_have_no_mean():
     ids = TEST[0].long()
     with pytest.raises(ValueError, match=r"fill: .* got 'mean' for torch.int64"):
@@ -261,6 +324,8 @@ def test_intervals_are_students():
         ({"seeds": (1, 1)}, "seeds: expected different values"),
         ({"order": "best"}, "order: expected one of"),
         ({"fill": "median"}, "fill: expected a number or tensor, or 'mean'"),
+        ({"block": 2}, r"block: expected 1, or for pictures a divisor of height and width, got 2 for \(60, 10\)"),
+        ({"block": 0}, "block: expected 1"),
         ({"modality": 1}, r"modality: expected pictures, .* at position 1, got shape \(60,\)"),
         ({"modality": 2}, "train: expected a tuple of tensors of equal length that reaches position 2"),
         ({"attributions": {"random": (ORACLE, ORACLE)}}, "attributions: the name 'random' is taken"),
