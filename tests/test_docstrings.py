@@ -77,7 +77,9 @@ def entries(section: str) -> dict[str, str]:
 
 
 def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    given = inspect.signature(function).parameters
+    # Exceptions take whatever Python's own take.
+    own = not (inspect.isclass(function) and issubclass(function, BaseException))
+    given = inspect.signature(function).parameters if own else {}
     return {name: one for name, one in given.items() if name not in ("self", "cls") and not name.startswith("_")}
 
 
