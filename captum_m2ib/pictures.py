@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import os
+import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -12,32 +15,34 @@ import numpy as np
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PictureLike: TypeAlias = "Image | np.ndarray | str | os.PathLike[str]"
+PictureLike: TypeAlias = "Image | np.ndarray | bytes | str | os.PathLike[str]"
 
 # Decoded to float, a picture of this many pixels takes about half a gigabyte; larger ones are refused unread.
 MAXIMUM_PIXELS = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_BYTES = (bytes, bytearray, memoryview)
 # From this side on ConvNeXt's processor resizes without cutting.
 _NEVER_CROPPED = 384
 _SHOWN_SIDE = 448
 
 
 def load_picture(picture: PictureLike, name: str = "image") -> Image:
-    r"""Read a picture as RGB, its size checked before it is decoded.
+    r"""Read a picture as RGB, its size checked before it is decoded; several threads may do so at once.
 
     Args:
 
-        picture (path, PIL image or numpy.ndarray): A JPEG, PNG, WebP, BMP, GIF or TIFF file; or a uint8 array,
-            (H, W, 3) or (H, W).
+        picture (path, bytes, PIL image or numpy.ndarray): A JPEG, PNG, WebP, BMP, GIF or TIFF file, or what is in one;
+            or a uint8 array, (H, W, 3) or (H, W).
         name (str, optional): What errors call it. Default: "image"
 
     Returns:
-        PIL.Image.Image: in mode RGB, upright as its EXIF orientation says.
+        PIL.Image.Image: in mode RGB, upright as its EXIF orientation says; of greys of 16 bits the upper 8.
 
     Raises:
-        ValueError: if the file is missing, is no such picture, is truncated, or has over 50 million pixels.
+        ValueError: if the file is missing, is no such picture, is truncated, has over 50 million pixels, or levels of
+            32 bits, whose range nobody knows.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or not (picture.ndim == 2 or (picture.ndim == 3 and picture.shape[2] in (3, 4))):
@@ -46,39 +51,89 @@ def load_picture(picture: PictureLike, name: str = "image") -> Image:
             )
         return Image.fromarray(picture).convert("RGB")
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
-    if not isinstance(picture, (str, os.PathLike)):
-        raise ValueError(f"{name}: expected a path, a PIL image or a uint8 array, got {type(picture).__name__}.")
-    try:
-        with warnings.catch_warnings():
-            # The size is checked right below, before anything is decoded.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(picture, formats=_FORMATS)
-    except FileNotFoundError:
-        raise ValueError(f"{name}: there is no file {picture}; check the path.") from None
-    except Image.DecompressionBombError:
-        raise ValueError(f"{name}: {picture} has too many pixels to decode safely; resize it first.") from None
-    except (OSError, SyntaxError, ValueError) as error:
-        raise _unreadable(name, picture, error) from error
-    with opened:
-        _check_size(opened.size, name, picture)
-        try:
-            return ImageOps.exif_transpose(opened).convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise _unreadable(name, picture, error) from error
-
-
-def _unreadable(name: str, picture: Any, error: Exception) -> ValueError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return ValueError(
-        f"{name}: cannot read {picture} as a picture ({reason}); expected an intact {', '.join(_FORMATS)} file."
+        return _upright(lambda: nullcontext(picture), name, "the given picture")
+    if isinstance(picture, _BYTES):
+        return _upright(lambda: _open(io.BytesIO(picture)), name, "the given bytes")
+    if isinstance(picture, (str, os.PathLike)):
+        path = _checked_path(picture, name)
+        return _upright(lambda: _open(path), name, path)
+    raise ValueError(
+        f"{name}: expected a path, a PIL image or a uint8 array, got {type(picture).__name__}; the bytes of a picture "
+        "file are read, too."
     )
 
 
-def _check_size(size: tuple[int, int], name: str, picture: Any) -> None:
+def _open(file: str | io.BytesIO) -> Image:
+    from PIL import Image
+
+    if threading.current_thread() is not threading.main_thread():
+        # Filters of warnings belong to the process: set and restored here, they would undo those of the main thread.
+        return Image.open(file, formats=_FORMATS)
+    with warnings.catch_warnings():
+        # The size is checked right after this, before anything is decoded.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(file, formats=_FORMATS)
+
+
+def _checked_path(path: str | os.PathLike[str], name: str) -> str:
+    """A path that leads to a file; a pipe or a device would never end."""
+    given = os.fspath(path)
+    if "://" in given:
+        raise ValueError(f"{name}: {given[:200]} is an address; nothing is fetched, give a file or its bytes.")
+    if "\0" in given or not os.path.exists(given):
+        raise ValueError(f"{name}: there is no file {given}; check the path.")
+    if not os.path.isfile(given):
+        raise ValueError(f"{name}: {given} is not a file; give the path of a picture.")
+    return given
+
+
+class _Refused(ValueError):
+    """An error that says all there is to say about a picture."""
+
+
+def _upright(opening: Callable[[], AbstractContextManager[Image]], name: str, called: str) -> Image:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with opening() as opened:
+            _check_size(opened.size, name, called)
+            return _as_rgb(ImageOps.exif_transpose(opened), opened.format, name, called)
+    except _Refused:
+        raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"{name}: {called} has too many pixels to decode safely; resize it first.") from None
+    except UnidentifiedImageError:
+        raise _unreadable(name, called, "no known format") from None
+    except Exception as error:
+        # A decoder raises whatever it stumbles over in a damaged file.
+        raise _unreadable(name, called, (str(error).splitlines() or [type(error).__name__])[0]) from error
+
+
+def _as_rgb(picture: Image, kind: str | None, name: str, called: str) -> Image:
+    from PIL import Image
+
+    # Before Pillow 11, PNG files of 16 bits came in mode I.
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and kind == "PNG"):
+        # The plain conversion would cut off at 255.
+        return Image.fromarray((np.asarray(picture) // 256).astype(np.uint8)).convert("RGB")
+    if picture.mode in ("I", "F"):
+        raise _Refused(
+            f"{name}: {called} has levels of 32 bits, whose range nobody knows (mode {picture.mode}); convert it to 8 "
+            "bits first."
+        )
+    return picture.convert("RGB")
+
+
+def _unreadable(name: str, called: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{name}: cannot read {called} as a picture ({reason}); expected an intact {', '.join(_FORMATS)} file."
+    )
+
+
+def _check_size(size: tuple[int, int], name: str, called: str) -> None:
     if size[0] * size[1] > MAXIMUM_PIXELS:
-        raise ValueError(
-            f"{name}: {picture} has {size[0]} x {size[1]} pixels, more than the {MAXIMUM_PIXELS:,} allowed; resize "
+        raise _Refused(
+            f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {MAXIMUM_PIXELS:,} allowed; resize "
             "it first."
         )
 
@@ -86,7 +141,7 @@ def _check_size(size: tuple[int, int], name: str, picture: Any) -> None:
 def load_pictures(images: Any) -> list[Image]:
     """Read one picture or a sequence of them, naming in errors which one is at fault."""
     is_batch = isinstance(images, np.ndarray) and images.ndim == 4
-    single = isinstance(images, (str, os.PathLike)) or not isinstance(images, Sequence)
+    single = isinstance(images, (str, os.PathLike, *_BYTES)) or not isinstance(images, Sequence)
     given = [images] if single and not is_batch else list(images)
     if not given:
         raise ValueError("images: expected at least one image, got none.")

@@ -60,6 +60,13 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--engine", choices=("embedded", "ray"), default="embedded", help="default: %(default)s")
     parser.add_argument("--workers", type=int, default=1, help="processes of the engine ray (default: %(default)s)")
     parser.add_argument("--gpus", type=float, default=0.0, help="GPUs for each of them (default: %(default)s)")
+    parser.add_argument(
+        "--decode-workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="threads of each worker that decode the next batch's pictures (default: %(default)s)",
+    )
     parser.add_argument("--address", help="of a running Ray cluster (default: one on this machine)")
     parser.set_defaults(run=_audit)
 
@@ -88,13 +95,14 @@ def _audit(given: argparse.Namespace) -> None:
         summary = run_audit(
             given.manifest,
             given.output,
-            columns=_columns(given.columns),
+            columns=parse_columns(given.columns),
             root=given.images,
             shard_size=given.shard_size,
             engine=given.engine,
             workers=given.workers,
             gpus=given.gpus,
             address=given.address,
+            decode_workers=given.decode_workers,
             show_progress=sys.stderr.isatty(),
             model=given.model,
             revision=given.revision,
@@ -128,7 +136,7 @@ def _report(given: argparse.Namespace) -> None:
     print(f"written  {os.fspath(output)}")
 
 
-def _columns(pairs: list[str]) -> dict[str, str]:
+def parse_columns(pairs: list[str]) -> dict[str, str]:
     found = {}
     for pair in pairs:
         name, separator, column = pair.partition("=")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from captum_m2ib.audit.rows import Row
 from captum_m2ib.pictures import load_picture
 
 if TYPE_CHECKING:
@@ -43,57 +41,45 @@ def read_picture(image: Any, kind: str = "image") -> Image:
 
     Args:
 
-        image (path, bytes, mapping, PIL image or numpy.ndarray): The picture; a mapping holds ``bytes`` or ``path``.
+        image (path, bytes, mapping, PIL image, numpy.ndarray or RowError): The picture; a mapping holds ``bytes`` or
+            ``path``; an error, which :func:`read_ahead` may have left here, is raised.
         kind (str, optional): What errors call it. Default: "image"
 
     Raises:
         RowError: if it is missing, is no picture, is truncated, or is too large.
     """
+    if isinstance(image, RowError):
+        raise image
     if isinstance(image, Mapping):
         image = image["bytes"] if image.get("bytes") else image.get("path")
     if image is None or (isinstance(image, (str, bytes)) and not image):
         raise RowError(kind, f"there is no {kind}")
-    with _as_path(image, kind) as given:
-        try:
-            picture = load_picture(given, kind)
-            deep = _sixteen_bits(given) if isinstance(given, (str, os.PathLike)) else None
-        except (ValueError, OSError) as error:
-            reason = str(error).removeprefix(f"{kind}: ")
-            raise RowError(kind, reason.replace(str(given), "it") if given is not image else reason) from error
-    return picture if deep is None else deep
-
-
-@contextmanager
-def _as_path(image: Any, kind: str) -> Iterator[Any]:
-    """Bytes as a file, so that all pictures take the same checked way in; a path only if it is a regular file."""
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "picture")
-            path.write_bytes(image)
-            yield path
-        return
-    if isinstance(image, (str, os.PathLike)):
-        if "://" in str(image):
-            raise RowError(kind, f"{str(image)[:200]} is an address; nothing is fetched, give files or bytes")
-        # A pipe or a device would never end.
-        if os.path.exists(str(image).replace("\0", "")) and not os.path.isfile(image):
-            raise RowError(kind, f"{image} is not a file")
-    yield image
-
-
-def _sixteen_bits(path: Any) -> Image | None:
-    """Greys of 16 bits at their own brightness, which the plain conversion would cut off at 255."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
     try:
-        opened = Image.open(path, formats=("PNG", "TIFF"))
-    except UnidentifiedImageError:
-        return None
-    with opened:
-        if not opened.mode.startswith("I"):
-            return None
-        levels = np.asarray(ImageOps.exif_transpose(opened)).astype(np.int64)
-    return Image.fromarray((levels // 256).clip(0, 255).astype(np.uint8)).convert("RGB")
+        return load_picture(image, kind)
+    except ValueError as error:
+        raise RowError(kind, str(error).removeprefix(f"{kind}: ")) from error
+
+
+def read_ahead(row: Row) -> Row:
+    r"""A row with its picture and its mask read, or what is wrong with them in their place; fit for any thread.
+
+    Args:
+
+        row (Row): As the manifest gives it.
+
+    Returns:
+        Row: the same row.
+    """
+    if row.problem:
+        return row
+    return replace(row, image=_read_or_error(row.image, "image"), mask=row.mask and _read_or_error(row.mask, "mask"))
+
+
+def _read_or_error(image: Any, kind: str) -> Image | RowError:
+    try:
+        return read_picture(image, kind)
+    except RowError as error:
+        return error
 
 
 def read_region(size: tuple[int, int], boxes: Any, mask: Any) -> Image | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from captum_m2ib.audit.rows import Problem, Record, even_runs, runs
+from captum_m2ib.audit.rows import Problem, Record, blocks, even_runs, runs
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
 _CAPTIONS = ("txt", "caption")
@@ -41,6 +41,11 @@ class PictureFolder:
         for name in _listing(file)[start:]:
             path = Path(file, name)
             yield {"id": name, "image": str(path), "caption": _caption_of(path)}
+
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        for name in _listing(file):
+            yield os.fsencode(name)
+            yield (_caption_of(Path(file, name)) or "").encode("utf-8", "surrogateescape")
 
 
 @lru_cache(maxsize=1)
@@ -90,6 +95,25 @@ class TarShards:
             for _, record in _samples(opened, start, with_data=True):
                 yield record
 
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        with open(file, "rb") as opened:
+            try:
+                with tarfile.open(fileobj=opened, mode="r:") as archive:
+                    for member in _members(archive):
+                        yield f"{member.name} {member.size}".encode("utf-8", "surrogateescape")
+                        if os.path.basename(member.name).partition(".")[2].lower() in (*_CAPTIONS, "json"):
+                            yield from blocks(opened, member.offset_data, member.size)
+            except (tarfile.TarError, OSError):
+                yield f"damaged at {opened.tell()} of {os.path.getsize(file)}".encode()
+
+
+def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """The visible files of an archive."""
+    while (member := archive.next()) is not None:
+        archive.members = []  # type: ignore[attr-defined]  # Else it keeps every member it has seen.
+        if member.isfile() and not os.path.basename(member.name).startswith("."):
+            yield member
+
 
 def _samples(file: BinaryIO, start: int, with_data: bool) -> Iterator[tuple[int, Record]]:
     """Each sample with the offset of its first member."""
@@ -98,10 +122,7 @@ def _samples(file: BinaryIO, start: int, with_data: bool) -> Iterator[tuple[int,
     members: dict[str, Any] = {}
     try:
         with tarfile.open(fileobj=file, mode="r:") as archive:
-            while (member := archive.next()) is not None:
-                archive.members = []  # type: ignore[attr-defined]  # Else it keeps every member it has seen.
-                if not member.isfile() or os.path.basename(member.name).startswith("."):
-                    continue
+            for member in _members(archive):
                 folder, name = os.path.split(member.name)
                 stem, _, ending = name.partition(".")
                 if key != os.path.join(folder, stem):

@@ -8,7 +8,7 @@ piece that was written twice is the same shard.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import numpy as np
 from captum_m2ib.audit.embedded import Done, explain_piece
 from captum_m2ib.audit.manifest import Manifest
 from captum_m2ib.audit.rows import Piece
+from captum_m2ib.audit.writer import stop_asked
 
 _MOST_BLOCKS = 10_000
 
 
 class PieceWorker:
-    r"""A worker that explains whole pieces; what a Ray actor runs.
+    r"""A worker that explains whole pieces, and passes over them once the audit is asked to stop; a Ray actor runs it.
 
     Args:
 
@@ -31,49 +32,66 @@ class PieceWorker:
         settings (mapping): Its settings.
         manifest (mapping): Arguments of :class:`Manifest`.
         output (str): The audit's folder.
-        batch_size (int): Rows read at once.
+        batch_size, decode_workers (int): As for :func:`captum_m2ib.audit.embedded.explain_piece`.
     """
 
     def __init__(
-        self, worker: type, settings: Mapping[str, Any], manifest: Mapping[str, Any], output: str, batch_size: int
+        self,
+        worker: type,
+        settings: Mapping[str, Any],
+        manifest: Mapping[str, Any],
+        output: str,
+        batch_size: int,
+        decode_workers: int,
     ) -> None:
         self.worker = worker(**settings)
-        self.manifest, self.output, self.batch_size = Manifest(**manifest), Path(output), batch_size
+        self.manifest, self.output = Manifest(**manifest), Path(output)
+        self.batch_size, self.decode_workers = batch_size, decode_workers
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        done = []
+        import ray
+
+        actor = ray.get_runtime_context().get_actor_id()
+        replies = []
         for index in range(len(batch["index"])):
-            values = {name: _plain(column[index]) for name, column in batch.items()}
-            done.append(explain_piece(self.worker, self.manifest, Piece(**values), self.output, self.batch_size))
-        return {name: np.array([getattr(one, name) for one in done]) for name in Done._fields}
+            piece = Piece(**{name: _plain(column[index]) for name, column in batch.items()})
+            replies.append({"actor": actor, **self.reply(piece)})
+        return {name: np.array([reply[name] for reply in replies]) for name in replies[0]}
+
+    def reply(self, piece: Piece) -> dict[str, Any]:
+        """Explain a piece: what became of it, no rows if it was passed over, and why it failed if it did."""
+        if stop_asked(self.output):
+            return {**Done(piece.index, 0, 0)._asdict(), "failure": ""}
+        try:
+            done = explain_piece(self.worker, self.manifest, piece, self.output, self.batch_size, self.decode_workers)
+        except Exception as error:
+            # Raised here, it would reach the driver as one of Ray's own that hides the reason.
+            return {**Done(piece.index, 0, 0)._asdict(), "failure": str(error) or type(error).__name__}
+        return {**done._asdict(), "failure": ""}
 
 
 def run_ray(
-    worker: type,
-    settings: Mapping[str, Any],
-    manifest: Mapping[str, Any],
+    arguments: Mapping[str, Any],
     pieces: Iterable[Piece],
-    output: Path,
-    batch_size: int,
     workers: int = 1,
     gpus: float = 0.0,
     address: str | None = None,
-) -> Iterator[Done]:
-    r"""Explain pieces on a Ray cluster.
+) -> Generator[Done, None, None]:
+    r"""Explain pieces on a Ray cluster, until all are done or the audit is asked to stop and none is in flight.
 
     Args:
 
-        worker, settings, manifest, output, batch_size: As for :class:`PieceWorker`.
+        arguments (mapping): Of :class:`PieceWorker`.
         pieces (iterable of Piece): The pieces.
         workers (int, optional): Number of actors. Default: 1
         gpus (float, optional): GPUs for each, perhaps a fraction. Default: 0
         address (str, optional): Of a running cluster. Default: None (a cluster on this machine, ended afterwards)
 
     Returns:
-        iterator of Done: as the pieces are done, in any order.
+        generator of Done: as the pieces are done, in any order.
 
     Raises:
-        RuntimeError: if Ray is not installed.
+        RuntimeError: if Ray is not installed, or it or a worker fails.
     """
     ray = _import_ray()
     started = not ray.is_initialized()
@@ -90,13 +108,23 @@ def run_ray(
         # What Ray repeats when an actor dies is a block: one piece, unless there are very many.
         done = ray.data.from_items(items, override_num_blocks=min(len(items), _MOST_BLOCKS)).map_batches(
             PieceWorker,
-            fn_constructor_args=(worker, dict(settings), dict(manifest), str(output), batch_size),
+            fn_constructor_kwargs=dict(arguments),
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=workers),
             **resources,
         )
+        idle: set[str] = set()
         for row in done.iter_rows():
-            yield Done(*(int(row[name]) for name in Done._fields))
+            if row["failure"]:
+                raise RuntimeError(f"--engine ray: {row['failure']}")
+            if row["rows"]:
+                yield Done(*(int(row[name]) for name in Done._fields))
+                continue
+            # Who passes over a piece has none in flight any more. Nothing is lost by ending them all, and the rest of
+            # the pieces need not be passed over one by one.
+            idle.add(str(row["actor"]))
+            if len(idle) == workers:
+                return
     except ray.exceptions.RayError as error:
         cause = getattr(error, "cause", None) or error
         raise RuntimeError(f"--engine ray: {cause}") from error

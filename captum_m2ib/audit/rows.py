@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 Record: TypeAlias = "Mapping[str, Any] | Problem"
+
+_BLOCK = 2**20
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id", "key", "uid"),
@@ -89,6 +91,18 @@ class Source(Protocol):
 
     def read(self, file: str, start: int) -> Iterator[Record]:
         """The records from a start on."""
+
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        """Bytes that differ if any text in the named columns does, or the size of a picture that is held there."""
+
+
+def blocks(file: BinaryIO, start: int = 0, size: int | None = None) -> Iterator[bytes]:
+    """A part of a file, or all from its start on, in blocks."""
+    file.seek(start)
+    left = size
+    while block := file.read(_BLOCK if left is None else min(left, _BLOCK)):
+        yield block
+        left = None if left is None else left - len(block)
 
 
 def runs(positions: Iterable[int], size: int) -> Iterator[tuple[int, int]]:

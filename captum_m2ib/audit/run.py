@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import signal
@@ -11,8 +9,8 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +23,9 @@ from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.worker import Worker
 from captum_m2ib.audit.writer import (
     RUN_FILE,
+    ask_to_stop,
     error_counts,
+    forget_stop,
     is_finished,
     only_writer,
     read_run,
@@ -75,14 +75,15 @@ def run_audit(
     workers: int = 1,
     gpus: float = 0.0,
     address: str | None = None,
+    decode_workers: int = 1,
     show_progress: bool = False,
     worker: type[Worker] = Worker,
     **settings: Any,
 ) -> Summary:
     r"""Explain every pair of a manifest; go on where an earlier run in the same folder stopped.
 
-    A row that cannot be explained becomes a row with an error. On Ctrl-C the embedded engine finishes the shard in
-    flight and returns; a second Ctrl-C stops at once.
+    A row that cannot be explained becomes a row with an error. On Ctrl-C the shards in flight are finished before it
+    returns; a second Ctrl-C stops at once.
 
     Args:
 
@@ -92,6 +93,8 @@ def run_audit(
         shard_size (int, optional): Rows in a shard, at most; what a killed run can lose. Default: 256
         engine (str, optional): ``"embedded"`` or ``"ray"``. Default: "embedded"
         workers, gpus, address: As for :func:`captum_m2ib.audit.ray_engine.run_ray`; for the engine ``"ray"``.
+        decode_workers (int, optional): Threads of each worker that decode the pictures of the next batch while the
+            model is busy with one; 0 for none. Changes no result. Default: 1
         show_progress (bool, optional): Show a progress bar. Default: False
         worker (type, optional): What explains batches. Default: :class:`Worker`
         **settings: Settings of the worker.
@@ -105,9 +108,13 @@ def run_audit(
     """
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}.")
-    for name, number in (("shard_size", shard_size), ("workers", workers)):
-        if not isinstance(number, int) or number < 1:
-            raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
+    for name, number, least in (
+        ("shard_size", shard_size, 1),
+        ("workers", workers, 1),
+        ("decode_workers", decode_workers, 0),
+    ):
+        if not isinstance(number, int) or number < least:
+            raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}.")
     if engine == "embedded" and (workers != 1 or gpus or address is not None):
         raise ValueError("workers: the embedded engine is one process; choose engine='ray' for more.")
     import_pyarrow()
@@ -124,34 +131,37 @@ def run_audit(
         if engine == "embedded" and pending:
             explainer.load()
         began = time.monotonic()
-        explained, stopped = 0, False
-        with _progress_bar(run["rows"], pending, show_progress) as progress, _stopping() as stop:
+        with _progress_bar(run["rows"], pending, show_progress) as progress, _stopping(folder), _quiet_pictures():
             if engine == "embedded" or not pending:
-                results: Iterator[Done] = run_embedded(explainer, opened, pending, folder, batch_size, progress)
+                results: Generator[Done, None, None] = run_embedded(
+                    explainer, opened, pending, folder, batch_size, decode_workers, progress
+                )
             else:
                 from captum_m2ib.audit.ray_engine import run_ray
 
-                arguments = {"path": str(opened.path), "columns": opened.given, "root": str(opened.root)}
-                results = run_ray(
-                    worker, settings, arguments, pending, folder.absolute(), batch_size, workers, gpus, address
-                )
-                results = _reported(results, progress)
-            for done in results:
-                explained += done.rows
-                if stop.is_set():
-                    stopped = explained < sum(piece.rows for piece in pending)
-                    break
+                arguments = {
+                    "worker": worker,
+                    "settings": settings,
+                    "manifest": {"path": str(opened.path), "columns": opened.given, "root": str(opened.root)},
+                    "output": str(folder.absolute()),
+                    "batch_size": batch_size,
+                    "decode_workers": decode_workers,
+                }
+                results = _reported(run_ray(arguments, pending, workers, gpus, address), progress)
+            with closing(results):
+                for _ in results:
+                    continue
         seconds = time.monotonic() - began
+        explained = sum(piece.rows for piece in pending if is_finished(folder, piece.index, piece.rows))
         finished, errors = error_counts(folder)
         write_run(folder, {**run, "finished": finished, "errors": errors, "complete": finished == run["rows"]})
     size = sum(path.stat().st_size for path in shards(folder))
+    stopped = explained < sum(piece.rows for piece in pending)
     return Summary(folder, run["rows"], finished, errors, explained, seconds, size, stopped)
 
 
 def _description(manifest: Manifest, pieces: list[Piece], shard_size: int, worker: Any) -> dict[str, Any]:
     """What ``run.json`` says from the beginning."""
-    sizes = [(os.path.basename(file), _size(file)) for file in manifest.source.files]
-    plan = [(piece.first, piece.rows, piece.start) for piece in pieces]
     return {
         "model": worker.model_name,
         "settings": worker.settings,
@@ -159,16 +169,12 @@ def _description(manifest: Manifest, pieces: list[Piece], shard_size: int, worke
         "manifest": str(manifest.path),
         "kind": manifest.kind,
         "columns": manifest.given,
-        "fingerprint": hashlib.sha256(json.dumps([sizes, plan]).encode()).hexdigest(),
+        "fingerprint": manifest.fingerprint(),
         "rows": sum(piece.rows for piece in pieces),
         "shards": len(pieces),
         "shard_size": shard_size,
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
     }
-
-
-def _size(file: str) -> int:
-    return os.path.getsize(file) if os.path.isfile(file) else 0
 
 
 def _version(package: str) -> str | None:
@@ -186,12 +192,15 @@ def _claim(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         write_run(folder, {**run, "finished": 0, "errors": {}, "complete": False})
         return run
     earlier = read_run(folder)
-    for name in ("model", "settings", "columns", "shard_size", "kind", "rows", "fingerprint"):
+    for name in ("model", "settings", "columns", "shard_size", "kind"):
         if earlier.get(name) != run[name]:
-            told = (
-                "its manifest has changed" if name == "fingerprint" else _difference(name, earlier.get(name), run[name])
-            )
+            told = _difference(name, earlier.get(name), run[name])
             raise ValueError(f"--output: {folder} holds another audit ({told}); choose another folder.")
+    if any(earlier.get(name) != run[name] for name in ("fingerprint", "rows")):
+        raise ValueError(
+            f"MANIFEST: {run['manifest']} is not what it was when the audit in {folder} began ({earlier.get('rows')} "
+            f"rows then, {run['rows']} now); restore it, or choose another folder for --output."
+        )
     if earlier.get("versions") != run["versions"]:
         told = _difference("versions", earlier.get("versions"), run["versions"])
         warnings.warn(f"--output: {folder} was begun with other versions ({told}).", UserWarning, stacklevel=3)
@@ -207,24 +216,35 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 
 @contextmanager
-def _stopping() -> Iterator[threading.Event]:
-    """An event that the first Ctrl-C sets; the second interrupts as usual."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
+def _stopping(folder: Path) -> Iterator[None]:
+    """The first Ctrl-C asks the run to stop; the second interrupts as usual."""
+    forget_stop(folder)
+    asked = False
 
     def ask(signum: int, frame: Any) -> None:
-        if event.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        event.set()
-        print("\nfinishing the shard; press Ctrl-C again to stop at once.", file=sys.stderr)
+        asked = True
+        ask_to_stop(folder)
+        print("\nfinishing the shards in flight; press Ctrl-C again to stop at once.", file=sys.stderr)
 
-    before = signal.signal(signal.SIGINT, ask)
+    is_main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, ask) if is_main else None
     try:
-        yield event
+        yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if is_main:
+            signal.signal(signal.SIGINT, before)
+        forget_stop(folder)
+
+
+@contextmanager
+def _quiet_pictures() -> Iterator[None]:
+    """What Pillow warns of is in the row; set for all threads at once, as they share the filters."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
 
 
 @contextmanager
@@ -245,7 +265,7 @@ def _progress_bar(total: int, pending: list[Piece], show: bool) -> Iterator[Prog
         yield advance
 
 
-def _reported(results: Iterator[Done], progress: Progress) -> Iterator[Done]:
+def _reported(results: Iterator[Done], progress: Progress) -> Generator[Done, None, None]:
     for done in results:
         progress(done.rows, done.errors)
         yield done

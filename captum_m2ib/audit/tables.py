@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from captum_m2ib.audit.rows import Problem, Record, even_runs, runs
+from captum_m2ib.audit.rows import Problem, Record, blocks, even_runs, runs
 
 _LONGEST_LINE = 64 * 2**20
 
@@ -41,7 +41,15 @@ def _skip_mark(file: BinaryIO) -> int:
     return 3 if file.read(3) == b"\xef\xbb\xbf" else 0
 
 
-class Delimited:
+class _Text:
+    """Files of text: all that is in them counts."""
+
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        with open(file, "rb") as opened:
+            yield from blocks(opened)
+
+
+class Delimited(_Text):
     r"""CSV or TSV files with a header line.
 
     Args:
@@ -92,7 +100,7 @@ class Delimited:
                 yield position, dict(zip(names, fields, strict=False))
 
 
-class JsonLines:
+class JsonLines(_Text):
     r"""Files with one JSON object per line.
 
     Args:
@@ -186,6 +194,22 @@ class Parquet:
                         skip = max(skip - batch.num_rows, 0)
                 before += rows
 
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        from pyarrow.parquet import ParquetFile
+
+        with open(file, "rb") as raw, ParquetFile(raw) as opened:
+            metadata, schema = opened.metadata, opened.schema
+            for group in range(metadata.num_row_groups):
+                for index in range(metadata.num_columns):
+                    chunk = metadata.row_group(group).column(index)
+                    if chunk.path_in_schema.partition(".")[0] not in names:
+                        continue
+                    size = chunk.total_compressed_size
+                    yield f"{chunk.path_in_schema} {chunk.num_values} {size} {chunk.total_uncompressed_size}".encode()
+                    if chunk.physical_type != "BYTE_ARRAY" or schema.column(index).logical_type.type != "NONE":
+                        # As it lies in the file: nothing needs to be unpacked.
+                        yield from blocks(raw, chunk.dictionary_page_offset or chunk.data_page_offset, size)
+
 
 class Arrow:
     r"""Arrow files, as ``datasets.Dataset.save_to_disk`` writes them; memory-mapped.
@@ -212,6 +236,14 @@ class Arrow:
         for first in range(start, table.num_rows, self._BATCH):
             yield from table.slice(first, self._BATCH).to_pylist()
 
+    def content(self, file: str, names: Collection[str]) -> Iterator[bytes]:
+        table = self._table(file)
+        for name in table.schema.names:
+            if name in names:
+                yield name.encode()
+                for chunk in table[name].chunks:
+                    yield from _buffers(chunk)
+
     @staticmethod
     def _table(file: str) -> Any:
         arrow = import_pyarrow()
@@ -220,3 +252,21 @@ class Arrow:
             return arrow.ipc.open_stream(mapped).read_all()
         except arrow.ArrowInvalid:
             return arrow.ipc.open_file(mapped).read_all()
+
+
+def _buffers(array: Any) -> Iterator[bytes]:
+    """What an Arrow array is made of, of binary values only where each ends."""
+    types = import_pyarrow().types
+    kind = array.type
+    if types.is_struct(kind):
+        for index in range(kind.num_fields):
+            yield from _buffers(array.field(index))
+    elif types.is_dictionary(kind):
+        yield from _buffers(array.indices)
+        yield from _buffers(array.dictionary)
+    elif isinstance(kind, import_pyarrow().BaseExtensionType):
+        yield from _buffers(array.storage)
+    else:
+        held = array.buffers()
+        for buffer in held[:-1] if types.is_binary(kind) or types.is_large_binary(kind) else held:
+            yield b"" if buffer is None else bytes(buffer)

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from captum_m2ib.audit.decode import RowError, cover_of, read_caption, read_picture, read_region
+from captum_m2ib.audit.decode import RowError, cover_of, read_ahead, read_caption, read_picture, read_region
 from captum_m2ib.audit.measures import cosine, half_scores, jpeg, patch_maps
+from captum_m2ib.audit.processes import survive_fork
 from captum_m2ib.audit.rows import read_boxes
 from captum_m2ib.visualization import clean_token
 
@@ -100,7 +101,10 @@ class Worker:
 
     Examples::
 
-        >>> dataset.map(Worker(model="openai/clip-vit-base-patch32"), batched=True, batch_size=8)
+        >>> worker = Worker(n_steps=2)  # the shipped model; of a datasets.Dataset: dataset.map(worker, batched=True)
+        >>> rows = worker({"image": images, "caption": captions})
+        >>> len(rows["score"]), rows["error"]
+        (2, [None, None])
     """
 
     def __init__(
@@ -154,6 +158,8 @@ class Worker:
         self.batch_size, self.internal_batch_size = batch_size, internal_batch_size
         self._method: MultiModalInfoBottleneck | None = None
 
+    read_ahead = staticmethod(read_ahead)
+
     def __reduce__(self) -> tuple[Any, ...]:
         # The model stays behind: another process loads its own.
         return partial(type(self), self.model, **self._arguments()), ()
@@ -183,7 +189,12 @@ class Worker:
         return {**self.settings, **sizes, "device": self.device}
 
     def load(self) -> MultiModalInfoBottleneck:
-        """The attribution method on the loaded model; loads it once."""
+        r"""The attribution method on the loaded model; loads it once.
+
+        Returns:
+            MultiModalInfoBottleneck: with the settings' layers and prior.
+        """
+        survive_fork()
         if self._method is None:
             self._method = self._load()
         return self._method
@@ -211,7 +222,12 @@ class Worker:
 
         Returns:
             dict: columns of the same length and order: ``row``, ``id`` and ``caption`` as given, and :data:`RESULTS`.
+
+        Raises:
+            ValueError, OSError: if the model cannot be loaded.
         """
+        # Else a model that cannot be loaded would be an error of every row.
+        self.load()
         count = len(batch["caption"])
         rows = [{name: column[index] for name, column in batch.items()} for index in range(count)]
         results: list[dict[str, Any]] = []

@@ -18,6 +18,7 @@ from captum_m2ib.audit.tables import import_pyarrow
 RUN_FILE = "run.json"
 _FORMAT, _VERSION = "captum_m2ib.audit", 1
 _UNFINISHED = ".unfinished"
+_STOP_FILE = ".stop"
 
 
 def schema() -> Any:
@@ -59,7 +60,15 @@ def shard_path(folder: Path, index: int) -> Path:
 
 
 def shards(folder: str | os.PathLike[str]) -> list[Path]:
-    """The finished shards of an audit, in order."""
+    r"""The finished shards of an audit, in order.
+
+    Args:
+
+        folder (str or PathLike): The audit's output.
+
+    Returns:
+        list[Path]: parquet files.
+    """
     return sorted(Path(folder).glob("pairs-*.parquet"))
 
 
@@ -138,6 +147,13 @@ def write_run(folder: Path, run: Mapping[str, Any]) -> None:
 def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
     r"""What an audit's ``run.json`` says.
 
+    Args:
+
+        folder (str or PathLike): The audit's output.
+
+    Returns:
+        dict: settings, versions, counts and the seed.
+
     Raises:
         ValueError: if the folder holds no audit.
     """
@@ -173,6 +189,21 @@ def _into_place(temporary: Path, path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def ask_to_stop(folder: Path) -> None:
+    """Ask a run to finish the shards in flight and no more; a file, for its workers may be on other machines."""
+    (folder / _STOP_FILE).touch()
+
+
+def stop_asked(folder: Path) -> bool:
+    """Whether the run in a folder is to begin no further shard."""
+    return (folder / _STOP_FILE).exists()
+
+
+def forget_stop(folder: Path) -> None:
+    """Let runs go on again."""
+    (folder / _STOP_FILE).unlink(missing_ok=True)
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-_PATIENCE = 60.0
+# How long a condition may take to become true in the page, and any answer of the browser.
+_CONDITION, _ANSWER = 60.0, 120.0
 
 
 class Page:
@@ -31,6 +32,9 @@ class Page:
         self._session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
+        self.send("Page.setLifecycleEventsEnabled", enabled=True)
+        # The page has the focus, whatever else the machine shows.
+        self.send("Emulation.setFocusEmulationEnabled", enabled=True)
 
     def send(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._count += 1
@@ -41,13 +45,13 @@ class Page:
         while True:
             answer = self._receive()
             if answer.get("id") == self._count:
-                assert "error" not in answer, (method, answer)
+                assert "error" not in answer, (method, parameters, answer)
                 result: dict[str, Any] = answer["result"]
                 return result
             self.events.append(answer)
 
     def _receive(self) -> dict[str, Any]:
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _ANSWER
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._answers], [], [], max(end - time.monotonic(), 0))
             assert ready, "the browser does not answer"
@@ -62,9 +66,11 @@ class Page:
         self.send("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=phone)
 
     def open(self, path: Path) -> None:
+        """Go to a page and wait until it, and no page before it, has loaded."""
         self.events.clear()
-        self.send("Page.navigate", url=path.as_uri())
-        while not any(event.get("method") == "Page.loadEventFired" for event in self.events):
+        loader = self.send("Page.navigate", url=path.as_uri())["loaderId"]
+        loaded = {"name": "load", "loaderId": loader}
+        while not any(loaded.items() <= event.get("params", {}).items() for event in self.events):
             self.events.append(self._receive())
 
     def run(self, expression: str) -> Any:
@@ -73,14 +79,26 @@ class Page:
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
+    def expect(self, expression: str, value: Any) -> None:
+        """Wait until a JavaScript expression has a value."""
+        found = self.run(f"""new Promise(done => {{
+            const end = performance.now() + {1000 * _CONDITION};
+            const look = () => {{
+                const found = {expression};
+                if (JSON.stringify(found) === {json.dumps(json.dumps(value, separators=(",", ":"), ensure_ascii=False))}
+                    || performance.now() > end) done(found);
+                else setTimeout(look, 10);
+            }};
+            look();
+        }})""")
+        assert found == value, f"{expression} is {found!r}, not {value!r}"
+
     def press(self, key: str) -> None:
         code = {"Enter": 13, "Escape": 27, "Tab": 9, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40}
         text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
         shared = {"key": key, "windowsVirtualKeyCode": code.get(key, 0)}
         self.send("Input.dispatchKeyEvent", type="keyDown" if text else "rawKeyDown", text=text, **shared)
         self.send("Input.dispatchKeyEvent", type="keyUp", **shared)
-        # What a key sets off, such as the closing of a dialog, is told to the page a moment later.
-        self.run("new Promise(done => setTimeout(done, 20))")
 
     def type(self, text: str) -> None:
         self.send("Input.insertText", text=text)

@@ -7,16 +7,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from stub_worker import StubWorker
+from captum_m2ib.audit import Worker
 
 
-class MortalWorker(StubWorker):
-    def __init__(self, *, marker: str, **settings: Any) -> None:
-        super().__init__(**settings)
+class MortalWorker(Worker):
+    def __init__(self, *args: Any, marker: str, **settings: Any) -> None:
+        super().__init__(*args, **settings)
         self.marker = Path(marker)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        if "pair-17" in batch["id"] and not self.marker.exists():
+        if "scene-17" in batch["id"] and not self.marker.exists():
             self.marker.touch()
             os._exit(1)
         return super().__call__(batch)

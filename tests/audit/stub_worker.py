@@ -13,14 +13,21 @@ from captum_m2ib.audit.worker import RESULTS
 
 
 class StubWorker:
-    def __init__(self, *, seconds: float = 0.0, batch_size: int = 8) -> None:
-        self.seconds, self.batch_size = seconds, batch_size
+    def __init__(self, *, seconds: float = 0.0, batch_size: int = 8, log: str | None = None) -> None:
+        self.seconds, self.batch_size, self.log = seconds, batch_size, log
         self.model_name, self.settings = "stub", {"seed": 0}
 
     def load(self) -> None:
         return None
 
+    def read_ahead(self, row: Any) -> Any:
+        return row
+
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+        if self.log is not None:
+            # One write, which the system appends whole: several processes share the file.
+            with open(self.log, "a") as file:
+                file.write("".join(f"{identity}\n" for identity in batch["id"]))
         time.sleep(self.seconds)
         rows = [self._explain(*row) for row in zip(batch["id"], batch["caption"], batch["image"], strict=True)]
         columns: dict[str, list[Any]] = {name: [row.get(name) for row in rows] for name in RESULTS}

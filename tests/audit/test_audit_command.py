@@ -66,7 +66,8 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
     options = (
         "audit pairs.csv --output out --columns image=path caption=title --images pictures --model m --revision r "
         "--device cuda --layers a b --beta 2 --steps 3 --samples 4 --seed 5 --joint --contrast other --halves "
-        "--cut-captions --thumbnail 6 --batch 7 --shard-size 8 --engine ray --workers 9 --gpus 0.5 --address auto"
+        "--cut-captions --thumbnail 6 --batch 7 --shard-size 8 --engine ray --workers 9 --gpus 0.5 --address auto "
+        "--decode-workers 2"
     )
     run(*options.split())
     assert given == {
@@ -93,6 +94,7 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
         "engine": "ray",
         "workers": 9,
         "gpus": 0.5,
+        "decode_workers": 2,
         "address": "auto",
         "show_progress": False,
     }

@@ -141,6 +141,11 @@ def test_an_interrupt_is_not_taken_for_a_bad_row(checkpoint: Path):
         Exhausted(str(checkpoint), pairs=0, failure=KeyboardInterrupt, **QUICK)(part(BATCH, [0]))
 
 
+def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_rows(tmp_path: Path):
+    with pytest.raises((ValueError, OSError)):
+        Worker(str(tmp_path / "no model"), **QUICK)(BATCH)
+
+
 def test_a_copy_is_made_from_settings_alone(checkpoint: Path, whole: dict[str, list[Any]]):
     worker = Worker(str(checkpoint), batch_size=3, thumbnail=0, **QUICK)
     worker.load()

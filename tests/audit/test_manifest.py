@@ -138,6 +138,65 @@ def test_pieces_can_be_read_alone_and_in_any_order(name: str, tmp_path: Path):
         assert list(Manifest(path).rows(pieces[index])) == expected[index]
 
 
+def changed_at(values: list[Any], index: int, value: Any) -> list[Any]:
+    return [*values[:index], value, *values[index + 1 :]]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_fingerprint_is_the_contents_own(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def fingerprint(folder: str) -> str:
+        (tmp_path / folder).mkdir()
+        return Manifest(FORMATS[name](tmp_path / folder)).fingerprint()
+
+    before = fingerprint("before")
+    assert fingerprint("copy") == before
+    # As long as before, and in the middle.
+    monkeypatch.setitem(globals(), "CAPTIONS", changed_at(CAPTIONS, 11, CAPTIONS[11].replace("quoted", "quotes")))
+    changed = fingerprint("changed")
+    monkeypatch.setitem(globals(), "CAPTIONS", changed_at(CAPTIONS, 12, CAPTIONS[12] + "?"))
+    assert len({before, changed, fingerprint("longer")}) == 3
+
+
+@pytest.mark.parametrize("name", ["data set", "webdataset"])
+def test_a_picture_held_by_the_manifest_counts_by_its_size(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    found, picture = [], PICTURES[5]
+    for folder, data in (("a", picture), ("b", picture[:-1] + b"x"), ("c", picture + b"x")):
+        monkeypatch.setitem(globals(), "PICTURES", changed_at(PICTURES, 5, data))
+        (tmp_path / folder).mkdir()
+        found.append(Manifest(FORMATS[name](tmp_path / folder)).fingerprint())
+    assert found[0] == found[1] != found[2]
+
+
+def test_of_parquet_every_page_of_text_counts_and_no_picture_is_read(tmp_path: Path):
+    rows = [{"id": f"k{i}", "image": {"bytes": PICTURES[i], "path": None}, "text": CAPTIONS[i]} for i in range(COUNT)]
+    # No statistics that would give the change away.
+    layout: dict[str, Any] = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    found = []
+    for name, caption, picture in (
+        ("a", CAPTIONS[11], PICTURES[5]),
+        ("b", CAPTIONS[11], PICTURES[5][:-1] + b"x"),
+        ("c", CAPTIONS[11].replace("quoted", "quotes"), PICTURES[5]),
+        ("d", CAPTIONS[11], PICTURES[5] + b"x"),
+    ):
+        rows[11]["text"], rows[5]["image"] = caption, {"bytes": picture, "path": None}
+        path = tmp_path / name / "pairs.parquet"
+        path.parent.mkdir()
+        parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=5, **layout)
+        found.append(Manifest(path).fingerprint())
+    assert found[0] == found[1] and len(set(found)) == 3
+
+
+def test_a_column_that_is_not_read_does_not_count(tmp_path: Path):
+    found = []
+    for other in ("x", "y"):
+        path = tmp_path / other / "pairs.parquet"
+        path.parent.mkdir()
+        rows = [{"image": "a.png", "said": "hello", "notes": other, "text": other}]
+        parquet.write_table(pa.Table.from_pylist(rows), path)
+        found.append([Manifest(path, columns).fingerprint() for columns in ({"caption": "said"}, {"caption": "notes"})])
+    assert found[0][0] == found[1][0] and found[0][1] != found[1][1]
+
+
 def test_parquet_is_read_on_from_where_the_last_piece_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     parquet.write_table(pa.Table.from_pylist(records(tmp_path)), tmp_path / "pairs.parquet")
     manifest = Manifest(tmp_path / "pairs.parquet")
@@ -191,6 +250,7 @@ def test_a_damaged_tar_keeps_what_is_before_the_damage(tmp_path: Path):
     assert [row.caption for row in rows[:5]] == CAPTIONS[:5]
     assert [row.caption for row in rows[-11:]] == CAPTIONS[12:]
     assert any(row.problem and "damaged" in row.problem for row in rows)
+    assert Manifest(shards).fingerprint() == manifest.fingerprint()
 
 
 def test_a_file_that_shrinks_during_the_audit_still_gives_all_rows(tmp_path: Path):

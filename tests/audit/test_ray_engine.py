@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
-from audit_cases import QUICK, table_of, write_captions, write_scenes
+from audit_cases import QUICK, rows_of, write_captions, write_scenes
 from stub_worker import StubWorker
 from test_audit_run import assert_tables_close, in_other_process
+from test_interrupts import Interrupted
 
-from captum_m2ib.audit import read_run, run_audit, shards
+from captum_m2ib.audit import Worker, read_run, run_audit, shards
+from captum_m2ib.audit.ray_engine import PieceWorker
+from captum_m2ib.audit.writer import ask_to_stop
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
 STUB: Any = StubWorker
@@ -24,18 +28,28 @@ def run_with_ray(folder: Path, code: str, patience: float) -> None:
     assert process.returncode == 0, (out, err)
 
 
-def test_a_worker_that_dies_is_started_again_and_the_table_is_whole(tmp_path: Path):
-    manifest = write_captions(tmp_path / "pairs.jsonl", 60)
-    run_audit(manifest, tmp_path / "embedded", shard_size=10, worker=STUB)
-    settings = {"shard_size": 10, "engine": "ray", "workers": 2, "marker": str(tmp_path / "died")}
+def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, checkpoint: Path):
+    manifest = write_scenes(tmp_path, 30)
+    settings = {"model": str(checkpoint), "shard_size": 5, **QUICK}
+    run_audit(manifest, tmp_path / "embedded", **settings)
+    settings |= {"engine": "ray", "workers": 2, "marker": str(tmp_path / "died")}
     code = (
         "from captum_m2ib.audit import run_audit; from mortal_worker import MortalWorker; "
         f"run_audit({str(manifest)!r}, {str(tmp_path / 'ray')!r}, worker=MortalWorker, **{settings!r})"
     )
-    run_with_ray(tmp_path, code, 120)
+    run_with_ray(tmp_path, code, 240)
     assert (tmp_path / "died").exists()
-    assert table_of(tmp_path / "ray").equals(table_of(tmp_path / "embedded"))
+    assert [row["row"] for row in rows_of(tmp_path / "ray")] == list(range(30))
+    assert_tables_close(tmp_path / "embedded", tmp_path / "ray")
     assert read_run(tmp_path / "ray")["complete"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="sending Ctrl-C to another process needs POSIX signals")
+def test_ctrl_c_finishes_the_shards_in_flight_and_says_how_to_go_on(tmp_path: Path):
+    run = Interrupted(tmp_path, 0.2, "--engine", "ray", "--workers", "2")
+    run.wait_for(lambda: shards(run.output))
+    run.press_ctrl_c()
+    run.assert_resumable()
 
 
 @pytest.mark.slow
@@ -51,6 +65,41 @@ def test_scene_pairs_give_the_same_table_under_both_engines(count: int, tmp_path
     run_with_ray(tmp_path, code, 900)
     assert len(shards(tmp_path / "ray")) == count // 50
     assert_tables_close(tmp_path / "embedded", tmp_path / "ray")
+
+
+def piece_worker(folder: Path, **settings: Any) -> PieceWorker:
+    manifest = {"path": str(write_captions(folder / "pairs.jsonl", 5))}
+    (folder / "out").mkdir()
+    return PieceWorker(settings.pop("worker", STUB), settings, manifest, str(folder / "out"), 8, 0)
+
+
+def test_pieces_are_passed_over_once_the_audit_is_asked_to_stop(tmp_path: Path):
+    worker = piece_worker(tmp_path)
+    (first, second) = worker.manifest.pieces(3)
+    assert worker.reply(first) == {"piece": 0, "rows": 3, "errors": 0, "failure": ""}
+    ask_to_stop(worker.output)
+    assert worker.reply(second) == {"piece": 1, "rows": 0, "errors": 0, "failure": ""}
+    assert len(shards(worker.output)) == 1
+
+
+def test_what_stops_a_worker_is_passed_on(tmp_path: Path):
+    worker = piece_worker(tmp_path, worker=Worker, model=str(tmp_path / "no model"))
+    (piece,) = worker.manifest.pieces(9)
+    assert "no model is not a directory" in worker.reply(piece)["failure"]
+    assert shards(worker.output) == []
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_loaded_stops_the_run_with_its_reason(tmp_path: Path):
+    manifest = write_captions(tmp_path / "pairs.jsonl", 40)
+    arguments = ["audit", str(manifest), "--output", str(tmp_path / "out"), "--engine", "ray", "--model", "/no model"]
+    process = in_other_process(
+        tmp_path, f"if __name__ == '__main__':\n    from captum_m2ib.cli import main; exit(main({arguments!r}))"
+    )
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith("captum-m2ib: --engine ray: model: /no model is not a directory; expected")
+    assert shards(tmp_path / "out") == []
 
 
 def test_ray_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

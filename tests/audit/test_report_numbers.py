@@ -120,6 +120,16 @@ def test_tokens_that_carry_nothing_come_first_and_rare_ones_not_at_all(audit: Ca
     assert found[0] == {"token": "a", "count": 20, "mean": 0.0, "silent": 1.0} and found[1]["mean"] == 4.0
 
 
+def test_reasons_are_counted_together_whatever_file_they_name(audit: Callable[..., Path]):
+    reasons = ["there is no file /a/b.png; check", "there is no file C:\\c.d.png; check", "cannot read (/a/b) twice."]
+    rows = [
+        {"row": index, "id": str(index), "caption": "", "error_kind": "image", "error": reason}
+        for index, reason in enumerate(reasons)
+    ]
+    found = read_figures(audit(rows)).examples["image"]
+    assert found == {"there is no file …; check": 2, "cannot read (…) twice.": 1}
+
+
 def test_two_audits_are_matched_by_id(audit: Callable[..., Path]):
     first = read_figures(audit([make_row(index) for index in range(4)]))
     rows = [

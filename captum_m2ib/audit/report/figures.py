@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +28,7 @@ NUMBERS = (
 # A word carries nothing if it has less than this share of what it would have were all words alike.
 SILENT = 0.05
 _FEWEST_WORDS = 3
+_NAME = re.compile(r"[^\s(]*[/\\]\S*?(?=[;,.:)]*$)")
 _FOUND = 24
 _TOKENS = 15
 
@@ -93,7 +95,7 @@ def _count(counts: dict[str, int], name: str, most: int = 200) -> None:
 
 def _without_names(reason: str) -> str:
     """A reason without the file it is about, so that equal ones are counted together."""
-    return " ".join("…" if "/" in word or "\\" in word else word for word in reason.split())
+    return " ".join(_NAME.sub("…", word) for word in reason.split())
 
 
 def _silent_share(table: Any, tokens: dict[str, list[float]]) -> np.ndarray:

@@ -202,7 +202,8 @@
     pictures.append(view(index, pair, "", false));
     if (pair.map) pictures.append(view(index, pair, pair.other ? "A" : "", true));
     if (pair.other && pair.other.map) pictures.append(view(index, pair.other, "B", true));
-    body.push(pictures, ...sideDetail(pair, pair.other ? "A" : ""));
+    if (pictures.querySelector(".fit")) body.push(pictures);
+    body.push(...sideDetail(pair, pair.other ? "A" : ""));
     if (pair.other) body.push(...sideDetail(pair.other, "B"));
     byId("detail-body").replaceChildren(...body);
     if (!dialog.open) dialog.showModal();
