@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import captum_m2ib
 from captum_m2ib.audit import command as audit
+from captum_m2ib.benchmark.command import add_benchmark
 
 if TYPE_CHECKING:
     from captum_m2ib.attr import MultiModalInfoBottleneck
@@ -63,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_explain(commands)
     _add_train(commands)
-    _add_benchmark(commands)
+    add_benchmark(commands, _load, _device)
     audit.add_commands(commands)
     return parser
 
@@ -107,40 +108,6 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--restart", action="store_true", help="ignore the saved state of an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is already there")
     parser.set_defaults(run=_train)
-
-
-def _add_benchmark(commands: Any) -> None:
-    parser = commands.add_parser("benchmark", help="measure")
-    benchmarks = parser.add_subparsers(required=True, metavar="BENCHMARK")
-    speed = benchmarks.add_parser(
-        "speed",
-        help="FLOPs, time and memory beside the published loop",
-        description="Both maps of a pair by the published optimisation loop and by this library, on a CLIP of "
-        "ViT-B/32 size with random weights: FLOPs, wall time, peak memory, and the largest difference of the maps.",
-    )
-    speed.add_argument("--repeats", type=int, default=3, help="timed runs of each (default: %(default)s)")
-    speed.add_argument("--batch", type=int, default=8, help="pairs in a batch of ours (default: %(default)s)")
-    speed.add_argument("--layer", type=int, default=9, help="block, counted from 0 (default: %(default)s)")
-    speed.add_argument("--device", default="cpu", help="default: %(default)s")
-    speed.set_defaults(run=_speed)
-    meaning = benchmarks.add_parser(
-        "scenes",
-        help="maps against ground truth on held-out scenes",
-        description="Image and token maps of a method on held-out scenes whose ground truth is known. Methods: m2ib "
-        "(default), m2ib-published, nib, nib-recommended-layers, grad-eclip, relevance, relevance-all-blocks, legrad, "
-        "legrad-all-blocks, rise; centre and random know nothing of the pair.",
-    )
-    meaning.add_argument("--method", default="m2ib", help="default: %(default)s")
-    meaning.add_argument("--probes", type=int, default=200, help="of each kind (default: %(default)s)")
-    meaning.add_argument("--seed", type=int, default=0, help="which scenes (default: %(default)s)")
-    meaning.add_argument("--model", metavar="DIR", help="checkpoint trained on scenes (default: shipped model)")
-    meaning.add_argument("--published", action="store_true", help="the paper's layers and prior")
-    meaning.add_argument(
-        "--without-statistics",
-        action="store_true",
-        help="as for a model that ships none: the pair's own patches and the vocabulary",
-    )
-    meaning.set_defaults(run=_scenes)
 
 
 def _explain(given: argparse.Namespace) -> None:
@@ -251,25 +218,6 @@ def _train(given: argparse.Namespace) -> None:
         overwrite=given.overwrite,
         **steps,
     )
-
-
-def _speed(given: argparse.Namespace) -> None:
-    from captum_m2ib.benchmark.speed import measure, render
-
-    print(render(measure(given.repeats, given.batch, given.layer, _device(given.device) or "cpu")))
-
-
-def _scenes(given: argparse.Namespace) -> None:
-    from captum_m2ib.benchmark.methods import METHODS
-    from captum_m2ib.benchmark.scenes import measure, render
-
-    name = "m2ib-published" if given.published else given.method
-    if name not in METHODS or (given.published and given.method != "m2ib"):
-        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, without --published, got {given.method!r}.")
-    encoder = _load(given)
-    if given.without_statistics:
-        encoder.statistics.clear()
-    print(render(measure(METHODS[name](encoder), given.probes, given.seed)))
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:

@@ -19,9 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
+from captum_m2ib.benchmark.meters import Flops
 from captum_m2ib.dual_encoder import DualEncoder
 
 Arguments = tuple[Tensor, ...]
@@ -98,14 +98,14 @@ def measure(name: str, repeats: int = 3) -> dict[str, Any]:
             method.attribute((first, second), additional_forward_args=tuple(additional) or None)
 
         seconds = []
-        counter = FlopCounterMode(display=False)
+        counter = Flops()
         for index in range(repeats):
             # The first run is counted as well, which costs it next to nothing on models of this size.
             with counter if index == 0 else contextlib.nullcontext():
                 start = time.perf_counter()
                 run()
                 seconds.append(time.perf_counter() - start)
-        found[kind] = {"gflop": counter.get_total_flops() / 1e9, "seconds": sorted(seconds)}
+        found[kind] = {"gflop": counter.total / 1e9, "seconds": sorted(seconds)}
     found["after"] = _peak()
     return found
 

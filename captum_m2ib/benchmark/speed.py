@@ -10,7 +10,6 @@ from __future__ import annotations
 import multiprocessing
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck
 from captum_m2ib.attr._arguments import PUBLISHED
 from captum_m2ib.attr._gates import noise
+from captum_m2ib.benchmark.meters import count_flops, seconds_of
 from captum_m2ib.bottleneck import NATS_PER_BIT
 from captum_m2ib.dual_encoder import DualEncoder
 
@@ -187,11 +186,11 @@ def measure(repeats: int = 3, batch: int = 8, layer: int = 9, device: str = "cpu
         "default": lambda: run_default(encoder, single),
     }
     share = {"published": 1, "ours": 1, "batched": batch, "default": 1}
-    flops = {name: _flops(run) / share[name] for name, run in runs.items()}
+    flops = {name: count_flops(run) / share[name] for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in tqdm(range(repeats), desc="Timing", unit="round", disable=None):
         for name, run in runs.items():
-            times[name].append(_seconds(run, device) / share[name])
+            times[name].append(seconds_of(run, device) / share[name])
     peaks = {name: _peak(name, layer, batch, device) for name in runs}
     costs = {name: Cost(flops[name] / 1e9, _spread(times[name]), peaks[name]) for name in runs}
     theirs, ours = run_published(encoder, single, layer), run_ours(encoder, single, layer, n_steps=9)
@@ -226,25 +225,6 @@ def render(report: SpeedReport) -> str:
     )
 
 
-def _flops(run: Callable[[], Any]) -> int:
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
-
-
-def _seconds(run: Callable[[], Any], device: str) -> float:
-    _wait(device)
-    start = time.perf_counter()
-    run()
-    _wait(device)
-    return time.perf_counter() - start
-
-
-def _wait(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
-
-
 def _spread(values: list[float]) -> tuple[float, float, float]:
     return min(values), statistics.median(values), max(values)
 
@@ -257,25 +237,39 @@ def _peak(name: str, layer: int, batch: int, device: str) -> float:
 
 
 def _peak_here(name: str, layer: int, batch: int, device: str) -> float:
-    import resource
-
     encoder = base32_encoder().to(device)
     pixels, ids, mask = (part.to(device) for part in random_pairs(batch if name == "batched" else 1))
     run = {"published": run_published, "default": run_default}.get(name, run_ours)
+    return peak_of(lambda: run(encoder, (pixels, ids, mask), layer), device)
+
+
+def peak_of(run: Callable[[], Any], device: str = "cpu") -> float:
+    r"""What a run adds to this process's memory at its peak.
+
+    Args:
+
+        run (Callable): What is measured; everything that it needs is there already.
+        device (str, optional): Whose memory. Default: "cpu"
+
+    Returns:
+        float: MiB.
+    """
+    import resource
+
     if device.startswith("cuda"):
         before = torch.cuda.memory_allocated()
-        run(encoder, (pixels, ids, mask), layer)
+        run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
     resident = _resident("VmRSS")
     if resident is None:
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        run(encoder, (pixels, ids, mask), layer)
+        run()
         # Kibibytes, but bytes on macOS.
         unit = 2**20 if sys.platform == "darwin" else 2**10
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / unit
     # A new process on Linux inherits its parent's peak: reset it.
     Path("/proc/self/clear_refs").write_text("5")
-    run(encoder, (pixels, ids, mask), layer)
+    run()
     return (_resident("VmHWM") or resident) - resident
 
 

@@ -23,7 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_m2ib.benchmark.scenes import pointing_game, relevance_mass
 from captum_m2ib.disent.backbones import LAYERS, DataSet, OneTask, Pictures, digits, scenes, train_backbone
 from captum_m2ib.disent.epic import EPIC
 from captum_m2ib.disent.explanations import contributions, heatmaps
@@ -34,6 +33,7 @@ from captum_m2ib.disent.model import InfoDisent
 from captum_m2ib.disent.prototypes import find_prototypes
 from captum_m2ib.disent.transform import TRANSFORMS
 from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.metrics import pointing_game, relevance_mass
 
 # Every variant changes one thing of the first.
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -213,15 +213,14 @@ def _localisation(
             f"{name}, strongest half": torch.stack([part.sum(0) for part in heatmaps(margin.maps, strongest)]),
         }
     assert pictures.masks is not None
-    masks, count = pictures.masks.numpy(), plan.curve_examples
-    figures = {"chance": {"pointing": float(masks.mean()), "relevance mass": float(masks.mean())}}
+    masks, count = pictures.masks, plan.curve_examples
+    figures = {"chance": {"pointing": float(masks.double().mean()), "relevance mass": float(masks.double().mean())}}
     for name, grid in maps.items():
-        fine = F.interpolate(grid.clamp(min=0)[:, None], size=masks.shape[1:], mode="bilinear")[:, 0].double().numpy()
+        fine = F.interpolate(grid.clamp(min=0)[:, None], size=masks.shape[1:], mode="bilinear")[:, 0].double()
         deletion, insertion = perturbation_curves(backbone, pictures.images[:count], grid[:count], labels[:count])
-        pairs = list(zip(fine, masks, strict=True))
         figures[name] = {
-            "pointing": statistics.fmean(pointing_game(*pair) for pair in pairs),
-            "relevance mass": statistics.fmean(relevance_mass(*pair) for pair in pairs),
+            "pointing": float(pointing_game(fine, masks).mean()),
+            "relevance mass": float(relevance_mass(fine, masks).nan_to_num().mean()),
             "deletion": deletion,
             "insertion": insertion,
         }
