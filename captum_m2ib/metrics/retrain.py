@@ -76,8 +76,8 @@ def roar(
                     and pooled tokens stay. Default: None (all)
         block (int, optional): Side, in pixels, of the squares of a picture that are ranked, by the sum of their map,
                     and replaced as a whole; a square is left alone where ``maskable`` is False within. Take the side
-                    of the model's patches where maps are made of these: a random ranking of single pixels leaves every
-                    object visible, and any map of patches would beat it. Default: 1
+                    of the model's patches where maps are made of these: a random ranking of single pixels leaves parts
+                    of every object visible, and a map of patches would win by its grain alone. Default: 1
         fractions (sequence of float, optional): Shares of the units, above 0 and at most 1.
                     Default: (0.1, 0.3, 0.5, 0.7, 0.9)
         seeds (sequence of int, optional): Of ``fit``, of ties and of the random ranking. Default: (0, 1, 2, 3, 4)
