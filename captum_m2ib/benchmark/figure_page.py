@@ -23,7 +23,7 @@ from captum_m2ib.lettering import INK, elide, text_width, write
 from captum_m2ib.scenes import image_probes, token_probes
 from captum_m2ib.visualization import at_display_size, overlay, token_colors
 
-COLUMNS = 8
+COLUMNS = 9
 _SIDE, _GAP, _MARGIN = 1.7, 0.14, 0.3
 _TITLE, _HEADING, _CHIP, _PITCH = 0.24, 0.42, 0.17, 0.2
 _SIZE = 7.0
