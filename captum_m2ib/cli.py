@@ -115,7 +115,8 @@ def _explain(given: argparse.Namespace) -> None:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
     if given.published and given.layers:
         raise ValueError("--published: chooses the layers itself; leave out --layers or --published.")
-    from captum_m2ib.explanation import check_output, explain
+    from captum_m2ib.explanation import explain
+    from captum_m2ib.explanation_files import check_output
 
     output = check_output(given.output)
     image, text = (given.image, given.text) if given.image is not None else _example()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from captum_m2ib.audit import Worker, read_run, run_audit, shards
 from captum_m2ib.audit.ray_engine import PieceWorker
 from captum_m2ib.audit.writer import ask_to_stop
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra ray is not installed")
 STUB: Any = StubWorker
 
 
