@@ -141,18 +141,18 @@ def find_embeddings(tower: nn.Module) -> nn.Module | None:
     """The module that embeds a text tower's tokens, with their positions where it adds them."""
     named = [(name, module) for name, module in tower.named_modules() if name]
     whole = (module for name, module in named if name.split(".")[-1] == "embeddings")
-    return next(whole, None) or next((table for name, table in _token_tables(named)), None)
+    return next(whole, None) or next((table for name, table in token_tables(named)), None)
 
 
 def embeds_text(tower: nn.Module) -> bool:
     """Whether the tower has a table of tokens."""
-    return any(True for _ in _token_tables(tower.named_modules()))
+    return any(True for _ in token_tables(tower.named_modules()))
 
 
 def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
     """Channels over every token of the vocabulary, each at one position, positions cycling."""
     tables = {name: module for name, module in embeddings.named_modules() if isinstance(module, nn.Embedding)}
-    tokens = next((table for _, table in _token_tables(tables.items())), None)
+    tokens = next((table for _, table in token_tables(tables.items())), None)
     if tokens is None:
         return None
     running = RunningStatistics()
@@ -178,7 +178,8 @@ def _trunk(tower: nn.Module) -> nn.Module:
     return tower
 
 
-def _token_tables(named: Any) -> Iterator[tuple[str, nn.Embedding]]:
+def token_tables(named: Any) -> Iterator[tuple[str, nn.Embedding]]:
+    """Of named modules those that turn token ids into rows, not positions or segments."""
     for name, module in named:
         if isinstance(module, nn.Embedding) and not any(word in name for word in ("position", "type", "relative")):
             yield name, module

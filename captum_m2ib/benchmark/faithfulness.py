@@ -23,7 +23,7 @@ from captum_m2ib.metrics import (
     token_deletion,
     token_insertion,
 )
-from captum_m2ib.towers import _token_tables
+from captum_m2ib.towers import token_tables
 
 FIGURES = {
     "image confidence drop": -1,
@@ -131,7 +131,7 @@ def token_table(encoder: Any) -> LayerLike:
         ValueError: if it cannot be found.
     """
     if isinstance(encoder, DualEncoder):
-        for _, table in _token_tables(encoder.tower_of(1).named_modules()):
+        for _, table in token_tables(encoder.tower_of(1).named_modules()):
             return table
     raise ValueError(
         f"embedding: found no table of tokens in {type(encoder).__name__}; pass the layer that turns ids into rows, "
