@@ -43,6 +43,7 @@ def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, che
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sending Ctrl-C to another process needs POSIX signals")
+@pytest.mark.slow
 def test_ctrl_c_finishes_the_shards_in_flight_and_says_how_to_go_on(tmp_path: Path):
     run = Interrupted(tmp_path, 0.2, "--engine", "ray", "--workers", "2")
     run.wait_for(lambda: shards(run.output))
