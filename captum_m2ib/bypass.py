@@ -30,7 +30,7 @@ from captum_m2ib.attr._pairwise import check_count
 from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, roots_of
 from captum_m2ib.dual_encoder import DualEncoder
 from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import Layer, LayerLike, resolve_for
+from captum_m2ib.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.layouts import Layout
 from captum_m2ib.lettering import INK
 from captum_m2ib.statistics import ChannelStatistics
@@ -79,7 +79,7 @@ class TowerBypass:
 
     modality: str
     layers: tuple[str, ...]
-    choices: tuple[LayerLike, ...]
+    choices: tuple[LayerLike | None, ...]
     share: Tensor
     kept: Tensor
     score: Tensor
@@ -110,7 +110,7 @@ def measure_bypass(
     forward_func: Callable[..., Any],
     inputs: Tensor | tuple[Tensor, ...],
     additional_forward_args: Any = None,
-    layers: Sequence[LayerLike | Sequence[LayerLike]] | None = None,
+    layers: Sequence[LayerLike | Sequence[LayerLike | None] | None] | None = None,
     statistics: Mapping[str, ChannelStatistics] | None = None,
     layouts: Sequence[Layout | None] | None = None,
     n_draws: int = 8,
@@ -132,8 +132,8 @@ def measure_bypass(
         inputs (Tensor or tuple[Tensor, ...]): The inputs whose towers are measured, batch first.
         additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
         layers (sequence, optional): Per input a layer or a list of layers, in the order in which they run; a layer is
-                    a module, a dotted name, or a pair (module or name, index of the call). Default: None (a
-                    :class:`DualEncoder`'s embeddings and blocks)
+                    a module, a dotted name, a pair (module or name, index of the call), or None for the input itself.
+                    Default: None (a :class:`DualEncoder`'s pictures, embeddings and blocks)
         statistics (mapping, optional): Layer name to the :class:`ChannelStatistics` of the noise. Default: None
                     (shipped statistics or those of the vocabulary where there are any, else each pair's own)
         layouts (sequence, optional): Per input how hidden-state units map onto input units. Default: None (derived
@@ -208,7 +208,7 @@ def recommend_layers(
     additional_forward_args: Any = None,
     threshold: float = THRESHOLD,
     **settings: Any,
-) -> tuple[LayerLike, ...]:
+) -> tuple[LayerLike | None, ...]:
     r"""The latest layer of each tower, the cheapest to explain at, that information does not go round.
 
     Args:
@@ -220,15 +220,16 @@ def recommend_layers(
         **settings: Further arguments of :func:`measure_bypass`.
 
     Returns:
-        tuple: per input a layer. A tower that information cannot go round, because nothing stands beside the units of
-        its map, gets the encoder's own recommendation; so does one that is bypassed from its first layer on.
+        tuple: per input a layer, or None for the input itself. A tower that information cannot go round, because
+        nothing stands beside the units of its map, gets the encoder's own recommendation; so does one that is bypassed
+        from its first layer on.
 
     Raises:
         ValueError: if the threshold is not in (0, 1], or as for :func:`measure_bypass`.
     """
     _check_threshold(threshold)
     defaults = encoder.recommended_layers()
-    chosen = []
+    chosen: list[LayerLike | None] = []
     for index, tower in enumerate(measure_bypass(encoder, inputs, additional_forward_args, **settings)):
         latest = tower.latest(threshold) if bool(tower.kept.any()) else None
         chosen.append(defaults[index] if latest is None else tower.choices[latest])
@@ -310,6 +311,8 @@ def _sound_layer(
     if isinstance(forward_func, DualEncoder):
         tower = measure_bypass(forward_func, inputs, additional, n_draws=n_draws, seed=seed)[index]
         latest = tower.latest(threshold)
+        if latest is not None and tower.choices[latest] is None:
+            return "Choose None, the input itself."
         if latest is not None:
             return f"Choose {tower.layers[latest]!r} ({float(tower.mean_share[latest]):.0%}) or an earlier layer."
     return "Choose an earlier layer; captum_m2ib.measure_bypass measures them all."
@@ -380,7 +383,7 @@ def _short(names: Sequence[str]) -> list[str]:
 def _towers(
     forward_func: Any,
     count: int,
-    layers: Sequence[LayerLike | Sequence[LayerLike]] | None,
+    layers: Sequence[LayerLike | Sequence[LayerLike | None] | None] | None,
     layouts: Sequence[Layout | None] | None,
     statistics: Mapping[str, ChannelStatistics] | None,
 ) -> list[MeasuredTower]:
@@ -397,13 +400,12 @@ def _towers(
     for index in range(count):
         entry: Any = given[index]
         listed = entry if isinstance(entry, list) else [entry]
-        found = tuple(resolve_for(forward_func, layer) for layer in listed)
+        found = tuple(resolve_at(forward_func, index, layer) for layer in listed)
         if not found:
             raise ValueError(f"layers[{index}]: expected at least one layer, got an empty list.")
         fixed = None if layouts is None or index >= len(layouts) else layouts[index]
         of_layers = tuple(
-            encoder.layout_of(layer.module, index) if encoder is not None and layouts is None else fixed
-            for layer in found
+            encoder.layout_at(layer, index) if encoder is not None and layouts is None else fixed for layer in found
         )
         priors = tuple(_prior(encoder, layer, statistics or {}) for layer in found)
         modality = encoder.sides[index].modality if encoder is not None and index < 2 else f"input {index}"
@@ -411,15 +413,16 @@ def _towers(
     return towers
 
 
-def _layers_of(encoder: Any, index: int) -> list[LayerLike]:
-    """A tower's embeddings and blocks; of one tower that reads both inputs, the calls on this one."""
-    found = [block for stage in encoder.stages(index) for block in stage]
+def _layers_of(encoder: Any, index: int) -> list[LayerLike | None]:
+    """A picture itself, a tower's embeddings and blocks; of one tower that reads both inputs, the calls on this one."""
+    found: list[Any] = [block for stage in encoder.stages(index) for block in stage]
     embeddings = find_embeddings(encoder.tower_of(index))
     # In a picture's tower, a table of its own is no embedding of the picture.
     if embeddings is not None and (encoder.sides[index].modality == "text" or not isinstance(embeddings, nn.Embedding)):
         found = [embeddings, *found]
     shared = encoder.tower_of(0) is encoder.tower_of(1) and encoder.sides[0] == encoder.sides[1]
-    return [encoder.told_apart([layer, layer])[index] if shared else layer for layer in found]
+    layers = [encoder.told_apart([layer, layer])[index] if shared else layer for layer in found]
+    return [None, *layers] if encoder.gates_input(index) else layers
 
 
 def _prior(encoder: DualEncoder | None, layer: Layer, statistics: Mapping[str, ChannelStatistics]) -> Any:
@@ -428,7 +431,9 @@ def _prior(encoder: DualEncoder | None, layer: Layer, statistics: Mapping[str, C
     return (encoder.statistics_of(layer.module) if encoder is not None else None) or "pair"
 
 
-def _as_choice(layer: Layer) -> LayerLike:
+def _as_choice(layer: Layer) -> LayerLike | None:
+    if layer.argument is not None:
+        return None
     return layer.module if layer.call is None else (layer.module, layer.call)
 
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from captum_m2ib.checkpoints import check_checkpoint, find_statistics, load_model, load_open_clip, load_processor
 from captum_m2ib.families import Family, Side, derive_layout, family_of
-from captum_m2ib.layers import LayerLike, resolve_for
-from captum_m2ib.layouts import Layout, TextLayout, real_tokens
+from captum_m2ib.layers import Layer, LayerLike, resolve_for
+from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.pictures import PictureLike
 from captum_m2ib.statistics import ChannelStatistics
@@ -296,6 +296,19 @@ class DualEncoder(nn.Module):
         modality = self.owner(layer) if modality is None else modality
         return refine(self.layouts[modality], self.tower_of(modality), layer)
 
+    def layout_at(self, layer: Layer, modality: int) -> Layout | None:
+        r"""The layout where an input is explained: in a layer, or at the input itself.
+
+        Args:
+
+            layer (Layer): A resolved layer, or the entry of an input.
+            modality (int): Position of the input.
+
+        Returns:
+            Layout or None: None where it cannot be derived.
+        """
+        return self.layouts[modality] if layer.argument is not None else self.layout_of(layer.module, modality)
+
     @property
     def device(self) -> torch.device:
         """Where the parameters are."""
@@ -325,21 +338,23 @@ class DualEncoder(nn.Module):
         whole = [side is self._modules.get("model") for side in sides]
         return int(inside[1] and (not inside[0] or (whole[0] and not whole[1])))
 
-    def recommended_layers(self) -> tuple[LayerLike, LayerLike]:
-        r"""The layers that measured best: an image tower's first block, a text tower's embeddings.
+    def recommended_layers(self) -> tuple[LayerLike | None, LayerLike | None]:
+        r"""Where gates measured best: at a picture itself, and at a text tower's embeddings.
 
-        From the first block on, the pooled position of a text tower already holds what the score needs, so that
-        information goes round the gates of the other tokens; at the embeddings it cannot. Towers whose grid becomes
-        coarser from stage to stage are taken at the end of the last stage but one, where one unit covers about what a
-        patch of a plain tower does. One tower for both inputs is reached twice: the layers name the calls.
+        There, information cannot go round the gates. From the first block on, the pooled position of a text tower
+        already holds what the score needs. Videos, sounds and pictures that come as a sequence of patches are taken
+        at the first block of their tower, or, where its grid becomes coarser from stage to stage, at the end of the
+        last stage but one. One tower for both inputs is reached twice: the layers name the calls.
 
         Returns:
-            tuple: Two layers, each a module, or (module, index of the call) where one tower serves both inputs.
+            tuple: Per input None for the input itself, a module, or (module, index of the call) where one tower serves
+            both inputs.
 
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
-        return self.told_apart([self._recommended(index) for index in (0, 1)])
+        first, second = (self._recommended(index) for index in (0, 1))
+        return (first, second) if first is None or second is None else self.told_apart([first, second])
 
     def published_layers(self) -> tuple[LayerLike, LayerLike]:
         r"""The layers of the M2IB paper: the output of the block at three quarters of each tower's depth.
@@ -356,18 +371,20 @@ class DualEncoder(nn.Module):
             found.append(blocks[_three_quarters(len(blocks))])
         return self.told_apart(found)
 
-    def statistics_of(self, layer: LayerLike) -> ChannelStatistics | None:
+    def statistics_of(self, layer: LayerLike | None) -> ChannelStatistics | None:
         r"""What is known of a layer's channels without seeing data: shipped statistics, or the vocabulary's.
 
         Args:
 
             layer (nn.Module, str or tuple): A layer of this encoder: a module, its dotted name, or a pair of either
-                and the index of a call.
+                and the index of a call. None for an input itself, of which nothing is known.
 
         Returns:
             ChannelStatistics or None: as shipped with the checkpoint; for the embeddings of a text tower those of
             every token of the vocabulary; else None.
         """
+        if layer is None:
+            return None
         wanted = resolve_for(self, layer).module
         for root in self.roots():
             for name, module in root.named_modules():
@@ -464,7 +481,23 @@ class DualEncoder(nn.Module):
             )
         return found
 
-    def _recommended(self, index: int) -> nn.Module:
+    def gates_input(self, index: int) -> bool:
+        r"""Whether an input is best explained at itself: a picture that its tower cuts into patches.
+
+        Args:
+
+            index (int): Position of the input.
+
+        Returns:
+            bool: False for captions, sounds, videos, and pictures that come as a sequence of patches.
+        """
+        layout = self.layouts[index]
+        is_grid = isinstance(layout, PatchLayout) and len(layout.patch_size) == 2
+        return is_grid and self.sides[index].modality == "image"
+
+    def _recommended(self, index: int) -> nn.Module | None:
+        if self.gates_input(index):
+            return None
         tower = self.tower_of(index)
         if self.sides[index].modality != "text":
             stages = self.stages(index)

@@ -76,7 +76,7 @@ def explain(
     """
     from captum_m2ib.attr import MultiModalInfoBottleneck
     from captum_m2ib.bypass import has_chosen_layers, warn_of_bypass
-    from captum_m2ib.layouts import PackedLayout, packed_grid
+    from captum_m2ib.layouts import PackedLayout, PatchLayout, packed_grid, per_patch
 
     method = MultiModalInfoBottleneck(encoder) if method is None else method
     pairs = encoder.prepare(images, captions)
@@ -91,7 +91,10 @@ def explain(
     image, text = record.modalities
     real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
     layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
-    patches = None if image.units is None else list(image.units)
+    units = image.units
+    if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
+        units = per_patch(layout, units)
+    patches = None if units is None else list(units)
     pixels = [bits.sum(0) for bits in image_bits]
     if isinstance(layout, PackedLayout) and image.units is not None:
         patches = [packed_grid(layout, image.units, arguments, i) for i in range(len(pairs))]
@@ -159,7 +162,7 @@ class Explanation:
         score (float): The model's similarity for the pair.
         image_bits (numpy.ndarray): Bits per pixel position of the model's input, float32, (h, w); sums to the image's
             total.
-        patch_bits (numpy.ndarray or None): Bits per patch, float32, (gh, gw), or None where the model has no patch
+        patch_bits (numpy.ndarray or None): The same per patch, float32, (gh, gw), or None where the model has no patch
             grid.
         token_bits (numpy.ndarray): Bits per token, float32, (tokens,).
         settings (dict): What the explanation was computed with.
@@ -274,7 +277,6 @@ class Explanation:
             score=self.score,
             caption=self.caption,
             special=self.special,
-            patch_bits=self.patch_bits,
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

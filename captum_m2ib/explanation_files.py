@@ -151,11 +151,7 @@ pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-siz
 
 
 def _to_html(explanation: Explanation) -> bytes:
-    if explanation.patch_bits is None:
-        heat, unit = explanation.image_bits, "bits per pixel"
-    else:
-        rows, columns = explanation.patch_bits.shape
-        heat, unit = explanation.patch_bits, f"bits per patch ({rows} × {columns} patches)"
+    heat = explanation.image_bits
     shown = at_display_size(explanation.image)
     pictures = (
         ("picture", shown),
@@ -199,7 +195,7 @@ text {_bits(explanation.token_total_bits)}</p>
 {figures}
 </div>
 <div class="bar" style="background:linear-gradient(to right,{stops})"></div>
-<div class="scale"><span>0</span><span>{unit}</span><span>{max(float(heat.max()), 0.0):.3g}</span></div>
+<div class="scale"><span>0</span><span>bits per pixel</span><span>{max(float(heat.max()), 0.0):.3g}</span></div>
 <h2>tokens, bits below each</h2>
 <div>
 {tokens}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -23,11 +23,32 @@ _PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.
 
 
 class Layer(NamedTuple):
-    """A module, the name people know it by, and which of its calls in one forward pass is meant (None: the only)."""
+    """A module, the name people know it by, and which of its calls in one forward pass is meant (None: the only).
+
+    Where ``argument`` is a number, the module stands for the entry of that input: what is given to the model itself.
+    """
 
     module: nn.Module
     name: str
     call: int | None = None
+    argument: int | None = None
+
+
+def input_layer(index: int) -> Layer:
+    """The entry of an input: an identity that :func:`entering` leads it through."""
+    return Layer(nn.Identity(), f"inputs[{index}]", argument=index)
+
+
+def entering(forward: Callable[[tuple[Any, ...]], Any], layers: Sequence[Layer]) -> Callable[[tuple[Any, ...]], Any]:
+    """The score with arguments led through the entries among the layers, so that they can be taken over there."""
+    entries = {layer.argument: layer.module for layer in layers if layer.argument is not None}
+    if not entries:
+        return forward
+
+    def entered(arguments: tuple[Any, ...]) -> Any:
+        return forward(tuple(entries[i](one) if i in entries else one for i, one in enumerate(arguments)))
+
+    return entered
 
 
 def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
@@ -74,6 +95,12 @@ def resolve_for(forward_func: Any, layer: LayerLike) -> Layer:
     name = layer[0] if isinstance(layer, tuple) else layer
     knowing = (root for root in roots if name in dict(root.named_modules(remove_duplicate=False)))
     return resolve_layer(layer, next(knowing, roots[0]))
+
+
+def resolve_at(forward_func: Any, index: int, layer: LayerLike | None) -> Layer:
+    """Resolve where an input is explained: a layer, or the input itself, which is None or ``inputs[index]``."""
+    entry = input_layer(index)
+    return entry if layer is None or layer == entry.name else resolve_for(forward_func, layer)
 
 
 def _name_of(module: nn.Module, root: nn.Module | None) -> str:

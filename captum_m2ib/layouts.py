@@ -21,6 +21,8 @@ from torch import Tensor
 
 HALVINGS = (1, 2, 4, 8, 16, 32, 64)
 
+_CELL = 16
+
 
 @dataclass(frozen=True)
 class PatchLayout:
@@ -168,6 +170,27 @@ def real_elements(layout: Layout | None, hidden: Tensor, modality: int, argument
     return real.to(hidden.device).unsqueeze(-1)
 
 
+def covered_elements(layout: Layout | None, inputs: Tensor) -> Tensor | None:
+    r"""Which elements of an input lie in a patch: patches that do not divide it leave a margin that no tower sees.
+
+    Args:
+
+        layout (Layout or None): The tower's layout.
+        inputs (Tensor): The tower's input, (N, ...).
+
+    Returns:
+        Tensor or None: Boolean, broadcastable to ``inputs``; None if every element is covered, or nothing is known.
+    """
+    if not isinstance(layout, PatchLayout) or layout.size is not None:
+        return None
+    covered = torch.ones([1] * inputs.ndim, dtype=torch.bool, device=inputs.device)
+    for axis, patch in zip(_axes(layout, inputs), layout.patch_size, strict=True):
+        side = inputs.shape[axis]
+        shape = [side if dim == axis % inputs.ndim else 1 for dim in range(inputs.ndim)]
+        covered = covered & (torch.arange(side, device=inputs.device) < side // patch * patch).view(shape)
+    return None if bool(covered.all()) else covered
+
+
 def channel_axis(layout: Layout | None, hidden: Tensor, inputs: Tensor | None) -> int:
     r"""The dimension of a hidden state, (N, ...), along which its channels run.
 
@@ -239,6 +262,32 @@ def to_input(layout: Layout, units: Tensor, inputs: Tensor) -> Tensor:
     beyond = inputs.shape[2:]
     shared = units / math.prod(beyond)
     return shared.view(*units.shape, *[1] * len(beyond)).expand(inputs.shape).contiguous()
+
+
+def per_patch(layout: PatchLayout, pixels: Tensor) -> Tensor:
+    r"""Sum a picture's map over its patches.
+
+    Args:
+
+        layout (PatchLayout): The tower's layout, of two axes.
+        pixels (Tensor): One number per pixel, (N, h, w), not negative.
+
+    Returns:
+        Tensor: (N, rows, columns), of the same sums. Of towers that halve their grid as they go, cells of 16 pixels,
+        or of a multiple of the tower's patch that is at least as wide.
+    """
+    factor = next((f for f in layout.coarser if min(layout.patch_size) * f >= _CELL), layout.coarser[-1])
+    sides = tuple(pixels.shape[1:])
+    extents = layout.size or sides
+    grid = [max(extent // (patch * factor), 1) for extent, patch in zip(extents, layout.patch_size, strict=True)]
+    rows, columns = (
+        side if layout.size else min(side, count * patch * factor)
+        for side, count, patch in zip(sides, grid, layout.patch_size, strict=True)
+    )
+    means = F.adaptive_avg_pool2d(pixels[:, :rows, :columns].unsqueeze(1), (grid[0], grid[1])).squeeze(1)
+    total, pooled = pixels.flatten(1).sum(1), means.flatten(1).sum(1)
+    scale = torch.where(pooled > 0, total / pooled.clamp(min=torch.finfo(means.dtype).tiny), 0.0)
+    return means * scale.view(-1, 1, 1)
 
 
 def packed_grid(layout: PackedLayout, units: Tensor, arguments: Sequence[Any], index: int) -> Tensor:

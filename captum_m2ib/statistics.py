@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import LayerLike, resolve_for
+from captum_m2ib.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.layouts import Layout, channel_axis, real_elements
 from captum_m2ib.suffix import Suffix, Tap
 
@@ -105,7 +105,7 @@ def positions_of(hidden: Tensor, channels: int, real: Tensor | None = None) -> T
 
 def estimate_statistics(
     forward_func: Any,
-    layers: Sequence[LayerLike],
+    layers: Sequence[LayerLike | None],
     loader: Iterable[Any],
     *,
     layouts: Sequence[Layout | None] | None = None,
@@ -117,7 +117,8 @@ def estimate_statistics(
     Args:
 
         forward_func (Callable): A :class:`DualEncoder`, or any callable that returns one score per pair.
-        layers (sequence): The layers: modules, dotted names, or (layer, index of the call).
+        layers (sequence): The layers: modules, dotted names, or (layer, index of the call); None for the input of that
+            position itself.
         loader (iterable): Yields batches: tuples of all arguments of ``forward_func``, or :class:`Pairs`.
         layouts (sequence, optional): Per layer its layout, so that padding is left out. Default: None (derived from
             a :class:`DualEncoder`)
@@ -137,14 +138,15 @@ def estimate_statistics(
         >>> layers = encoder.recommended_layers()
         >>> statistics = estimate_statistics(encoder, layers, [pairs])
         >>> [(name, found.mean.shape, found.count) for name, found in statistics.items()]
-        [('vision_model.encoder.layers.0', torch.Size([96]), 130), ('text_model.embeddings', torch.Size([96]), 12)]
+        [('inputs[0]', torch.Size([3]), 8192), ('text_model.embeddings', torch.Size([96]), 12)]
     """
-    found = [resolve_for(forward_func, layer) for layer in layers]
+    found = [resolve_at(forward_func, index, layer) for index, layer in enumerate(layers)]
     taps = [Tap(layer, attribute_to_layer_input) for layer in found]
-    owners = [forward_func.owner(layer.module) if hasattr(forward_func, "owner") else None for layer in found]
+    owners = [_owner(forward_func, layer) for layer in found]
     if layouts is None:
+        is_encoder = hasattr(forward_func, "layout_at")
         layouts = [
-            None if owner is None else forward_func.layout_of(layer.module, owner)
+            forward_func.layout_at(layer, owner) if is_encoder else None
             for layer, owner in zip(found, owners, strict=True)
         ]
     running = [RunningStatistics() for _ in found]
@@ -153,11 +155,18 @@ def estimate_statistics(
             arguments = (*batch.inputs, *batch.additional_forward_args) if hasattr(batch, "inputs") else tuple(batch)
             suffix = Suffix(lambda given: forward_func(*given), arguments, arguments[0].shape[0], taps)
             for index, (hidden, layout) in enumerate(zip(suffix.hidden, layouts, strict=True)):
-                explained = owners[index] or 0
+                explained = owners[index]
                 real = real_elements(layout, hidden, explained, arguments)
                 channels = channel_axis(layout, hidden, arguments[explained])
                 running[index].update(positions_of(hidden, channels, real))
     return {layer.name: estimate.result() for layer, estimate in zip(found, running, strict=True)}
+
+
+def _owner(forward_func: Any, layer: Layer) -> int:
+    """Which argument a layer's units belong to; the first where nothing is known."""
+    if layer.argument is not None:
+        return layer.argument
+    return forward_func.owner(layer.module) if hasattr(forward_func, "owner") else 0
 
 
 def save_statistics(path: str | os.PathLike[str], statistics: Mapping[str, ChannelStatistics]) -> None:

@@ -23,6 +23,7 @@ from captum_m2ib.interception import Handler, intercept, is_stateless
 from captum_m2ib.layers import (
     Layer,
     Path,
+    entering,
     find_hidden,
     get_at,
     is_transparent,
@@ -103,7 +104,7 @@ class Suffix:
         pairs: int,
         taps: Sequence[Tap],
     ) -> None:
-        self._forward = forward
+        self._forward = forward = entering(forward, [tap.layer for tap in taps])
         self._arguments = arguments
         self._pairs = pairs
         self.taps = list(taps)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from captum_m2ib import DualEncoder, LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
 from captum_m2ib.bottleneck import NATS_PER_BIT, information
 from captum_m2ib.scenes import CHECKPOINT, image_probes
 from captum_m2ib.visualization import overlay
@@ -62,8 +61,8 @@ def descent() -> Figure:
     first.imshow(overlay(pairs.pictures[0], course.units[0].numpy()))
     first.set_title(f'heat, "{probe.caption}"')
     for axes, values, title in (
-        (second, _gates(encoder, pairs), "mean gate of each patch"),
-        (third, course.units[0], "bits of each patch"),
+        (second, _gates(pairs.inputs[0][0], course.units[0]), "gate of each pixel"),
+        (third, course.units[0], "bits of each pixel"),
     ):
         figure.colorbar(axes.imshow(values.numpy(), cmap="cividis", vmin=0), ax=axes)
         axes.set_title(title)
@@ -85,26 +84,15 @@ def descent() -> Figure:
     return figure
 
 
-def _gates(encoder: DualEncoder, pairs: Any) -> Tensor:
-    """The mean gate of each patch, (rows, columns), found from its bits: information rises with the gate."""
-    layer = encoder.recommended_layers()[0]
-    statistics = encoder.statistics_of(layer)
-    assert statistics is not None
-    held: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, given, output: held.append(output))
-    with torch.no_grad():
-        encoder(*pairs.inputs, *pairs.additional_forward_args)
-    handle.remove()
-    method = LayerMultiModalInfoBottleneck(encoder, layer, statistics=[statistics])
-    nats = method.attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args) * NATS_PER_BIT
-    low, high = torch.full_like(nats, -30.0), torch.full_like(nats, 30.0)
+def _gates(pixels: Tensor, bits: Tensor) -> Tensor:
+    """The gate of each pixel of a picture, (h, w), found from its bits: information rises with the gate."""
+    mean, std = pixels.mean((1, 2), keepdim=True), pixels.std((1, 2), keepdim=True, correction=0)
+    low, high = torch.full_like(bits, -30.0), torch.full_like(bits, 30.0)
     for _ in range(60):
         middle = (low + high) / 2
-        too_low = information(middle, held[0], statistics.mean, statistics.std) < nats
+        too_low = information(middle, pixels, mean, std).sum(0) < bits * NATS_PER_BIT
         low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-    patches = torch.sigmoid(low)[0, 1:].mean(-1)
-    rows = round(pairs.inputs[0].shape[-2] / encoder.layouts[0].patch_size[0])
-    return patches.view(rows, -1)
+    return torch.sigmoid(low)
 
 
 def _blue(shade: float) -> tuple[float, float, float]:

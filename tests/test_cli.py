@@ -119,7 +119,7 @@ class TestExplain:
             return Explanation.load(target).settings
 
         plain = settings(*QUICK)
-        assert plain["layers"] == [IMAGE_BLOCK, "text_model.embeddings"]
+        assert plain["layers"] == ["inputs[0]", "text_model.embeddings"]
         assert (plain["n_steps"], plain["n_samples"], plain["seed"], plain["joint"]) == (2, 2, 0, False)
         other = settings("--steps", "1", "--samples", "3", "--seed", "7", "--beta", "0.25", "--joint")
         chosen = {"n_steps": 1, "n_samples": 3, "seed": 7, "beta": [0.25, 0.25], "joint": True}
@@ -129,6 +129,8 @@ class TestExplain:
         assert published["priors"] == ["N(0, variance)"] * 2
         named = settings("--layers", "vision_model.encoder.layers.1.mlp", TEXT_BLOCK, *QUICK)
         assert named["layers"] == ["vision_model.encoder.layers.1.mlp", TEXT_BLOCK]
+        mixed = settings("--layers", "inputs[0]", TEXT_BLOCK, *QUICK)
+        assert mixed["layers"] == ["inputs[0]", TEXT_BLOCK] and mixed["priors"] == ["pair", "N(0, variance)"]
 
     def test_same_seed_same_file(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
         maps = []

@@ -178,8 +178,8 @@ def test_a_tower_without_known_names_says_what_to_do():
 
     encoder = DualEncoder(Plain(), Plain())
     with pytest.raises(ValueError, match=r"^layers: found no list of blocks in the image tower Plain; name the layers"):
-        encoder.recommended_layers()
-    with pytest.raises(ValueError, match=r"^layers: found no list of blocks in the image tower"):
+        encoder.published_layers()
+    with pytest.raises(ValueError, match=r"^layers: found no table of tokens in the text tower Plain; name the layers"):
         MultiModalInfoBottleneck(encoder)
     with pytest.raises(ValueError, match=r"^layers: found no table of tokens in the text tower Plain"):
         DualEncoder(image_tower(), Plain()).recommended_layers()
@@ -342,10 +342,12 @@ def test_code_in_a_checkpoint_is_never_run(checkpoint: Path, tmp_path: Path):
 def test_shipped_statistics_are_found(checkpoint: Path, tmp_path: Path):
     directory = copied(checkpoint, tmp_path / "statistics", "nothing")
     given = ChannelStatistics(torch.linspace(-1, 1, 32), torch.linspace(1, 2, 32), 7)
-    save_statistics(directory / "bottleneck_statistics.safetensors", {"vision_model.encoder.layers.0": given})
+    pixels = ChannelStatistics(torch.linspace(-1, 1, 3), torch.linspace(1, 2, 3), 5)
+    statistics = {"inputs[0]": pixels, "text_model.embeddings": given}
+    save_statistics(directory / "bottleneck_statistics.safetensors", statistics)
     encoder = DualEncoder.from_pretrained(directory)
-    prior = MultiModalInfoBottleneck(encoder).priors[0]
-    assert torch.equal(prior.mean, given.mean) and prior.count == 7
+    for prior, told in zip(MultiModalInfoBottleneck(encoder).priors, (pixels, given), strict=True):
+        assert torch.equal(prior.mean, told.mean) and prior.count == told.count
 
 
 # Pictures.

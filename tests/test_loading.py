@@ -241,7 +241,7 @@ CHECKPOINTS = [
         ),
         BERT_TOKENS,
         size=(64, 64),
-        grid=(8, 8),
+        grid=(4, 4),
     ),
     Checkpoint(
         "vit_bert",

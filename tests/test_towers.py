@@ -41,17 +41,17 @@ LAYOUTS = {
     "open_clip_biomed": (PatchLayout((16, 16), 1), TextLayout(pad_token_id=1)),
 }
 RECOMMENDED = {
-    "groupvit": ("vision_model.encoder.stages.0.layers.0", "text_model.embeddings"),
-    "align": ("vision_model.encoder.blocks.2", "text_model.embeddings"),
-    "altclip": ("vision_model.encoder.layers.0", "text_model.roberta.embeddings"),
+    "groupvit": ("inputs[0]", "text_model.embeddings"),
+    "align": ("inputs[0]", "text_model.embeddings"),
+    "altclip": ("inputs[0]", "text_model.roberta.embeddings"),
     "clap": ("audio_model.audio_encoder.layers.2.blocks.1", "text_model.embeddings"),
-    "swin_bert": ("vision_model.encoder.layers.2.blocks.1", "text_model.embeddings"),
-    "convnext_bert": ("vision_model.encoder.stages.2.layers.1", "text_model.embeddings"),
-    "open_clip_vit": ("visual.transformer.resblocks.0", "token_embedding"),
-    "open_clip_resnet": ("visual.layer3.1", "token_embedding"),
-    "open_clip_coca": ("visual.transformer.resblocks.0", "text.token_embedding"),
-    "open_clip_mobileclip": ("visual.trunk.stages.2.blocks.1", "text.token_embedding"),
-    "open_clip_biomed": ("visual.trunk.blocks.0", "text.transformer.embeddings"),
+    "swin_bert": ("inputs[0]", "text_model.embeddings"),
+    "convnext_bert": ("inputs[0]", "text_model.embeddings"),
+    "open_clip_vit": ("inputs[0]", "token_embedding"),
+    "open_clip_resnet": ("inputs[0]", "token_embedding"),
+    "open_clip_coca": ("inputs[0]", "text.token_embedding"),
+    "open_clip_mobileclip": ("inputs[0]", "text.token_embedding"),
+    "open_clip_biomed": ("inputs[0]", "text.transformer.embeddings"),
 }
 
 
@@ -234,7 +234,8 @@ def test_pictures_compared_through_one_tower_of_a_model():
         embedded = [model.get_image_features(p).pooler_output for p in (one, two)]
     torch.testing.assert_close(found, F.cosine_similarity(*embedded))
     method = MultiModalInfoBottleneck(encoder)
-    assert [layer.call for layer in method.layers] == [0, 1] and method.layers[0].module is method.layers[1].module
+    assert [layer.argument for layer in method.layers] == [0, 1]
+    assert [call for _, call in encoder.published_layers()] == [0, 1]
     settings = {"n_steps": 3, "n_samples": 2}
     first, second = method.attribute((one, two), **settings)
     assert first.shape == second.shape == one.shape
@@ -274,7 +275,9 @@ def test_a_tower_whose_tokens_cannot_be_placed_says_how_to_place_them():
     encoder = DualEncoder(image_tower().eval(), text_tower().eval())
     ids, mask = captions()
     with pytest.raises(ValueError, match=r"layouts: expected 0 prefix tokens and a grid of 4 x 4.*pass layouts="):
-        MultiModalInfoBottleneck(encoder).attribute((pictures(), ids), additional_forward_args=(mask,), n_steps=1)
+        MultiModalInfoBottleneck.published(encoder).attribute(
+            (pictures(), ids), additional_forward_args=(mask,), n_steps=1
+        )
 
 
 def test_modalities_that_the_model_does_not_read():
@@ -317,6 +320,10 @@ def test_pictures_of_another_size_are_read_with_interpolated_positions():
         text = model.get_text_features(ids, attention_mask=mask).pooler_output
     torch.testing.assert_close(found, F.cosine_similarity(image, text))
     _, record = MultiModalInfoBottleneck(encoder).attribute_with_record(
+        (wide, ids), additional_forward_args=(mask,), n_steps=1, n_samples=1
+    )
+    assert record.modalities[0].units.shape == (3, 32, 48)
+    _, record = MultiModalInfoBottleneck.published(encoder).attribute_with_record(
         (wide, ids), additional_forward_args=(mask,), n_steps=1, n_samples=1
     )
     assert record.modalities[0].units.shape == (3, 4, 6)

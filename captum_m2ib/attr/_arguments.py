@@ -13,6 +13,7 @@ from torch import Tensor
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._gates import Prior, Settings
+from captum_m2ib.layers import Layer
 
 PerModality = float | Sequence[float]
 
@@ -31,6 +32,8 @@ class Defaults:
 PUBLISHED = Defaults(beta=0.1, lr=1.0, initial_gate=1 / (1 + math.exp(-5)), antithetic=False)
 # What measured best on validation scenes for the standardised prior.
 STANDARDISED = Defaults(beta=3.0, lr=0.5, initial_gate=0.5, antithetic=True)
+# The same where an input itself is gated.
+AT_INPUT = Defaults(beta=0.5, lr=0.43, initial_gate=0.8, antithetic=True)
 
 
 def make_settings(
@@ -46,6 +49,8 @@ def make_settings(
     show_progress: bool,
     initial_gate: PerModality | None = None,
     antithetic: bool | None = None,
+    smoothing: float = 0.0,
+    layers: Sequence[Layer] = (),
 ) -> Settings:
     """Check an attribution's settings and give each modality its own."""
     for name, number in (
@@ -59,7 +64,12 @@ def make_settings(
             raise ValueError(f"{name}: expected a whole number of at least 1, got {number!r}.")
     if not isinstance(seed, Integral) or seed < 0:
         raise ValueError(f"seed: expected a whole number of at least 0, got {seed!r}.")
+    if not isinstance(smoothing, Real) or not 0 <= smoothing < 1:
+        raise ValueError(f"smoothing: expected a share of the picture's shorter side, from 0 to 1, got {smoothing!r}.")
     defaults = [PUBLISHED if prior is None else STANDARDISED for prior in priors]
+    for index, layer in enumerate(layers):
+        if layer.argument is not None:
+            defaults[index] = AT_INPUT
     chosen = {
         name: tuple(getattr(default, name) for default in defaults) if given is None else given
         for name, given in (("beta", beta), ("lr", lr), ("initial_gate", initial_gate))
@@ -78,6 +88,7 @@ def make_settings(
         int(n_samples),
         int(seed),
         bool(joint),
+        float(smoothing),
         None if internal_batch_size is None else int(internal_batch_size),
         show_progress,
     )

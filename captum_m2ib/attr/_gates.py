@@ -21,7 +21,7 @@ from captum_m2ib.batch_axis import BatchAxis
 from captum_m2ib.bottleneck import NATS_PER_BIT, information, mean_information, sample
 from captum_m2ib.interception import borrowing
 from captum_m2ib.layers import Layer
-from captum_m2ib.layouts import Layout, channel_axis, real_elements, to_units
+from captum_m2ib.layouts import Layout, channel_axis, covered_elements, real_elements, to_units
 from captum_m2ib.statistics import ChannelStatistics, floor_std
 from captum_m2ib.suffix import Suffix, Tap
 
@@ -42,6 +42,7 @@ class Settings:
     n_samples: int
     seed: int
     joint: bool = False
+    smoothing: float = 0.0
     internal_batch_size: int | None = None
     show_progress: bool = False
 
@@ -107,7 +108,10 @@ def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int], an
 
 @dataclass
 class _Gates:
-    """The gates of one layer for a batch of pairs, with everything that stays fixed during optimisation."""
+    """The gates of one layer for a batch of pairs, with everything that stays fixed during optimisation.
+
+    ``shared`` is a dimension along which elements have one gate in common.
+    """
 
     index: int
     hidden: Tensor
@@ -117,12 +121,14 @@ class _Gates:
     beta: float
     initial_gate: float
     dtype: torch.dtype
+    shared: int | None = None
     filter: GateFilter | None = None
     alpha: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         start = math.log(self.initial_gate / (1 - self.initial_gate))
-        self.alpha = torch.full_like(self.hidden, start, requires_grad=True)
+        gated = self.hidden if self.shared is None else self.hidden.narrow(self.shared, 0, 1)
+        self.alpha = torch.full_like(gated, start, requires_grad=True)
 
     @property
     def logits(self) -> Tensor:
@@ -230,8 +236,13 @@ def _gates(
     modality = min(modality, len(arguments) - 1)
     real = real_elements(layout, hidden, modality, arguments)
     inputs = arguments[modality] if isinstance(arguments[modality], Tensor) else None
-    mean, std = prior_of(prior, hidden, real, settings.variance[index], channel_axis(layout, hidden, inputs))
-    return _Gates(index, hidden, mean, std, real, settings.beta[index], settings.initial_gate[index], held.dtype)
+    channels, shared = channel_axis(layout, hidden, inputs), None
+    if suffix.taps[index].layer.argument is not None:
+        real = covered_elements(layout, hidden) if real is None else real
+        shared = channels if hidden.ndim == 4 else None
+    mean, std = prior_of(prior, hidden, real, settings.variance[index], channels)
+    beta, start = settings.beta[index], settings.initial_gate[index]
+    return _Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared)
 
 
 def prior_of(

@@ -157,7 +157,8 @@ class NoisedPass:
             with torch.enable_grad():
                 score = self.suffix.run({taps[0]: first.repeat_interleave(copies, 0).requires_grad_()}, copies)
                 # Scaled, so that half precision holds the gradients of small scores.
-                gradients = torch.autograd.grad(score.sum() * 2.0**12, self.watch.seen, allow_unused=True)
+                seen = self.watch.seen
+                gradients = torch.autograd.grad(score.sum() * 2.0**12, seen, allow_unused=True) if seen else ()
         finally:
             self.watch = None
         used = [gradient for gradient in gradients if gradient is not None and bool(gradient.any())]

@@ -14,7 +14,7 @@ from captum_m2ib.attr._gates import Gated, Settings
 from captum_m2ib.attr._interpose import interpose
 from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck, Statistics
 from captum_m2ib.interception import Handler
-from captum_m2ib.layers import LayerLike, tensors_in
+from captum_m2ib.layers import Layer, LayerLike, input_layer, tensors_in
 from captum_m2ib.layouts import Layout, PackedLayout, TextLayout
 
 
@@ -76,10 +76,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
                 f"layers: expected two, of the first and of the second input's towers, got {len(self.layers)}."
             )
         self.floor = floor
-        first, second = self.layers
-        # Its tower runs for the second input, then for the rival, after the first input if it serves that too.
-        call = (second.call or 0) if second.module is not first.module else 1
-        self.layers = (first, second._replace(call=call), second._replace(call=call + 1))
+        self.layers = (self.layers[0], *_twice(*self.layers))
         self.layouts = (*self.layouts[:2], self.layouts[1])
         self.priors = (*self.priors, self.priors[1])
 
@@ -101,6 +98,15 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
             _moved(layout, by) for layout, by in zip(self.layouts, (1, 1, 1 + extras // 2), strict=True)
         )
         return MultiModalInfoBottleneck._run(contrast, inputs, target, additional_forward_args, *settings, **named)
+
+
+def _twice(first: Layer, second: Layer) -> tuple[Layer, Layer]:
+    """Where the second input is explained, and where its rival is."""
+    if second.argument is not None:
+        return second, input_layer(second.argument + 1)
+    # Its tower runs for the second input, then for the rival, after the first input if it serves that too.
+    call = (second.call or 0) if second.module is not first.module else 1
+    return second._replace(call=call), second._replace(call=call + 1)
 
 
 def _moved(layout: Layout | None, by: int) -> Layout | None:

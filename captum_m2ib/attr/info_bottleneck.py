@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PUBLISHED, PerModality, format_additional, format_inputs, make_settings, scorer
 from captum_m2ib.attr._gates import GateFilter, Prior, optimise, unit_positions
+from captum_m2ib.attr._smoothing import smooth_logits
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     Statistics,
@@ -248,45 +249,3 @@ def _smooth_units(sigma: float, places: Tensor, channels: int, alpha: Tensor) ->
     grid = rows[:, places.flatten()].movedim(1, -1).unflatten(-1, places.shape)
     smoothed = smooth_logits(grid, sigma).flatten(2).movedim(-1, 1)
     return rows.index_copy(1, places.flatten(), smoothed).view(last.shape).movedim(-1, channels)
-
-
-def smooth_logits(alpha: Tensor, sigma: float) -> Tensor:
-    r"""Logits of gates smoothed by a Gaussian kernel: ``logit(blur(sigmoid(alpha)))``.
-
-    Args:
-
-        alpha (Tensor): (N, C, h, w).
-        sigma (float): Standard deviation of the kernel in cells, above 0.
-
-    Returns:
-        Tensor: (N, C, h, w).
-    """
-    # Mirrored borders blur 1 - g to 1 - blur(g), and blurring both keeps the digits of gates that are nearly open.
-    least = torch.finfo(alpha.dtype).tiny
-    opened, closed = (blur(torch.sigmoid(part), sigma).clamp(min=least) for part in (alpha, -alpha))
-    return opened.log() - closed.log()
-
-
-def blur(maps: Tensor, sigma: float) -> Tensor:
-    r"""Maps blurred by a Gaussian kernel of ``2 * round(2 * sigma) + 1`` cells a side, mirrored at the border.
-
-    A border mirrored without repeating its own cells (torch's ``reflect``, as in the paper's code) keeps constant maps,
-    though not every map's sum. On a grid too small to be mirrored so far the kernel is cut.
-
-    Args:
-
-        maps (Tensor): (N, C, h, w).
-        sigma (float): Standard deviation of the kernel in cells, above 0.
-
-    Returns:
-        Tensor: (N, C, h, w).
-    """
-    for axis in (2, 3):
-        reach = min(round(2 * sigma), maps.shape[axis] - 1)
-        offsets = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
-        kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
-        # F.pad counts its sides from the last dimension.
-        sides = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
-        windows = F.pad(maps, sides, mode="reflect").unfold(axis, 2 * reach + 1, 1)
-        maps = windows @ kernel
-    return maps

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PerModality, format_additional, format_inputs, make_settings, scorer
 from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
+from captum_m2ib.attr._smoothing import over_neighbours
 from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
-from captum_m2ib.layers import Layer, LayerLike, resolve_for
+from captum_m2ib.layers import Layer, LayerLike, resolve_at, resolve_for
 from captum_m2ib.layouts import Layout, PatchLayout, to_input, to_units
 from captum_m2ib.statistics import ChannelStatistics
 from captum_m2ib.suffix import Tap
@@ -38,9 +40,14 @@ class OptimizationRecord:
 class MultiModalInfoBottleneck(_captum.Attribution):
     r"""Multi-modal information bottleneck attribution (M2IB).
 
-    For each pair and modality, a bottleneck at one layer of the modality's tower mixes the hidden state with noise.
-    Its gates are optimised to let through as little information as possible while the pair's similarity stays high;
-    the information, in bits, that still passes at a position is the attribution of the input unit it stands for.
+    For each pair and modality, a bottleneck at one layer of the modality's tower, or at its input, mixes the hidden
+    state with noise. Its gates are optimised to let through as little information as possible while the pair's
+    similarity stays high; the information, in bits, that still passes at a position is the attribution of the input
+    unit it stands for.
+
+    By default pictures are gated themselves, pixel by pixel, and captions where their tokens are embedded: there,
+    nothing can go round the gates. A picture's gates are common to a pixel's channels and smoothed over its neighbours
+    while they are optimised, as IBA's are (arXiv 2001.00396).
 
     Wang, Rudner and Wilson, "Visual Explanations of Image-Text Representations via Multi-Modal Information Bottleneck
     Attribution", NeurIPS 2023, https://arxiv.org/abs/2312.17174
@@ -50,14 +57,15 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         forward_func (Callable or nn.Module): A :class:`DualEncoder`, a model that one can wrap, or any callable
                     ``forward_func(*inputs, *additional_forward_args)`` that returns one score per pair, (N,).
         layers (sequence, optional): Per modality, in the order of the inputs, the layer whose hidden state is gated:
-                    a module, a dotted name, or a pair (module or name, index of the call) where one pass calls it
-                    more than once. Default: None (the layers that measured best, see
-                    :meth:`DualEncoder.recommended_layers`, with the standardised prior)
+                    a module, a dotted name, a pair (module or name, index of the call) where one pass calls it more
+                    than once, or None for the input itself, which must be of floating point. Default: None (where it
+                    measured best, see :meth:`DualEncoder.recommended_layers`, with the standardised prior)
         layouts (sequence, optional): Per modality how hidden-state units map onto input units. Default: None
                     (derived from the encoder)
         statistics (mapping or sequence, optional): Per layer its :class:`ChannelStatistics` for the standardised
                     prior, ``"pair"`` for those of the pair's own hidden state, or None for the prior N(0, variance);
-                    or a mapping from layer names. Default: None (N(0, variance) for layers that are given)
+                    or a mapping from layer names. Default: None (``"pair"`` for an input itself, N(0, variance) for
+                    layers that are given)
 
     Raises:
         ValueError: if a layer is unknown, or cannot be recommended for this model.
@@ -75,7 +83,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
     def __init__(
         self,
         forward_func: Callable[..., Any],
-        layers: Sequence[LayerLike] | LayerLike | None = None,
+        layers: Sequence[LayerLike | None] | LayerLike | None = None,
         layouts: Sequence[Layout | None] | None = None,
         statistics: Statistics | None = None,
     ) -> None:
@@ -88,9 +96,11 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], int)
         ):
             layers = [layers]
-        self.layers: tuple[Layer, ...] = tuple(resolve_for(forward_func, layer) for layer in layers)
+        self.layers: tuple[Layer, ...] = tuple(
+            resolve_at(forward_func, index, layer) for index, layer in enumerate(layers)
+        )
         if layouts is None and isinstance(forward_func, DualEncoder):
-            layouts = [forward_func.layout_of(layer.module, index) for index, layer in enumerate(self.layers[:2])]
+            layouts = [forward_func.layout_at(layer, index) for index, layer in enumerate(self.layers[:2])]
         given = tuple(layouts or ())
         self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
         self.priors: tuple[Prior, ...] = _priors(self.layers, statistics)
@@ -139,6 +149,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         show_progress: bool = False,
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
+        smoothing: float = 1 / 16,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -154,13 +165,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element against the score; one number
                         or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
-                        N(0, variance), 3.0 for the standardised prior)
+                        N(0, variance), 3.0 for the standardised prior, 0.5 where an input itself is gated)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: 1.0
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: 10
             n_samples (int, optional): Noise draws per step. Default: 10
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
-                        N(0, variance), 0.5 for the standardised prior)
+                        N(0, variance), 0.5 for the standardised prior, 0.43 where an input itself is gated)
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
@@ -171,10 +182,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             show_progress (bool, optional): Show a progress bar. Default: False
             initial_gate (float or sequence, optional): Share of the hidden state that passes before the first step,
                         between 0 and 1. Default: None (0.9933 as published for the prior N(0, variance), 0.5 for the
-                        standardised prior)
+                        standardised prior, 0.8 where an input itself is gated)
             antithetic (bool, optional): Use each noise draw once more with its sign changed instead of a new one,
                         which makes maps vary less between seeds. Default: None (False as published for the prior
                         N(0, variance), True for the standardised prior)
+            smoothing (float, optional): Standard deviation of the Gaussian kernel by which the gates of a picture's
+                        pixels are smoothed while they are optimised, as a share of the picture's shorter side; 0 for
+                        none. Gates at layers are not smoothed. Default: 1 / 16
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -212,6 +226,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             show_progress,
             initial_gate,
             antithetic,
+            smoothing,
             with_record=False,
         )
         return _captum.format_output(is_tuple, attributions)
@@ -259,11 +274,14 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         show_progress: bool,
         initial_gate: PerModality | None,
         antithetic: bool | None,
+        smoothing: float,
         with_record: bool,
     ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
         tensors = format_inputs(inputs, len(self.layers))
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
+        for layer, tensor in zip(layers, tensors, strict=True):
+            check_entry(layer, tensor, "mixed with noise")
         settings = make_settings(
             priors,
             beta,
@@ -277,6 +295,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             show_progress,
             initial_gate,
             antithetic,
+            smoothing,
+            layers,
         )
         gated = optimise(
             *scorer(self.forward_func, tensors, additional, target),
@@ -286,10 +306,14 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             settings,
             roots_of(self.forward_func, layers),
             with_record,
+            filters=[
+                _unsmoothed if layer.argument is None else partial(over_neighbours, smoothing) for layer in layers
+            ],
         )
         attributions = []
-        for layout, gate, tensor in zip(self.layouts, gated, tensors, strict=False):
-            units, attribution = to_units_and_input(layout, gate, tensor)
+        for layer, layout, gate, tensor in zip(layers, self.layouts, gated, tensors, strict=False):
+            explained = to_units_and_input if layer.argument is None else _entry_units
+            units, attribution = explained(layout, gate, tensor)
             attributions.append(attribution)
             if gate.record is not None:
                 gate.record.units = units
@@ -413,6 +437,28 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         return list(range(len(layers)))
 
 
+def check_entry(layer: Layer, tensor: Tensor, purpose: str) -> None:
+    """Raise where an input itself is to be changed and holds whole numbers."""
+    if layer.argument is not None and not tensor.is_floating_point():
+        raise ValueError(
+            f"layers: {layer.name} holds token ids, which cannot be {purpose}; name the layer that embeds them, e.g. "
+            "layers=(None, model.text_tower.embeddings)."
+        )
+
+
+def _unsmoothed(hidden: Tensor, inputs: Tensor) -> None:
+    """Gates at a layer are each for itself."""
+    return None
+
+
+def _entry_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits where an input itself is gated: per pixel, (N, h, w), and per element, its channels alike."""
+    if tensor.ndim != 4:
+        return gate.bits, gate.bits.contiguous()
+    units = gate.bits.sum(1)
+    return units, (units / tensor.shape[1]).unsqueeze(1).expand(tensor.shape).contiguous()
+
+
 def as_forward_func(forward_func: Any) -> Any:
     """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
     if (
@@ -426,19 +472,22 @@ def as_forward_func(forward_func: Any) -> Any:
     return forward_func
 
 
-def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike], Sequence[Prior]]:
+def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike | None], Sequence[Prior]]:
     if not isinstance(forward_func, DualEncoder):
         raise ValueError(
             f"layers: they can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
             "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
         )
-    layers = forward_func.recommended_layers()
-    return layers, [forward_func.statistics_of(layer) or "pair" for layer in layers]
+    layers, known = forward_func.recommended_layers(), forward_func.statistics
+    return layers, [
+        (known.get(f"inputs[{index}]") if layer is None else forward_func.statistics_of(layer)) or "pair"
+        for index, layer in enumerate(layers)
+    ]
 
 
 def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
     if statistics is None:
-        return (None,) * len(layers)
+        return tuple(None if layer.argument is None else "pair" for layer in layers)
     if isinstance(statistics, Mapping):
         missing = [layer.name for layer in layers if layer.name not in statistics]
         if missing:

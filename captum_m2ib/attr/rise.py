@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
 from captum_m2ib.attr._gates import check_finite, slice_pairs
-from captum_m2ib.attr._pairwise import Forward, check_count, rows_at_once, spread_units, sum_units
-from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, roots_of
+from captum_m2ib.attr._pairwise import check_count, rows_at_once, spread_units, sum_units
+from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, check_entry, roots_of
 from captum_m2ib.dual_encoder import DualEncoder
 from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import Layer, LayerLike, resolve_for
+from captum_m2ib.layers import Layer, LayerLike, input_layer, resolve_at
 from captum_m2ib.layouts import Layout, PatchLayout, TextLayout
 from captum_m2ib.suffix import Suffix, Tap
 from captum_m2ib.towers import find_embeddings
@@ -75,7 +75,7 @@ class RISE(_captum.Attribution):
             layouts = forward_func.layouts
         self.layouts: tuple[Layout | None, ...] = tuple(layouts or ())
         given = layers if layers is not None else _embeddings(forward_func)
-        self.layers = tuple(None if layer is None else resolve_for(forward_func, layer) for layer in given)
+        self.layers = tuple(resolve_at(forward_func, index, layer) for index, layer in enumerate(given))
 
     @_captum.log_usage(part_of_slo=True)
     def attribute(
@@ -135,16 +135,14 @@ class RISE(_captum.Attribution):
         ) as bar:
             for index, tensor in enumerate(tensors):
                 layer = self._layer(index, tensor)
-                entry = Layer(nn.Identity(), f"inputs[{index}]") if layer is None else layer
-                enter = forward if layer is not None else _entering(forward, index, entry.module)
                 layout = self.layouts[index] if index < len(self.layouts) else None
                 parts = []
-                with borrowing(*roots_of(self.forward_func, [entry])):
+                with borrowing(*roots_of(self.forward_func, [layer])):
                     for start in range(0, pairs, at_once):
                         chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
-                        suffix = Suffix(enter, chunk, chunk[0].shape[0], [Tap(entry)])
+                        suffix = Suffix(forward, chunk, chunk[0].shape[0], [Tap(layer)])
                         check_finite("score of the untouched pairs", suffix.score, start)
-                        axes = None if layer is not None else _grid_axes(layout, tensor)
+                        axes = None if layer.argument is None else _grid_axes(layout, tensor)
                         generator = np.random.default_rng((seed, index))
                         masks = draw_masks(
                             generator, suffix.hidden[0], axes, n_masks, cells, probability, masks_at_once
@@ -159,14 +157,10 @@ class RISE(_captum.Attribution):
         """Not offered, as for most of Captum's methods."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
-    def _layer(self, index: int, tensor: Tensor) -> Layer | None:
-        """The layer that is masked in the place of an input, None for the input itself."""
-        layer = self.layers[index] if index < len(self.layers) else None
-        if layer is None and not tensor.is_floating_point():
-            raise ValueError(
-                f"layers: inputs[{index}] holds token ids, which cannot be masked by multiplication; name the layer "
-                "that embeds them, e.g. layers=(None, model.text_tower.embeddings)."
-            )
+    def _layer(self, index: int, tensor: Tensor) -> Layer:
+        """What is masked: the input itself, or a layer in its place."""
+        layer = self.layers[index] if index < len(self.layers) else input_layer(index)
+        check_entry(layer, tensor, "masked by multiplication")
         return layer
 
 
@@ -179,11 +173,6 @@ def _embeddings(forward_func: Any) -> Sequence[LayerLike | None]:
         for index, layout in enumerate(forward_func.layouts)
     )
     return (first, second) if first is None or second is None else forward_func.told_apart((first, second))
-
-
-def _entering(forward: Forward, index: int, entry: nn.Module) -> Forward:
-    """The score with one argument led through a module, so that it can be taken over there."""
-    return lambda given: forward((*given[:index], entry(given[index]), *given[index + 1 :]))
 
 
 def _grid_axes(layout: Layout | None, tensor: Tensor) -> tuple[int, ...] | None:

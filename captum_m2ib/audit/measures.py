@@ -16,7 +16,12 @@ def patch_maps(encoder: DualEncoder, pairs: Pairs, units: Any, image_bits: Any) 
     """Bits per patch, (gh, gw) for each pair; where the model has no patch grid, per cell of a 16 x 16 grid."""
     import torch.nn.functional as F
 
-    place = getattr(encoder.layouts[0], "shapes_argument", None)
+    from captum_m2ib.layouts import PatchLayout, per_patch
+
+    layout = encoder.layouts[0]
+    if units is not None and isinstance(layout, PatchLayout) and units.shape[1:] == image_bits.shape[2:]:
+        units = per_patch(layout, units)
+    place = getattr(layout, "shapes_argument", None)
     if units.ndim == 2 and place is not None:
         # Packed patches: each picture has a grid of its own, then padding.
         grids = (*pairs.inputs, *pairs.additional_forward_args)[place].tolist()

@@ -347,6 +347,7 @@ class Worker:
         )
         image, text = record.modalities
         maps = patch_maps(encoder, pairs, image.units, image_bits)
+        pixels = image_bits.sum(1).float().cpu().numpy() if image_bits.ndim == 4 else None
         real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
         results = [
             {
@@ -360,7 +361,7 @@ class Worker:
                 "special": [pairs.special[i][j] for j in real[i]],
                 "token_bits": token_bits[i, real[i]].float().cpu().numpy(),
                 "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
-                **self._inside(pair, maps[i]),
+                **self._inside(pair, pixels[i] if pixels is not None else maps[i]),
             }
             for i, pair in enumerate(ready)
         ]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from captum_m2ib import ChannelStatistics, MultiModalInfoBottleneck, PatchLayout, TextLayout
 from captum_m2ib.attr._gates import noise
-from captum_m2ib.attr.info_bottleneck import InfoBottleneck, _smoothing, blur, smooth_logits
+from captum_m2ib.attr._smoothing import blur, smooth_logits
+from captum_m2ib.attr.info_bottleneck import InfoBottleneck, _smoothing
 from captum_m2ib.layouts import to_input
 
 FEW = {"n_steps": 5, "n_samples": 3}

@@ -17,6 +17,7 @@ from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
 from captum_m2ib.audit import Worker
 from captum_m2ib.audit.measures import half_scores
 from captum_m2ib.audit.worker import FIGURES
+from captum_m2ib.layouts import per_patch
 from captum_m2ib.scenes import CHECKPOINT, draw_scene
 
 SCENES = [draw_scene(index, 48) for index in range(7)]
@@ -58,7 +59,8 @@ def test_results_are_those_of_the_method(checkpoint: Path, whole: dict[str, list
     assert units is not None
     assert np.isclose(whole["image_bits"][2], image_bits.sum().item(), rtol=1e-3)
     assert np.isclose(whole["text_bits"][2], token_bits.sum().item(), rtol=1e-3)
-    assert np.allclose(whole["map"][2], units[0].numpy(), atol=2e-3 * units.max().item())
+    cells = per_patch(encoder.layouts[0], units)[0]
+    assert np.allclose(whole["map"][2], cells.numpy(), atol=2e-3 * cells.max().item())
     assert np.allclose(whole["token_bits"][2], token_bits[0].numpy(), atol=2e-3 * token_bits.max().item())
     assert np.isclose(whole["score"][2], encoder(*pairs.inputs, *pairs.additional_forward_args).item(), atol=1e-5)
     assert np.isclose(whole["text_score"][2], record.modalities[1].score_after.item(), atol=1e-4)

@@ -28,7 +28,7 @@ def test_rows_hold_every_layer_with_its_share_and_its_figures(encoder: DualEncod
     rows, towers = measure(encoder, PROBES, seed=4)
     image, text = towers
     assert [row.layer for row in rows] == [*image.layers, *text.layers]
-    assert [row.layer for row in rows if row.is_default] == ["vision_model.encoder.layers.0", "text_model.embeddings"]
+    assert [row.layer for row in rows if row.is_default] == ["inputs[0]", "text_model.embeddings"]
     pictures, captions = image_probes(PROBES, SEED), token_probes(PROBES, SEED)
     seen = encoder.prepare([p.image for p in pictures], [p.caption for p in pictures])
     read = encoder.prepare([p.image for p in captions], [p.caption for p in captions])
@@ -39,7 +39,7 @@ def test_rows_hold_every_layer_with_its_share_and_its_figures(encoder: DualEncod
         for row, share in zip(of_tower, expected.mean_share, strict=True):
             assert row.share.mean == pytest.approx(float(share), abs=1e-6) and row.share.count == PROBES
             assert tuple(row.figures) == FIGURES[row.modality]
-    second, words = rows[2], rows[len(image.layers) + 1]
+    second, words = rows[3], rows[len(image.layers) + 1]
     layers = [encoder.model.vision_model.encoder.layers[1], encoder.model.text_model.encoder.layers[0]]
     method = MultiModalInfoBottleneck(encoder, layers, statistics=["pair", "pair"])
     bits = method.attribute(seen.inputs[0], additional_forward_args=(seen.inputs[1], *seen.additional_forward_args))
@@ -65,10 +65,10 @@ def test_the_command_prints_the_table_and_draws_the_figure(
     assert figure.read_bytes()[:4] == b"\x89PNG"
     lines = [line for line in told.splitlines() if line.startswith("| `")]
     assert [line.split("`")[1] for line in lines if "` * |" in line] == [
-        "vision_model.encoder.layers.0",
+        "inputs[0]",
         "text_model.embeddings",
     ]
-    assert len(lines) == 4 + 3 and len({line.count("|") for line in lines}) == 1
+    assert len(lines) == 5 + 3 and len({line.count("|") for line in lines}) == 1
     with pytest.raises(SystemExit):
         main(["--figure", str(tmp_path / "nowhere" / "shares.png")])
     assert "--figure: the directory of" in capsys.readouterr().err

@@ -213,7 +213,9 @@ def test_published_and_recommended_layers():
     ]
     assert published.priors == (None, None)
     recommended = MultiModalInfoBottleneck(encoder)
-    assert [layer.name for layer in recommended.layers] == ["vision_model.encoder.layers.0", "text_model.embeddings"]
+    assert [layer.name for layer in recommended.layers] == ["inputs[0]", "text_model.embeddings"]
+    named = MultiModalInfoBottleneck(encoder, ["inputs[0]", "text_model.embeddings"])
+    assert [layer.argument for layer in named.layers] == [0, None]
     assert all(prior is not None for prior in recommended.priors)
     with pytest.raises(ValueError, match="layers: they can only be recommended for a DualEncoder"):
         MultiModalInfoBottleneck(lambda x: x)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib import MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
 from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import resolve_for
+from captum_m2ib.layers import resolve_at
 from captum_m2ib.layouts import real_elements, to_input, to_units
 from captum_m2ib.suffix import Suffix, Tap
 
@@ -98,7 +98,7 @@ def planted(case: Case, modality: int, seed: int) -> tuple[tuple, Tensor]:
 
 def hidden_at(case: Case, layer, arguments: tuple) -> Tensor:
     with borrowing(*case.roots):
-        tap = Tap(resolve_for(case.forward, layer))
+        tap = Tap(layer)
         return Suffix(lambda given: case.forward(*given), arguments, 3, [tap]).hidden[0]
 
 
@@ -106,8 +106,9 @@ def hidden_at(case: Case, layer, arguments: tuple) -> Tensor:
 def test_a_changed_place_is_found_where_it_is(model: zoo.Model, modality: int):
     case = model_case(model)
     recommended = case.forward.recommended_layers()[modality]
-    for layer in (recommended, case.layers[modality][0]):
-        layout, inputs = case.forward.layout_of(layer, modality), case.inputs[modality]
+    for choice in (recommended, case.layers[modality][0]):
+        layer = resolve_at(case.forward, modality, choice)
+        layout, inputs = case.forward.layout_at(layer, modality), case.inputs[modality]
         before = hidden_at(case, layer, (*case.inputs, *case.additional))
         total: Tensor = torch.zeros(())
         for seed in (1, 2, 3, 4):
@@ -117,8 +118,8 @@ def test_a_changed_place_is_found_where_it_is(model: zoo.Model, modality: int):
             total = total + to_input(layout, to_units(layout, change, inputs, real), inputs).mean(0)
         inside, share = float(total[place[0]].sum() / total.sum()), float(place[0].float().mean())
         # Attention and convolutions spread a change, but its own place keeps the most of it.
-        assert bool(place[0].flatten()[total.argmax()]), layer
-        assert inside > (0.999 if layer is recommended and isinstance(layout, TextLayout) else 2 * share), layer
+        assert bool(place[0].flatten()[total.argmax()]), layer.name
+        assert inside > (0.999 if choice is recommended and isinstance(layout, TextLayout) else 2 * share), layer.name
 
 
 def test_recommended_method_gives_bits_and_none_at_padding(model: zoo.Model):

@@ -1,0 +1,67 @@
+"""Gates that neighbours share: a Gaussian kernel over the grid that they lie on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def smooth_logits(alpha: Tensor, sigma: float) -> Tensor:
+    r"""Logits of gates smoothed by a Gaussian kernel: ``logit(blur(sigmoid(alpha)))``.
+
+    Args:
+
+        alpha (Tensor): (N, C, h, w).
+        sigma (float): Standard deviation of the kernel in cells, above 0.
+
+    Returns:
+        Tensor: (N, C, h, w).
+    """
+    # Mirrored borders blur 1 - g to 1 - blur(g), and blurring both keeps the digits of gates that are nearly open.
+    least = torch.finfo(alpha.dtype).tiny
+    opened, closed = (blur(torch.sigmoid(part), sigma).clamp(min=least) for part in (alpha, -alpha))
+    return opened.log() - closed.log()
+
+
+def blur(maps: Tensor, sigma: float) -> Tensor:
+    r"""Maps blurred by a Gaussian kernel of ``2 * round(2 * sigma) + 1`` cells a side, mirrored at the border.
+
+    A border mirrored without repeating its own cells (torch's ``reflect``, as in the paper's code) keeps constant maps,
+    though not every map's sum. On a grid too small to be mirrored so far the kernel is cut.
+
+    Args:
+
+        maps (Tensor): (N, C, h, w).
+        sigma (float): Standard deviation of the kernel in cells, above 0.
+
+    Returns:
+        Tensor: (N, C, h, w).
+    """
+    for axis in (2, 3):
+        reach = min(round(2 * sigma), maps.shape[axis] - 1)
+        offsets = torch.arange(-reach, reach + 1, dtype=maps.dtype, device=maps.device)
+        kernel = torch.softmax(-offsets.square() / (2 * sigma**2), 0)
+        # F.pad counts its sides from the last dimension.
+        sides = (0, 0, reach, reach) if axis == 2 else (reach, reach, 0, 0)
+        padded = F.pad(maps, sides, mode="reflect").flatten(0, 1).unsqueeze(1)
+        maps = F.conv2d(padded, kernel.view(1, 1, *((-1, 1) if axis == 2 else (1, -1)))).view_as(maps)
+    return maps
+
+
+def over_neighbours(share: float, hidden: Tensor, inputs: Tensor) -> Callable[[Tensor], Tensor] | None:
+    r"""Smooth a picture's gates over neighbouring pixels.
+
+    Args:
+
+        share (float): Standard deviation of the kernel as a share of the picture's shorter side; 0 for none.
+        hidden (Tensor): What is gated, (N, C, h, w); nothing is smoothed where it has another number of dimensions.
+        inputs (Tensor): Not read; the hidden state is the input itself.
+
+    Returns:
+        Callable or None: from logits, (N, 1, h, w), to those that are applied.
+    """
+    return partial(blur, sigma=share * min(hidden.shape[2:])) if hidden.ndim == 4 and share > 0 else None
