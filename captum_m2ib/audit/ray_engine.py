@@ -8,6 +8,7 @@ piece that was written twice is the same shard.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Generator, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +22,8 @@ from captum_m2ib.audit.rows import Piece
 from captum_m2ib.audit.writer import stop_asked
 
 _MOST_BLOCKS = 10_000
+_SCHEDULING_THREAD = "StreamingExecutor-"
+_LONGEST_WAIT = 60.0
 
 
 class PieceWorker:
@@ -130,7 +133,17 @@ def run_ray(
         raise RuntimeError(f"--engine ray: {cause}") from error
     finally:
         if started:
+            end_scheduling()
             ray.shutdown()
+
+
+def end_scheduling() -> None:
+    """Wait for the threads in which Ray Data hands out work: one that finds Ray shut down ends the whole process."""
+    for thread in threading.enumerate():
+        if thread.name.startswith(_SCHEDULING_THREAD):
+            # What it has in flight is given up; it waits two seconds for the thread, which a busy machine exceeds.
+            thread.shutdown(force=True)  # type: ignore[attr-defined]
+            thread.join(_LONGEST_WAIT)
 
 
 def _plain(value: Any) -> Any:

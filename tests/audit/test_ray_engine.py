@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from test_audit_run import assert_tables_close, in_other_process
 from test_interrupts import Interrupted
 
 from captum_m2ib.audit import Worker, read_run, run_audit, shards
-from captum_m2ib.audit.ray_engine import PieceWorker
+from captum_m2ib.audit.ray_engine import PieceWorker, end_scheduling
 from captum_m2ib.audit.writer import ask_to_stop
 
 STUB: Any = StubWorker
@@ -43,7 +46,6 @@ def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, che
 
 
 @pytest.mark.skipif(os.name != "posix", reason="sending Ctrl-C to another process needs POSIX signals")
-@pytest.mark.slow
 def test_ctrl_c_finishes_the_shards_in_flight_and_says_how_to_go_on(tmp_path: Path):
     run = Interrupted(tmp_path, 0.2, "--engine", "ray", "--workers", "2")
     run.wait_for(lambda: shards(run.output))
@@ -79,6 +81,30 @@ def test_pieces_are_passed_over_once_the_audit_is_asked_to_stop(tmp_path: Path):
     ask_to_stop(worker.output)
     assert worker.reply(second) == {"piece": 1, "rows": 0, "errors": 0, "failure": ""}
     assert len(shards(worker.output)) == 1
+
+
+def test_scheduling_threads_have_ended_before_ray_does():
+    asked = threading.Event()
+
+    class Scheduling(threading.Thread):
+        def run(self) -> None:
+            asked.wait()
+            time.sleep(0.3)
+
+        def shutdown(self, force: bool) -> None:
+            asked.set()
+
+    thread = Scheduling(name="StreamingExecutor-dataset_1", daemon=True)
+    thread.start()
+    end_scheduling()
+    assert not thread.is_alive()
+
+
+def test_ray_still_names_its_threads_so():
+    package = importlib.util.find_spec("ray")
+    assert package is not None and package.origin is not None
+    scheduler = Path(package.origin).parent / "data/_internal/execution/streaming_executor.py"
+    assert 'f"StreamingExecutor-{' in scheduler.read_text(encoding="utf-8")
 
 
 def test_what_stops_a_worker_is_passed_on(tmp_path: Path):
