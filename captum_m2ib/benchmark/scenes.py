@@ -279,15 +279,21 @@ def stability(block: Block) -> Found:
     """Pearson's correlation of maps made with two seeds; 1 for methods that draw nothing."""
     if not block.seeded:
         return {"image seeds": [1.0] * len(block.pictures), "text seeds": [1.0] * len(block.captions)}
-    again, tokens = block.image_maps(block.right, seed=1), block.caption_maps(block.worded, seed=1)
+    return {**stability_of_pictures(block), **stability_of_words(block)}
+
+
+def stability_of_pictures(block: Block) -> Found:
+    """Pearson's correlation of pictures' maps made with two seeds."""
+    again = block.image_maps(block.right, seed=1)
+    return _lists({"image seeds": pearson(block.right_maps.sum(1), again.sum(1))})
+
+
+def stability_of_words(block: Block) -> Found:
+    """Pearson's correlation of captions' maps made with two seeds, over words."""
+    tokens = block.caption_maps(block.worded, seed=1)
     words = faith.maskable_tokens(block.worded)
     rows = zip(block.token_maps, tokens, words.to(tokens.device), strict=True)
-    return _lists(
-        {
-            "image seeds": pearson(block.right_maps.sum(1), again.sum(1)),
-            "text seeds": torch.cat([pearson(a[counted][None], b[counted][None]) for a, b, counted in rows]),
-        }
-    )
+    return _lists({"text seeds": torch.cat([pearson(a[counted][None], b[counted][None]) for a, b, counted in rows])})
 
 
 def robustness(block: Block) -> Found:
