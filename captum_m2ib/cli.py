@@ -84,7 +84,10 @@ def _add_explain(commands: Any) -> None:
         "--output", metavar="FILE", default="explanation.png", help=".png, .html, .npz or .json (default: %(default)s)"
     )
     parser.add_argument(
-        "--layers", nargs=2, metavar=("IMAGE_LAYER", "TEXT_LAYER"), help="dotted names (default: recommended layers)"
+        "--layers",
+        nargs=2,
+        metavar=("IMAGE_LAYER", "TEXT_LAYER"),
+        help="dotted names, or inputs[0] for the picture itself (default: what is recommended)",
     )
     parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
     unit it stands for.
 
     By default pictures are gated themselves, pixel by pixel, and captions where their tokens are embedded: there,
-    nothing can go round the gates. A picture's gates are common to a pixel's channels and smoothed over its neighbours
-    while they are optimised, as IBA's are (arXiv 2001.00396).
+    nothing can go round the gates. A picture's gates are common to a pixel's channels, and their logits are smoothed
+    over its neighbours while they are optimised; IBA (arXiv 2001.00396) smooths gates likewise.
 
     Wang, Rudner and Wilson, "Visual Explanations of Image-Text Representations via Multi-Modal Information Bottleneck
     Attribution", NeurIPS 2023, https://arxiv.org/abs/2312.17174
@@ -64,8 +65,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                     (derived from the encoder)
         statistics (mapping or sequence, optional): Per layer its :class:`ChannelStatistics` for the standardised
                     prior, ``"pair"`` for those of the pair's own hidden state, or None for the prior N(0, variance);
-                    or a mapping from layer names. Default: None (``"pair"`` for an input itself, N(0, variance) for
-                    layers that are given)
+                    or a mapping from layer names. Default: None (for recommended layers, given or not, those that the
+                    encoder knows, else ``"pair"``; ``"pair"`` for an input itself; N(0, variance) for other layers)
 
     Raises:
         ValueError: if a layer is unknown, or cannot be recommended for this model.
@@ -90,8 +91,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
         if layers is None:
-            layers, recommended = _recommended(forward_func)
-            statistics = recommended if statistics is None else statistics
+            layers = _recommended(forward_func)
         elif isinstance(layers, (nn.Module, str)) or (
             isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], int)
         ):
@@ -103,7 +103,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             layouts = [forward_func.layout_at(layer, index) for index, layer in enumerate(self.layers[:2])]
         given = tuple(layouts or ())
         self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
-        self.priors: tuple[Prior, ...] = _priors(self.layers, statistics)
+        self.priors: tuple[Prior, ...] = _priors(forward_func, self.layers, statistics)
 
     @classmethod
     def published(cls, forward_func: Callable[..., Any]) -> MultiModalInfoBottleneck:
@@ -392,7 +392,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
         several = isinstance(self.layer, list)
         layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
-        priors = _priors(layers, self.statistics)
+        priors = _priors(self.forward_func, layers, self.statistics)
         settings = make_settings(
             priors,
             beta,
@@ -472,22 +472,39 @@ def as_forward_func(forward_func: Any) -> Any:
     return forward_func
 
 
-def _recommended(forward_func: Any) -> tuple[Sequence[LayerLike | None], Sequence[Prior]]:
+def _recommended(forward_func: Any) -> Sequence[LayerLike | None]:
     if not isinstance(forward_func, DualEncoder):
         raise ValueError(
             f"layers: they can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
             "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
         )
-    layers, known = forward_func.recommended_layers(), forward_func.statistics
-    return layers, [
-        (known.get(f"inputs[{index}]") if layer is None else forward_func.statistics_of(layer)) or "pair"
-        for index, layer in enumerate(layers)
-    ]
+    found: Sequence[LayerLike | None] = forward_func.recommended_layers()
+    return found
 
 
-def _priors(layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
+def _known_priors(forward_func: Any, layers: Sequence[Layer]) -> tuple[Prior, ...]:
+    """The priors where none are given: standardised at an input itself and at recommended layers."""
+    encoder = forward_func if isinstance(forward_func, DualEncoder) else None
+    recommended: list[Layer] = []
+    # Towers without parts under a known name have no recommended layers.
+    with contextlib.suppress(ValueError):
+        if encoder is not None:
+            recommended = [resolve_at(encoder, i, layer) for i, layer in enumerate(encoder.recommended_layers())]
+    known = {(layer.module, layer.call) for layer in recommended}
+    priors: list[Prior] = []
+    for layer in layers:
+        if layer.argument is not None:
+            priors.append((encoder.statistics.get(layer.name) if encoder is not None else None) or "pair")
+        elif encoder is not None and (layer.module, layer.call) in known:
+            priors.append(encoder.statistics_of(layer.module) or "pair")
+        else:
+            priors.append(None)
+    return tuple(priors)
+
+
+def _priors(forward_func: Any, layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
     if statistics is None:
-        return tuple(None if layer.argument is None else "pair" for layer in layers)
+        return _known_priors(forward_func, layers)
     if isinstance(statistics, Mapping):
         missing = [layer.name for layer in layers if layer.name not in statistics]
         if missing:

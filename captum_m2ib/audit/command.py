@@ -43,7 +43,10 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
     parser.add_argument(
-        "--layers", nargs=2, metavar=("IMAGE_LAYER", "TEXT_LAYER"), help="dotted names (default: recommended layers)"
+        "--layers",
+        nargs=2,
+        metavar=("IMAGE_LAYER", "TEXT_LAYER"),
+        help="dotted names, or inputs[0] for the picture itself (default: what is recommended)",
     )
     parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")

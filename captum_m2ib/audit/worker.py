@@ -80,8 +80,8 @@ class Worker:
         model (str, optional): Hub id or checkpoint directory. Default: None (the compact model that is shipped)
         revision (str, optional): Branch, tag or commit on the hub. Default: None
         device (str, optional): For example ``"cuda"``. Default: None (the CPU)
-        layers (sequence of str, optional): Dotted names of the image's and the text's layer. Default: None
-            (recommended layers)
+        layers (sequence of str, optional): Dotted names of the image's and the text's layer, or "inputs[0]" for the
+            picture itself. Default: None (recommended layers)
         published (bool, optional): The paper's layers and prior. Default: False
         beta, variance, n_steps, n_samples, lr, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`;
             ``beta``, ``variance`` and ``lr`` one number for both modalities.

@@ -215,7 +215,9 @@ def test_published_and_recommended_layers():
     recommended = MultiModalInfoBottleneck(encoder)
     assert [layer.name for layer in recommended.layers] == ["inputs[0]", "text_model.embeddings"]
     named = MultiModalInfoBottleneck(encoder, ["inputs[0]", "text_model.embeddings"])
-    assert [layer.argument for layer in named.layers] == [0, None]
+    assert [layer.argument for layer in named.layers] == [0, None] and named.priors == recommended.priors
+    other = MultiModalInfoBottleneck(encoder, ["vision_model.encoder.layers.0", "text_model.embeddings"])
+    assert other.priors == (None, recommended.priors[1])
     assert all(prior is not None for prior in recommended.priors)
     with pytest.raises(ValueError, match="layers: they can only be recommended for a DualEncoder"):
         MultiModalInfoBottleneck(lambda x: x)
