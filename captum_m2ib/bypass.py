@@ -269,17 +269,19 @@ def warn_of_bypass(
     additional = tuple(slice_pairs(a, count, 0, pairs) for a in format_additional(additional_forward_args, count))
     chosen = [[_as_choice(layer)] for layer in method.layers[: len(inputs)]]
     found = measure_bypass(method.forward_func, few, additional, chosen, None, method.layouts, n_draws, seed)
-    for index, tower in enumerate(found):
-        share = float(tower.mean_share[0])
-        if share >= threshold:
-            sound = _sound_layer(method.forward_func, few, additional, index, threshold, n_draws, seed)
-            warnings.warn(
-                f"layers: information goes round the {tower.modality} units at layer {tower.layers[0]!r}: with all of "
-                f"them replaced by noise, what is pooled keeps {share:.0%} of the embedding, so that their bits mean "
-                f"little. {sound}",
-                BypassWarning,
-                stacklevel=3,
-            )
+    bypassed = [index for index, tower in enumerate(found) if float(tower.mean_share[0]) >= threshold]
+    every: Sequence[TowerBypass] = ()
+    if bypassed and isinstance(method.forward_func, DualEncoder):
+        every = measure_bypass(method.forward_func, few, additional, n_draws=n_draws, seed=seed)
+    for index in bypassed:
+        tower = found[index]
+        warnings.warn(
+            f"layers: information goes round the {tower.modality} units at layer {tower.layers[0]!r}: with all of "
+            f"them replaced by noise, what is pooled keeps {float(tower.mean_share[0]):.0%} of the embedding, so that "
+            f"their bits mean little. {_sound_layer(every[index] if every else None, threshold)}",
+            BypassWarning,
+            stacklevel=3,
+        )
 
 
 def has_chosen_layers(method: Any) -> bool:
@@ -304,17 +306,13 @@ def has_chosen_layers(method: Any) -> bool:
     return True
 
 
-def _sound_layer(
-    forward_func: Any, inputs: Any, additional: Any, index: int, threshold: float, n_draws: int, seed: int
-) -> str:
+def _sound_layer(tower: TowerBypass | None, threshold: float) -> str:
     """What to do instead, in a sentence."""
-    if isinstance(forward_func, DualEncoder):
-        tower = measure_bypass(forward_func, inputs, additional, n_draws=n_draws, seed=seed)[index]
-        latest = tower.latest(threshold)
-        if latest is not None and tower.choices[latest] is None:
+    latest = None if tower is None else tower.latest(threshold)
+    if tower is not None and latest is not None:
+        if tower.choices[latest] is None:
             return "Choose None, the input itself."
-        if latest is not None:
-            return f"Choose {tower.layers[latest]!r} ({float(tower.mean_share[latest]):.0%}) or an earlier layer."
+        return f"Choose {tower.layers[latest]!r} ({float(tower.mean_share[latest]):.0%}) or an earlier layer."
     return "Choose an earlier layer; captum_m2ib.measure_bypass measures them all."
 
 
