@@ -76,7 +76,6 @@ VARIANTS = (
     Variant("beta 0.1", 0, settings={"beta": 0.1}),
     Variant("beta 3", 0, settings={"beta": 3.0}),
     Variant("the paper's descent", 0, settings=_PAPER),
-    Variant("both modalities at once", 0, settings={"joint": True}),
     Variant("published", 0, published=True),
     Variant("default", 1),
     Variant("gates after the first block", 1, layer=_FIRST[1]),
