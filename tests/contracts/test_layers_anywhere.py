@@ -215,9 +215,11 @@ def test_published_and_recommended_layers():
     recommended = MultiModalInfoBottleneck(encoder)
     assert [layer.name for layer in recommended.layers] == ["inputs[0]", "text_model.embeddings"]
     named = MultiModalInfoBottleneck(encoder, ["inputs[0]", "text_model.embeddings"])
-    assert [layer.argument for layer in named.layers] == [0, None] and named.priors == recommended.priors
     other = MultiModalInfoBottleneck(encoder, ["vision_model.encoder.layers.0", "text_model.embeddings"])
-    assert other.priors == (None, recommended.priors[1])
+    assert [layer.argument for layer in named.layers] == [0, None]
+    assert (named.priors[0], other.priors[0]) == ("pair", None)
+    for words in (named.priors[1], other.priors[1]):
+        assert torch.equal(words.mean, recommended.priors[1].mean) and torch.equal(words.std, recommended.priors[1].std)
     assert all(prior is not None for prior in recommended.priors)
     with pytest.raises(ValueError, match="layers: they can only be recommended for a DualEncoder"):
         MultiModalInfoBottleneck(lambda x: x)
