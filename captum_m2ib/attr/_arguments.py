@@ -23,23 +23,24 @@ class Defaults:
     """What an attribution uses where it is not told."""
 
     beta: float
+    variance: float
     lr: float
     initial_gate: float
     antithetic: bool
 
 
 # The paper's, for its prior N(0, variance); 1 / (1 + exp(-5)) is where its gates start.
-PUBLISHED = Defaults(beta=0.1, lr=1.0, initial_gate=1 / (1 + math.exp(-5)), antithetic=False)
+PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.exp(-5)), antithetic=False)
 # What measured best on validation scenes for the standardised prior.
-STANDARDISED = Defaults(beta=3.0, lr=0.5, initial_gate=0.5, antithetic=True)
+STANDARDISED = Defaults(beta=3.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
 # The same where an input itself is gated.
-AT_INPUT = Defaults(beta=0.5, lr=0.43, initial_gate=0.8, antithetic=True)
+AT_INPUT = Defaults(beta=0.4, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
 
 
 def make_settings(
     priors: Sequence[Prior],
     beta: PerModality | None,
-    variance: PerModality,
+    variance: PerModality | None,
     lr: PerModality | None,
     n_steps: int,
     n_samples: int,
@@ -72,7 +73,7 @@ def make_settings(
             defaults[index] = AT_INPUT
     chosen = {
         name: tuple(getattr(default, name) for default in defaults) if given is None else given
-        for name, given in (("beta", beta), ("lr", lr), ("initial_gate", initial_gate))
+        for name, given in (("beta", beta), ("variance", variance), ("lr", lr), ("initial_gate", initial_gate))
     }
     count = len(priors)
     gates = _per_modality("initial_gate", chosen["initial_gate"], count)
@@ -80,7 +81,7 @@ def make_settings(
         raise ValueError(f"initial_gate: expected a number between 0 and 1, got {initial_gate!r}.")
     return Settings(
         _per_modality("beta", chosen["beta"], count, inclusive=True),
-        _per_modality("variance", variance, count),
+        _per_modality("variance", chosen["variance"], count),
         _per_modality("lr", chosen["lr"], count),
         gates,
         tuple(default.antithetic if antithetic is None else bool(antithetic) for default in defaults),

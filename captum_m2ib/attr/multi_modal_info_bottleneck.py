@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PerModality, format_additional, format_inputs, make_settings, scorer
-from captum_m2ib.attr._gates import Gated, LayerRecord, Prior, Settings, optimise
+from captum_m2ib.attr._gates import Gated, GateFilter, LayerRecord, Prior, Settings, optimise
 from captum_m2ib.attr._smoothing import over_neighbours
 from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
 from captum_m2ib.layers import Layer, LayerLike, resolve_at, resolve_for
@@ -138,7 +138,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         target: Any = None,
         additional_forward_args: Any = None,
         beta: PerModality | None = None,
-        variance: PerModality = 1.0,
+        variance: PerModality | None = None,
         n_steps: int = 10,
         n_samples: int = 10,
         lr: PerModality | None = None,
@@ -149,7 +149,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         show_progress: bool = False,
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
-        smoothing: float = 1 / 16,
+        smoothing: float = 1 / 14,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -165,13 +165,14 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element against the score; one number
                         or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
-                        N(0, variance), 3.0 for the standardised prior, 0.5 where an input itself is gated)
+                        N(0, variance), 3.0 for the standardised prior, 0.4 where an input itself is gated)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
-                        standardised prior's own where there is one. Default: 1.0
+                        standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
+                        gated)
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: 10
             n_samples (int, optional): Noise draws per step. Default: 10
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
-                        N(0, variance), 0.5 for the standardised prior, 0.43 where an input itself is gated)
+                        N(0, variance), 0.5 for the standardised prior and where an input itself is gated)
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
@@ -188,7 +189,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         N(0, variance), True for the standardised prior)
             smoothing (float, optional): Standard deviation of the Gaussian kernel by which the gates of a picture's
                         pixels are smoothed while they are optimised, as a share of the picture's shorter side; 0 for
-                        none. Gates at layers are not smoothed. Default: 1 / 16
+                        none. Gates at layers are not smoothed. Default: 1 / 14
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -257,13 +258,17 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """Not offered, as for most of Captum's methods."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
+    def _gate_filter(self, index: int, smoothing: float) -> Callable[[Tensor, Tensor], GateFilter | None]:
+        """Makes, of a layer's hidden state and the explained input, what its gates go through."""
+        return _unsmoothed if self.layers[index].argument is None else partial(over_neighbours, smoothing)
+
     def _run(
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: Any,
         additional_forward_args: Any,
         beta: PerModality | None,
-        variance: PerModality,
+        variance: PerModality | None,
         n_steps: int,
         n_samples: int,
         lr: PerModality | None,
@@ -306,9 +311,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             settings,
             roots_of(self.forward_func, layers),
             with_record,
-            filters=[
-                _unsmoothed if layer.argument is None else partial(over_neighbours, smoothing) for layer in layers
-            ],
+            filters=[self._gate_filter(index, smoothing) for index in range(len(layers))],
         )
         attributions = []
         for layer, layout, gate, tensor in zip(layers, self.layouts, gated, tensors, strict=False):
@@ -361,7 +364,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         target: Any = None,
         additional_forward_args: Any = None,
         beta: PerModality | None = None,
-        variance: PerModality = 1.0,
+        variance: PerModality | None = None,
         n_steps: int = 10,
         n_samples: int = 10,
         lr: PerModality | None = None,

@@ -116,7 +116,7 @@ class Worker:
         layers: Sequence[str] | None = None,
         published: bool = False,
         beta: float | None = None,
-        variance: float = 1.0,
+        variance: float | None = None,
         n_steps: int = 10,
         n_samples: int = 10,
         lr: float | None = None,

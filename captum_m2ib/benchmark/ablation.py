@@ -57,7 +57,7 @@ class Variant:
     published: bool = False
 
 
-_PAPER = {"beta": 0.1, "lr": 1.0, "initial_gate": 0.9933, "antithetic": False}
+_PAPER = {"beta": 0.1, "variance": 1.0, "lr": 1.0, "initial_gate": 0.9933, "antithetic": False}
 _FIRST = ("vision_model.encoder.layers.0", "text_model.encoder.layers.0")
 
 VARIANTS = (
@@ -65,16 +65,17 @@ VARIANTS = (
     Variant("gates after the first block", 0, layer=_FIRST[0]),
     Variant("gates after the embeddings", 0, layer="vision_model.embeddings"),
     Variant("each pixel's gate for itself", 0, settings={"smoothing": 0.0}),
-    Variant("smoothed over half as far", 0, settings={"smoothing": 1 / 32}),
-    Variant("smoothed over twice as far", 0, settings={"smoothing": 1 / 8}),
-    Variant("prior N(0, 1)", 0, statistics=None),
-    Variant("noise of a quarter of the variance", 0, settings={"variance": 0.25}),
+    Variant("smoothed over half as far", 0, settings={"smoothing": 1 / 28}),
+    Variant("smoothed over twice as far", 0, settings={"smoothing": 1 / 7}),
+    Variant("prior N(0, 0.25)", 0, statistics=None),
+    Variant("noise of the picture's own variance", 0, settings={"variance": 1.0}),
+    Variant("noise of a tenth of the variance", 0, settings={"variance": 0.1}),
     Variant("no antithetic noise", 0, settings={"antithetic": False}),
     Variant("gates start half open", 0, settings={"initial_gate": 0.5}),
     Variant("gates start open", 0, settings={"initial_gate": 0.9933}),
     Variant("rate 1", 0, settings={"lr": 1.0}),
     Variant("beta 0.1", 0, settings={"beta": 0.1}),
-    Variant("beta 3", 0, settings={"beta": 3.0}),
+    Variant("beta 1.6", 0, settings={"beta": 1.6}),
     Variant("the paper's descent", 0, settings=_PAPER),
     Variant("published", 0, published=True),
     Variant("default", 1),

@@ -56,11 +56,19 @@ def mirrored(maps: Tensor, sigma: float) -> Tensor:
 
 
 def second_implementation(
-    score, pixels: Tensor, beta: float, lr: float, start: float, sigma: float, n_steps: int, n_samples: int
+    score,
+    pixels: Tensor,
+    beta: float,
+    variance: float,
+    lr: float,
+    start: float,
+    sigma: float,
+    n_steps: int,
+    n_samples: int,
 ) -> Tensor:
     """Bits per pixel of one picture, (h, w), in float64: one logit per pixel, divergences from torch.distributions."""
     mean = pixels.mean((1, 2), keepdim=True)
-    std = (pixels - mean).square().mean((1, 2), keepdim=True).sqrt()
+    std = (variance * (pixels - mean).square().mean((1, 2), keepdim=True)).sqrt()
     logits = torch.full(pixels.shape[1:], math.log(start / (1 - start)), dtype=torch.float64, requires_grad=True)
 
     def nats(gate: Tensor) -> Tensor:
@@ -79,15 +87,15 @@ def second_implementation(
     return nats(gate).sum(0).detach() / math.log(2)
 
 
-@pytest.mark.parametrize("smoothing", [0.0, 1 / 16, 0.2])
-def test_equals_a_second_implementation(smoothing: float):
+@pytest.mark.parametrize(("smoothing", "variance"), [(0.0, 0.25), (1 / 14, 0.25), (0.2, 1.0)])
+def test_equals_a_second_implementation(smoothing: float, variance: float):
     torch.manual_seed(0)
     score = reader(slice(2, 9), slice(3, 10)).double()
     pixels = torch.randn(2, 3, 16, 20, dtype=torch.float64) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + 0.3
-    settings = {"beta": 0.3, "lr": 0.2, "initial_gate": 0.6, **FEW}
+    settings = {"beta": 0.3, "variance": variance, "lr": 0.2, "initial_gate": 0.6, **FEW}
     bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, smoothing=smoothing, **settings)
     for one, picture in zip(bits, pixels, strict=True):
-        expected = second_implementation(score, picture, 0.3, 0.2, 0.6, 16 * smoothing, 3, 4)
+        expected = second_implementation(score, picture, 0.3, variance, 0.2, 0.6, 16 * smoothing, 3, 4)
         torch.testing.assert_close(one.sum(0), expected, rtol=0, atol=1e-6 * float(expected.max()))
         for channel in one:
             torch.testing.assert_close(channel, one.mean(0))
@@ -97,10 +105,11 @@ def test_defaults_of_gated_inputs():
     score = reader(slice(2, 9), slice(3, 10))
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
-    told = {"beta": 0.5, "lr": 0.43, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 16}
+    told = {"beta": 0.4, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
-    for name, other in (("beta", 1.4), ("lr", 0.2), ("initial_gate", 0.5), ("antithetic", False), ("smoothing", 0.1)):
+    others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}
+    for name, other in others.items():
         assert not torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **{name: other})), name
 
 
