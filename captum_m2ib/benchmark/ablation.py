@@ -7,12 +7,13 @@ its figures, and marks where the paired difference from the default leaves out z
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
 from captum_m2ib.benchmark.compare import Difference, estimate, paired
+from captum_m2ib.benchmark.remedies import AgainstTheBatch, BetaOfEachPair, ClosedPrefix, LateLayers
 from captum_m2ib.benchmark.scenes import (
     BLOCK,
     Block,
@@ -47,6 +48,7 @@ class Variant:
         statistics (Any): The prior at that layer; "known" for what the encoder knows.
         settings (mapping): Arguments of ``attribute``.
         published (bool): The paper's layers, prior and descent.
+        method (Callable or None): Makes, of an encoder, a method in the place of the default's.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Variant:
     statistics: Any = "known"
     settings: Mapping[str, Any] = field(default_factory=dict)
     published: bool = False
+    method: Callable[[DualEncoder], Any] | None = None
 
 
 _PAPER = {"beta": 0.1, "variance": 1.0, "lr": 1.0, "initial_gate": 0.9933, "antithetic": False}
@@ -77,6 +80,10 @@ VARIANTS = (
     Variant("beta 0.1", 0, settings={"beta": 0.1}),
     Variant("beta 1.6", 0, settings={"beta": 1.6}),
     Variant("the paper's descent", 0, settings=_PAPER),
+    Variant("beta of each pair, .9 of the score kept", 0, method=BetaOfEachPair),
+    Variant("score beyond the other captions' in the batch", 0, method=AgainstTheBatch),
+    Variant("gates at three quarters of the depth", 0, method=LateLayers),
+    Variant("the same, class token closed", 0, method=ClosedPrefix),
     Variant("published", 0, published=True),
     Variant("default", 1),
     Variant("gates after the first block", 1, layer=_FIRST[1]),
@@ -87,6 +94,8 @@ VARIANTS = (
     Variant("beta 0.1", 1, settings={"beta": 0.1}),
     Variant("the paper's descent", 1, settings=_PAPER),
     Variant("both modalities at once", 1, settings={"joint": True}),
+    Variant("gates at three quarters of the depth", 1, method=LateLayers),
+    Variant("the same, start and end tokens closed", 1, method=ClosedPrefix),
     Variant("published", 1, published=True),
 )
 """The default of each modality, and what is changed, one thing at a time."""
@@ -103,6 +112,9 @@ class Changed:
 
     def __init__(self, encoder: DualEncoder, variant: Variant) -> None:
         self.forward_func, self.settings = encoder, variant.settings
+        if variant.method is not None:
+            self.method = variant.method(encoder)
+            return
         if variant.published:
             self.method = MultiModalInfoBottleneck.published(encoder)
             return
