@@ -61,7 +61,7 @@ def descent() -> Figure:
     first.imshow(overlay(pairs.pictures[0], course.units[0].numpy()))
     first.set_title(f'heat, "{probe.caption}"')
     for axes, values, title in (
-        (second, _gates(pairs.inputs[0][0], course.units[0]), "gate of each pixel"),
+        (second, _gates(pairs.inputs[0][0], course.units[0], record.settings.variance[0]), "gate of each pixel"),
         (third, course.units[0], "bits of each pixel"),
     ):
         figure.colorbar(axes.imshow(values.numpy(), cmap="cividis", vmin=0), ax=axes)
@@ -84,9 +84,10 @@ def descent() -> Figure:
     return figure
 
 
-def _gates(pixels: Tensor, bits: Tensor) -> Tensor:
+def _gates(pixels: Tensor, bits: Tensor, variance: float) -> Tensor:
     """The gate of each pixel of a picture, (h, w), found from its bits: information rises with the gate."""
-    mean, std = pixels.mean((1, 2), keepdim=True), pixels.std((1, 2), keepdim=True, correction=0)
+    mean = pixels.mean((1, 2), keepdim=True)
+    std = variance**0.5 * pixels.std((1, 2), keepdim=True, correction=0)
     low, high = torch.full_like(bits, -30.0), torch.full_like(bits, 30.0)
     for _ in range(60):
         middle = (low + high) / 2

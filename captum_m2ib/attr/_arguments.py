@@ -34,7 +34,7 @@ PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.
 # What measured best on validation scenes for the standardised prior.
 STANDARDISED = Defaults(beta=3.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
 # The same where an input itself is gated.
-AT_INPUT = Defaults(beta=0.4, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
+AT_INPUT = Defaults(beta=0.3, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
 
 
 def make_settings(

@@ -165,7 +165,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element against the score; one number
                         or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
-                        N(0, variance), 3.0 for the standardised prior, 0.4 where an input itself is gated)
+                        N(0, variance), 3.0 for the standardised prior, 0.3 where an input itself is gated)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
                         gated)

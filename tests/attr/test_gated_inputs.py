@@ -105,7 +105,7 @@ def test_defaults_of_gated_inputs():
     score = reader(slice(2, 9), slice(3, 10))
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
-    told = {"beta": 0.4, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
+    told = {"beta": 0.3, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
     others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}
