@@ -93,14 +93,14 @@ class BetaOfEachPair:
             seed (int, optional): Seed of the noise. Default: 0
         """
         chosen = torch.zeros_like(inputs)
-        is_open = torch.ones(inputs.shape[0], dtype=torch.bool, device=inputs.device)
+        unsettled = torch.ones(inputs.shape[0], dtype=torch.bool, device=inputs.device)
         for beta in BETAS:
             bits, record = self.method.attribute_with_record(
                 inputs, additional_forward_args=additional_forward_args, beta=beta, seed=seed
             )
             (picture,) = record.modalities
-            chosen = torch.where(is_open.view(-1, 1, 1, 1), bits, chosen)
-            is_open = is_open & (picture.score_after < self.share * picture.score_before)
+            chosen = torch.where(unsettled.view(-1, 1, 1, 1), bits, chosen)
+            unsettled = unsettled & (picture.score_after < self.share * picture.score_before)
         return chosen
 
 

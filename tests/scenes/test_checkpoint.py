@@ -11,11 +11,11 @@ from captum_m2ib.benchmark.scenes import measure
 from captum_m2ib.scenes import CHECKPOINT, evaluate_naming, evaluate_retrieval
 
 REACHED = {
-    "image pointing": 0.60,
-    "image mass": 0.25,
-    "image auroc": 0.93,
-    "text auroc": 0.95,
-    "text top-1": 0.95,
+    "image pointing": 0.95,
+    "image mass": 0.73,
+    "image auroc": 0.985,
+    "text auroc": 0.98,
+    "text top-1": 0.98,
 }
 """What the default method must reach on held-out probes."""
 
@@ -61,4 +61,4 @@ def test_maps_fall_on_what_is_named(encoder: DualEncoder) -> None:
 def test_maps_fall_on_what_is_named_over_many_probes(encoder: DualEncoder) -> None:
     found = measure(MultiModalInfoBottleneck(encoder), 200)
     assert all(found[name].low >= bound for name, bound in REACHED.items())
-    assert found["image mass moved"].low > 0.2
+    assert found["image mass moved"].low > 0.68
