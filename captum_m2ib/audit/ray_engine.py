@@ -23,6 +23,7 @@ from captum_m2ib.audit.writer import stop_asked
 
 _MOST_BLOCKS = 10_000
 _SCHEDULING_THREAD = "StreamingExecutor-"
+_READING_THREADS = ("iter_threaded", "ray-data-metadata-prefetch")
 _LONGEST_WAIT = 60.0
 
 
@@ -138,11 +139,17 @@ def run_ray(
 
 
 def end_scheduling() -> None:
-    """Wait for the threads in which Ray Data hands out work: one that finds Ray shut down ends the whole process."""
-    for thread in threading.enumerate():
+    """Wait for the threads of Ray Data that hand out work and fetch what comes back.
+
+    One that finds Ray shut down ends the whole process.
+    """
+    threads = threading.enumerate()
+    for thread in threads:
         if thread.name.startswith(_SCHEDULING_THREAD):
             # What it has in flight is given up; it waits two seconds for the thread, which a busy machine exceeds.
             thread.shutdown(force=True)  # type: ignore[attr-defined]
+    for thread in threads:
+        if thread.name.startswith((_SCHEDULING_THREAD, *_READING_THREADS)):
             thread.join(_LONGEST_WAIT)
 
 

@@ -147,11 +147,15 @@ class AgainstTheBatch:
         model: Any = self.encoder.model
 
         def pictures(pixels: Tensor) -> Tensor:
-            found: Tensor = model.get_image_features(pixel_values=pixels).pooler_output
-            return found
+            return _features(model.get_image_features(pixel_values=pixels))
 
         def captions(ids: Tensor, mask: Tensor | None = None, *rest: Any) -> Tensor:
-            found: Tensor = model.get_text_features(input_ids=ids, attention_mask=mask).pooler_output
-            return found
+            return _features(model.get_text_features(input_ids=ids, attention_mask=mask))
 
         return pictures, captions
+
+
+def _features(output: Any) -> Tensor:
+    """What transformers 5 returns in an object, and earlier versions as it is."""
+    found: Tensor = getattr(output, "pooler_output", output)
+    return found

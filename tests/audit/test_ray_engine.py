@@ -83,7 +83,7 @@ def test_pieces_are_passed_over_once_the_audit_is_asked_to_stop(tmp_path: Path):
     assert len(shards(worker.output)) == 1
 
 
-def test_scheduling_threads_have_ended_before_ray_does():
+def test_threads_of_ray_data_have_ended_before_ray_does():
     asked = threading.Event()
 
     class Scheduling(threading.Thread):
@@ -94,17 +94,32 @@ def test_scheduling_threads_have_ended_before_ray_does():
         def shutdown(self, force: bool) -> None:
             asked.set()
 
-    thread = Scheduling(name="StreamingExecutor-dataset_1", daemon=True)
-    thread.start()
+    def read() -> None:
+        asked.wait()
+        time.sleep(0.6)
+
+    threads = [threading.Thread(target=read, name=name, daemon=True) for name in ("iter_threaded", "other")]
+    threads.append(Scheduling(name="StreamingExecutor-dataset_1", daemon=True))
+    for thread in threads:
+        thread.start()
     end_scheduling()
-    assert not thread.is_alive()
+    reading, other, scheduling = threads
+    assert not reading.is_alive() and not scheduling.is_alive()
+    other.join()
 
 
-def test_ray_still_names_its_threads_so():
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("execution/streaming_executor.py", 'f"StreamingExecutor-{'),
+        ("block_batching/util.py", 'name="iter_threaded"'),
+        ("execution/metadata_fetcher.py", 'name="ray-data-metadata-prefetch"'),
+    ],
+)
+def test_ray_still_names_its_threads_so(module: str, name: str):
     package = importlib.util.find_spec("ray")
     assert package is not None and package.origin is not None
-    scheduler = Path(package.origin).parent / "data/_internal/execution/streaming_executor.py"
-    assert 'f"StreamingExecutor-{' in scheduler.read_text(encoding="utf-8")
+    assert name in (Path(package.origin).parent / "data/_internal" / module).read_text(encoding="utf-8")
 
 
 def test_what_stops_a_worker_is_passed_on(tmp_path: Path):
