@@ -26,22 +26,23 @@ if TYPE_CHECKING:
         OptimizationRecord,
         PairInteraction,
     )
-    from captum_m2ib.bypass import (
-        BypassWarning,
-        TowerBypass,
-        measure_bypass,
-        plot_bypass,
-        recommend_layers,
-        warn_of_bypass,
-    )
-    from captum_m2ib.dual_encoder import DualEncoder, Pairs
-    from captum_m2ib.explanation import Explanation, explain
-    from captum_m2ib.layouts import PackedLayout, PatchLayout, TextLayout
-    from captum_m2ib.statistics import (
+    from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
+    from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
+    from captum_m2ib.engine.statistics import (
         ChannelStatistics,
         estimate_statistics,
         load_statistics,
         save_statistics,
+    )
+    from captum_m2ib.explanations.bypass_figure import plot_bypass
+    from captum_m2ib.explanations.explain import explain
+    from captum_m2ib.explanations.explanation import Explanation
+    from captum_m2ib.metrics.bypass import (
+        BypassWarning,
+        TowerBypass,
+        measure_bypass,
+        recommend_layers,
+        warn_of_bypass,
     )
 
 _HOMES = {
@@ -59,18 +60,19 @@ _HOMES = {
         "PairInteraction",
         "RISE",
     ),
-    "bypass": (
+    "metrics.bypass": (
         "BypassWarning",
         "TowerBypass",
         "measure_bypass",
-        "plot_bypass",
         "recommend_layers",
         "warn_of_bypass",
     ),
-    "dual_encoder": ("DualEncoder", "Pairs"),
-    "explanation": ("Explanation", "explain"),
-    "layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
-    "statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
+    "encoders.dual_encoder": ("DualEncoder", "Pairs"),
+    "explanations.bypass_figure": ("plot_bypass",),
+    "explanations.explain": ("explain",),
+    "explanations.explanation": ("Explanation",),
+    "engine.layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
+    "engine.statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
 }
 
 __all__ = [

@@ -19,8 +19,8 @@ from captum_m2ib.benchmark.command import add_benchmark
 
 if TYPE_CHECKING:
     from captum_m2ib.attr import MultiModalInfoBottleneck
-    from captum_m2ib.dual_encoder import DualEncoder
-    from captum_m2ib.explanation import Explanation
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
+    from captum_m2ib.explanations.explanation import Explanation
 
 # The scene that is explained when no picture is given: several objects, one of them named.
 EXAMPLE_SCENE = 8
@@ -118,13 +118,13 @@ def _explain(given: argparse.Namespace) -> None:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
     if given.published and given.layers:
         raise ValueError("--published: chooses the layers itself; leave out --layers or --published.")
-    from captum_m2ib.explanation import explain
-    from captum_m2ib.explanation_files import check_output
+    from captum_m2ib.explanations.explain import explain
+    from captum_m2ib.explanations.files import check_output
 
     output = check_output(given.output)
     image, text = (given.image, given.text) if given.image is not None else _example()
     if given.image is not None:
-        from captum_m2ib.pictures import load_picture
+        from captum_m2ib.encoders.pictures import load_picture
 
         image = load_picture(given.image, "IMAGE")
     encoder = _load(given)
@@ -156,7 +156,7 @@ def _load(given: argparse.Namespace) -> DualEncoder:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from captum_m2ib.dual_encoder import DualEncoder
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
     from captum_m2ib.scenes import CHECKPOINT
 
     logging.set_verbosity_error()

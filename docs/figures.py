@@ -10,9 +10,9 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
-from captum_m2ib.bottleneck import NATS_PER_BIT, information
+from captum_m2ib.engine.information import NATS_PER_BIT, information
+from captum_m2ib.explanations.visualization import overlay
 from captum_m2ib.scenes import CHECKPOINT, image_probes
-from captum_m2ib.visualization import overlay
 
 HIDDEN = 1.5
 """The element whose distribution the first figure shows, in standard deviations from the mean."""

@@ -110,7 +110,7 @@ class TestExplain:
             assert f"text     {loaded.token_total_bits:.1f} bits" in out
             assert ", ".join(f"{token} {bits:.2f}" for token, bits in loaded.top_tokens(5)) in out
 
-    @pytest.mark.filterwarnings("ignore::captum_m2ib.bypass.BypassWarning")
+    @pytest.mark.filterwarnings("ignore::captum_m2ib.metrics.bypass.BypassWarning")
     def test_options_reach_the_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
         target = tmp_path / "result.npz"
 
@@ -166,7 +166,7 @@ class TestExplain:
         def interrupt(*_: Any, **__: Any) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr("captum_m2ib.explanation.explain", interrupt)
+        monkeypatch.setattr("captum_m2ib.explanations.explain.explain", interrupt)
         result = run("explain", picture, CAPTION, "--model", checkpoint, "--output", tmp_path / "result.png")
         assert result == Result(130, "", "captum-m2ib: interrupted.\n")
         assert set(files_in(tmp_path)) == {"picture.png"}
@@ -350,7 +350,9 @@ class TestBadInput:
     def test_output_that_is_a_directory(self, refused: Callable[..., None], tmp_path: Path, monkeypatch):
         target = tmp_path / "result.png"
         target.mkdir()
-        monkeypatch.setattr("captum_m2ib.explanation.explain", lambda *_, **__: pytest.fail("work before the check"))
+        monkeypatch.setattr(
+            "captum_m2ib.explanations.explain.explain", lambda *_, **__: pytest.fail("work before the check")
+        )
         refused("--output", target, says=r"result.png.*directory")
 
     def test_output_is_checked_before_the_model_is_loaded(self, refused: Callable[..., None], tmp_path: Path):
@@ -436,8 +438,8 @@ class TestTrainScenes:
 class TestBenchmark:
     def test_speed(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         calls = []
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.measure", lambda *given: calls.append(given) or "report")
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.render", lambda report: f"table of the {report}")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.measure", lambda *given: calls.append(given) or "report")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.render", lambda report: f"table of the {report}")
         options = ("--repeats", 2, "--batch", 5, "--layer", 1, "--device", "cpu")
         assert run("benchmark", "speed", *options) == Result(0, "table of the report\n", "")
         assert run("benchmark", "speed").status == 0

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 ROOMS = ("captum_m2ib", *(f"captum_m2ib.{room}" for room in ("audit", "composition", "disent", "metrics", "scenes")))
-MODULES = ("captum_m2ib.bottleneck", "captum_m2ib.visualization")
+MODULES = ("captum_m2ib.engine.information", "captum_m2ib.explanations.visualization")
 SECTIONS = ("Args", "Attributes", "Returns", "Yields", "Raises", "Warns", "Examples")
 
 

@@ -52,7 +52,7 @@ def given() -> dict[str, Any]:
 
 def test_examples_are_found():
     assert {test.name for test in EXAMPLES} > {
-        "captum_m2ib.dual_encoder.DualEncoder",
+        "captum_m2ib.encoders.dual_encoder.DualEncoder",
         "captum_m2ib.metrics.localisation.auroc",
     }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
 from captum_m2ib import DualEncoder
-from captum_m2ib.towers import stages_of
+from captum_m2ib.encoders.towers import stages_of
 
 WIDTH = 32
 LEGACY = int(transformers.__version__.split(".")[0]) < 5

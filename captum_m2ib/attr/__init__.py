@@ -1,6 +1,5 @@
 """Attribution methods, one per file."""
 
-from captum_m2ib.attr._gates import LayerRecord
 from captum_m2ib.attr.attention_relevance import AttentionRelevance
 from captum_m2ib.attr.contrastive_info_bottleneck import ContrastiveInfoBottleneck
 from captum_m2ib.attr.grad_eclip import GradECLIP
@@ -14,6 +13,7 @@ from captum_m2ib.attr.multi_modal_info_bottleneck import (
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.pair_interaction import PairInteraction
 from captum_m2ib.attr.rise import RISE
+from captum_m2ib.engine.gates import LayerRecord
 
 __all__ = [
     "RISE",

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._gates import Prior, Settings
-from captum_m2ib.layers import Layer
+from captum_m2ib.engine.gates import Prior, Settings
+from captum_m2ib.engine.layers import Layer
 
 PerModality = float | Sequence[float]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_m2ib.attr._attention import Attention, RecordAttention
 from captum_m2ib.attr._pairwise import gradients
-from captum_m2ib.suffix import Suffix
+from captum_m2ib.engine.suffix import Suffix
 
 
 @dataclass

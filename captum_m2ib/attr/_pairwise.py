@@ -15,18 +15,18 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._gates import Gated, check_finite, slice_pairs
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     as_forward_func,
     roots_of,
     to_units_and_input,
 )
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import Layer, LayerLike
-from captum_m2ib.layouts import Layout, real_elements, to_input
-from captum_m2ib.suffix import Suffix, Tap
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.engine.gates import Gated, check_finite, slice_pairs
+from captum_m2ib.engine.interception import borrowing
+from captum_m2ib.engine.layers import Layer, LayerLike
+from captum_m2ib.engine.layouts import Layout, real_elements, to_input
+from captum_m2ib.engine.suffix import Suffix, Tap
 
 Forward: TypeAlias = Callable[[tuple[Any, ...]], Any]
 Explain: TypeAlias = Callable[[Suffix, int, tuple[Any, ...]], Tensor]

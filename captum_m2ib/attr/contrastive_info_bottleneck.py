@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.attr._gates import Gated, Settings
-from captum_m2ib.attr._interpose import interpose
 from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck, Statistics
-from captum_m2ib.interception import Handler
-from captum_m2ib.layers import Layer, LayerLike, input_layer, tensors_in
-from captum_m2ib.layouts import Layout, PackedLayout, TextLayout
+from captum_m2ib.engine.gates import Gated, Settings
+from captum_m2ib.engine.interception import Handler, interpose
+from captum_m2ib.engine.layers import Layer, LayerLike, input_layer, tensors_in
+from captum_m2ib.engine.layouts import Layout, PackedLayout, TextLayout
 
 
 class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):

@@ -12,9 +12,9 @@ from torch import Tensor
 from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, attend, is_unit
 from captum_m2ib.attr._pairwise import PairAttribution, last_blocks, rows_at_once, sum_units
-from captum_m2ib.layers import LayerLike
-from captum_m2ib.layouts import Layout, TextLayout, real_elements
-from captum_m2ib.suffix import Suffix
+from captum_m2ib.engine.layers import LayerLike
+from captum_m2ib.engine.layouts import Layout, TextLayout, real_elements
+from captum_m2ib.engine.suffix import Suffix
 
 
 class GradECLIP(PairAttribution):

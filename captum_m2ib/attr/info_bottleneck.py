@@ -12,19 +12,19 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PUBLISHED, PerModality, format_additional, format_inputs, make_settings, scorer
-from captum_m2ib.attr._gates import GateFilter, Prior, optimise, unit_positions
-from captum_m2ib.attr._smoothing import smooth_logits
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     Statistics,
     roots_of,
     to_units_and_input,
 )
-from captum_m2ib.layers import LayerLike
-from captum_m2ib.layouts import Layout, PatchLayout, channel_axis
-from captum_m2ib.statistics import estimate_statistics
-from captum_m2ib.suffix import Tap
-from captum_m2ib.towers import image_layout
+from captum_m2ib.encoders.towers import image_layout
+from captum_m2ib.engine.gates import GateFilter, Prior, optimise, unit_positions
+from captum_m2ib.engine.layers import LayerLike
+from captum_m2ib.engine.layouts import Layout, PatchLayout, channel_axis
+from captum_m2ib.engine.smoothing import smooth_logits
+from captum_m2ib.engine.statistics import estimate_statistics
+from captum_m2ib.engine.suffix import Tap
 
 
 class InfoBottleneck(_captum.Attribution):

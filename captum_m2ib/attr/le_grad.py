@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, check_keys, differentiate, pooled_rows, without_attention
 from captum_m2ib.attr._attention import RecordAttention
-from captum_m2ib.attr._interpose import interpose
 from captum_m2ib.attr._pairwise import Forward, PairAttribution, last_blocks, rows_at_once
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.interception import Handler
-from captum_m2ib.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
-from captum_m2ib.layouts import Layout, real_elements
-from captum_m2ib.suffix import Suffix
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.engine.interception import Handler, interpose
+from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
+from captum_m2ib.engine.layouts import Layout, real_elements
+from captum_m2ib.engine.suffix import Suffix
 
 
 class LeGrad(PairAttribution):

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import PerModality, format_additional, format_inputs, make_settings, scorer
-from captum_m2ib.attr._gates import Gated, GateFilter, LayerRecord, Prior, Settings, optimise
-from captum_m2ib.attr._smoothing import over_neighbours
-from captum_m2ib.dual_encoder import DualEncoder, is_dual_encoder
-from captum_m2ib.layers import Layer, LayerLike, resolve_at, resolve_for
-from captum_m2ib.layouts import Layout, PatchLayout, to_input, to_units
-from captum_m2ib.statistics import ChannelStatistics
-from captum_m2ib.suffix import Tap
+from captum_m2ib.encoders.dual_encoder import DualEncoder, is_dual_encoder
+from captum_m2ib.engine.gates import Gated, GateFilter, LayerRecord, Prior, Settings, optimise
+from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at, resolve_for
+from captum_m2ib.engine.layouts import Layout, PatchLayout, to_input, to_units
+from captum_m2ib.engine.smoothing import over_neighbours
+from captum_m2ib.engine.statistics import ChannelStatistics
+from captum_m2ib.engine.suffix import Tap
 
 Statistics = Mapping[str, ChannelStatistics] | Sequence[Prior]
 
@@ -111,7 +111,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
         For comparison, not for use on captions: by that depth the pooled position of a causal text tower holds nearly
         all that the score needs, information goes round the other tokens' gates, and their bits mean little. See
-        :func:`captum_m2ib.bypass.measure_bypass`.
+        :func:`captum_m2ib.metrics.bypass.measure_bypass`.
 
         Args:
 

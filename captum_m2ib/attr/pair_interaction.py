@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._gates import check_finite, slice_pairs
 from captum_m2ib.attr._pairwise import (
     PairAttribution,
     check_count,
@@ -22,10 +21,11 @@ from captum_m2ib.attr._pairwise import (
     sum_units,
 )
 from captum_m2ib.attr.multi_modal_info_bottleneck import roots_of
-from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import LayerLike
-from captum_m2ib.layouts import Layout, TextLayout, real_tokens
-from captum_m2ib.suffix import Suffix, Tap
+from captum_m2ib.engine.gates import check_finite, slice_pairs
+from captum_m2ib.engine.interception import borrowing
+from captum_m2ib.engine.layers import LayerLike
+from captum_m2ib.engine.layouts import Layout, TextLayout, real_tokens
+from captum_m2ib.engine.suffix import Suffix, Tap
 
 Baselines = tuple[Tensor | int | float, ...]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captum_m2ib.audit.rows import Row
-from captum_m2ib.pictures import load_picture
+from captum_m2ib.encoders.pictures import load_picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from captum_m2ib.dual_encoder import DualEncoder, Pairs
+    from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
 
 
 def patch_maps(encoder: DualEncoder, pairs: Pairs, units: Any, image_bits: Any) -> list[np.ndarray]:
     """Bits per patch, (gh, gw) for each pair; where the model has no patch grid, per cell of a 16 x 16 grid."""
     import torch.nn.functional as F
 
-    from captum_m2ib.layouts import PatchLayout, per_patch
+    from captum_m2ib.engine.layouts import PatchLayout, per_patch
 
     layout = encoder.layouts[0]
     if units is not None and isinstance(layout, PatchLayout) and units.shape[1:] == image_bits.shape[2:]:

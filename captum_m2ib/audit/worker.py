@@ -20,13 +20,13 @@ from captum_m2ib.audit.decode import RowError, cover_of, read_ahead, read_captio
 from captum_m2ib.audit.measures import cosine, half_scores, jpeg, patch_maps
 from captum_m2ib.audit.processes import survive_fork
 from captum_m2ib.audit.rows import read_boxes
-from captum_m2ib.visualization import clean_token
+from captum_m2ib.explanations.visualization import clean_token
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from captum_m2ib.attr import MultiModalInfoBottleneck
-    from captum_m2ib.dual_encoder import DualEncoder, Pairs
+    from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
 
 PASSED_ON = ("row", "id", "caption")
 FIGURES = (
@@ -201,7 +201,7 @@ class Worker:
 
     def _load(self) -> MultiModalInfoBottleneck:
         from captum_m2ib.attr import MultiModalInfoBottleneck
-        from captum_m2ib.dual_encoder import DualEncoder
+        from captum_m2ib.encoders.dual_encoder import DualEncoder
         from captum_m2ib.scenes import CHECKPOINT
 
         encoder = DualEncoder.from_pretrained(self.model or CHECKPOINT, revision=self.revision, device=self.device)

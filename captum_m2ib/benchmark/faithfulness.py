@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.layers import LayerLike
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.towers import token_tables
+from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.metrics import (
     deletion,
     image_confidence,
@@ -23,7 +24,6 @@ from captum_m2ib.metrics import (
     token_deletion,
     token_insertion,
 )
-from captum_m2ib.towers import token_tables
 
 FIGURES = {
     "image confidence drop": -1,

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from captum_m2ib.benchmark.faithfulness import maskable_tokens
 from captum_m2ib.benchmark.methods import Method
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.lettering import INK, elide, text_width, write
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.explanations.lettering import INK, elide, text_width, write
+from captum_m2ib.explanations.visualization import at_display_size, overlay, token_colors
 from captum_m2ib.scenes import image_probes, token_probes
-from captum_m2ib.visualization import at_display_size, overlay, token_colors
 
 COLUMNS = 9
 _SIDE, _GAP, _MARGIN = 1.7, 0.14, 0.3

@@ -34,7 +34,7 @@ from captum_m2ib.benchmark.adapters import (
     OnEmbeddings,
     RandomMap,
 )
-from captum_m2ib.dual_encoder import DualEncoder
+from captum_m2ib.encoders.dual_encoder import DualEncoder
 
 Setting: TypeAlias = Mapping[str, Any]
 """Options of a method; ``layer`` is the index of a block."""

@@ -18,12 +18,12 @@ from captum.attr import LayerGradCam
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
-from captum_m2ib.batch_axis import BatchAxis
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.interception import Handler, borrowing, current_handler, intercept
-from captum_m2ib.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
-from captum_m2ib.layouts import Layout, PatchLayout, TextLayout, channel_axis, real_elements, to_units
-from captum_m2ib.towers import find_embeddings
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.towers import find_embeddings
+from captum_m2ib.engine.batch_axis import BatchAxis
+from captum_m2ib.engine.interception import Handler, borrowing, current_handler, intercept
+from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, channel_axis, real_elements, to_units
 
 
 class _View(nn.Module):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from captum_m2ib.visualization import clean_token
+from captum_m2ib.explanations.visualization import clean_token
 
 if TYPE_CHECKING:
     from captum.attr._utils.visualization import VisualizationDataRecord

@@ -21,8 +21,8 @@ from captum_m2ib.disent.model import ConceptModel
 from captum_m2ib.disent.prototypes import find_prototypes
 from captum_m2ib.disent.storage import below_prefix, read_tensors, with_prefix, write_tensors
 from captum_m2ib.disent.training import FitRecord, FitSettings, fit_head, shuffled
-from captum_m2ib.layers import LayerLike, resolve_layer
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.engine.layers import LayerLike, resolve_layer
+from captum_m2ib.engine.layouts import PatchLayout
 
 _TOLERANCE = 1e-4
 

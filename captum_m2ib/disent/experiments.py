@@ -32,7 +32,7 @@ from captum_m2ib.disent.measures import attribute_information, grad_cam, perturb
 from captum_m2ib.disent.model import InfoDisent
 from captum_m2ib.disent.prototypes import find_prototypes
 from captum_m2ib.disent.transform import TRANSFORMS
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.engine.layouts import PatchLayout
 from captum_m2ib.metrics import pointing_game, relevance_mass
 
 # Every variant changes one thing of the first.

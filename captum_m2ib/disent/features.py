@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_m2ib.disent._grid import derive_layout, to_grid
-from captum_m2ib.interception import borrowing, intercept
-from captum_m2ib.layers import LayerLike, find_hidden, get_at, resolve_layer
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.engine.interception import borrowing, intercept
+from captum_m2ib.engine.layers import LayerLike, find_hidden, get_at, resolve_layer
+from captum_m2ib.engine.layouts import PatchLayout
 
 
 @dataclass(frozen=True, eq=False)

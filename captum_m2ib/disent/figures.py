@@ -1,6 +1,7 @@
 """Pictures of explanations: why one picture got its class, and what a class rests on.
 
-Drawn without pyplot, as :mod:`captum_m2ib.visualization` draws: no window, backend or global state is touched.
+Drawn without pyplot, as :mod:`captum_m2ib.explanations.visualization` draws: no window, backend or global state is
+touched.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from captum_m2ib.disent._grid import cell_box
 from captum_m2ib.disent.explanations import Contributions, Half, heatmaps
 from captum_m2ib.disent.model import ConceptModel
 from captum_m2ib.disent.prototypes import ClassExplanation, Prototype, Prototypes
-from captum_m2ib.lettering import elide, write
-from captum_m2ib.visualization import at_display_size, overlay
+from captum_m2ib.explanations.lettering import elide, write
+from captum_m2ib.explanations.visualization import at_display_size, overlay
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -16,8 +16,8 @@ from captum_m2ib.disent.features import FeatureReader, FeatureSet, Loader, check
 from captum_m2ib.disent.head import ConceptHead, HeadOptions, InfoDisentHead
 from captum_m2ib.disent.storage import below_prefix, read_tensors, with_prefix, write_tensors
 from captum_m2ib.disent.training import FitRecord, FitSettings, fit_head, shuffled
-from captum_m2ib.layers import LayerLike
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.engine.layers import LayerLike
+from captum_m2ib.engine.layouts import PatchLayout
 
 HeadT = TypeVar("HeadT", bound=ConceptHead)
 _BATCH = 256

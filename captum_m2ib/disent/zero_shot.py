@@ -21,10 +21,10 @@ from captum_m2ib.disent._checks import check_count, check_number
 from captum_m2ib.disent.features import FeatureSet, Loader, unpack
 from captum_m2ib.disent.model import ConceptModel, InfoDisent
 from captum_m2ib.disent.training import FitRecord
-from captum_m2ib.dual_encoder import DualEncoder
-from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import LayerLike, resolve_for
-from captum_m2ib.layouts import PatchLayout
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.engine.interception import borrowing
+from captum_m2ib.engine.layers import LayerLike, resolve_for
+from captum_m2ib.engine.layouts import PatchLayout
 
 _CLIP_SCALE = 100.0
 

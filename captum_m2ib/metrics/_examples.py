@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from captum_m2ib.suffix import check_score
+from captum_m2ib.engine.suffix import check_score
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Order = Literal["morf", "lerf", "random"]

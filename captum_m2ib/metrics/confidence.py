@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.layers import LayerLike, resolve_for
+from captum_m2ib.engine.layers import LayerLike, resolve_for
 from captum_m2ib.metrics._examples import (
     NanPolicy,
     argument_at,

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.layers import resolve_for
+from captum_m2ib.engine.layers import resolve_for
 from captum_m2ib.metrics._examples import NanPolicy, join_arguments, settle
 from captum_m2ib.metrics.similarity import spearman
 

@@ -374,9 +374,9 @@ def write_statistics(directory: str | os.PathLike[str], seed: int = 0, scenes: i
         seed (int): Which validation scenes. Default: 0.
         scenes (int): How many, a multiple of 64. Default: 2048.
     """
-    from captum_m2ib.checkpoints import STATISTICS_FILE
-    from captum_m2ib.dual_encoder import DualEncoder
-    from captum_m2ib.statistics import estimate_statistics, save_statistics
+    from captum_m2ib.encoders.checkpoints import STATISTICS_FILE
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
+    from captum_m2ib.engine.statistics import estimate_statistics, save_statistics
 
     encoder = DualEncoder.from_pretrained(directory)
     size = encoder.processor.image_processor.size["height"]

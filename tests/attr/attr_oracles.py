@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from families import Case, family_named
 from torch import Tensor, nn
 
-from captum_m2ib.layouts import to_input
+from captum_m2ib.engine.layouts import to_input
 
 
 @dataclass

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PatchLayout
 from captum_m2ib.attr import ContrastiveInfoBottleneck, NarrowingInfoBottleneck
-from captum_m2ib.attr._gates import noise
-from captum_m2ib.attr._smoothing import blur
-from captum_m2ib.bypass import has_chosen_layers, measure_bypass, warn_of_bypass
-from captum_m2ib.layouts import covered_elements, per_patch
+from captum_m2ib.engine.gates import noise
+from captum_m2ib.engine.layouts import covered_elements, per_patch
+from captum_m2ib.engine.smoothing import blur
+from captum_m2ib.metrics.bypass import has_chosen_layers, measure_bypass, warn_of_bypass
 
 FEW = {"n_steps": 3, "n_samples": 4}
 

@@ -18,8 +18,8 @@ from captum_m2ib import (
     OptimizationRecord,
     TextLayout,
 )
-from captum_m2ib.attr._gates import noise
-from captum_m2ib.benchmark.speed import published_map
+from captum_m2ib.benchmark.speed.loops import published_map
+from captum_m2ib.engine.gates import noise
 
 
 def one_pair(case: Case, pair: int = 0) -> Case:

@@ -274,7 +274,7 @@ class TestKilled:
             torch.set_num_threads(1)
             import transformers
             from captum_m2ib.audit import run_audit
-            from captum_m2ib.dual_encoder import DualEncoder
+            from captum_m2ib.encoders.dual_encoder import DualEncoder
             DualEncoder.from_pretrained({str(checkpoint)!r})
             print("ready", flush=True)
             run_audit({str(manifest)!r}, {str(tmp_path / "out")!r}, **{settings!r})

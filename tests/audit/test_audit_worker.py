@@ -17,7 +17,7 @@ from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
 from captum_m2ib.audit import Worker
 from captum_m2ib.audit.measures import half_scores
 from captum_m2ib.audit.worker import FIGURES
-from captum_m2ib.layouts import per_patch
+from captum_m2ib.engine.layouts import per_patch
 from captum_m2ib.scenes import CHECKPOINT, draw_scene
 
 SCENES = [draw_scene(index, 48) for index in range(7)]

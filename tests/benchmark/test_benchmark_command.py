@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from captum_m2ib.benchmark import scenes_run
+from captum_m2ib.benchmark.scenes import run as scenes_run
 from captum_m2ib.benchmark.tables import WIDTH
 from captum_m2ib.cli import main
 from captum_m2ib.scenes import build_model, save_checkpoint

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 from families import clip_case
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib import MultiModalInfoBottleneck
-from captum_m2ib.benchmark.meters import count_flops
+from captum_m2ib.benchmark.meters import count_flops, in_new_process
 
 INNER, OUTER = nn.Linear(8, 16, bias=False), nn.Linear(16, 4, bias=False)
 FORWARD = 2 * 5 * (8 * 16 + 16 * 4)
@@ -39,3 +42,14 @@ def test_as_torch_counts():
     with FlopCounterMode(display=False) as counter:
         run()
     assert count_flops(run) == counter.get_total_flops() > 0
+
+
+def fail(message: str) -> None:
+    raise LookupError(message)
+
+
+def test_what_another_process_answers():
+    assert in_new_process(max, 2, 3) == 3
+    assert in_new_process(os.getpid) != os.getpid()
+    with pytest.raises(LookupError, match="not there"):
+        in_new_process(fail, "not there")

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from captum_m2ib.composition import feature_masks, token_baselines
-from captum_m2ib.layouts import HALVINGS, PackedLayout, PatchLayout, TextLayout
+from captum_m2ib.engine.layouts import HALVINGS, PackedLayout, PatchLayout, TextLayout
 
 WORDS = torch.tensor([[False, True, True, True, False], [False, True, True, False, False]])
 IDS = torch.tensor([[62, 7, 8, 9, 63], [62, 5, 6, 63, 1]])

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, PatchLayout, TextLayout
 from captum_m2ib.composition import EmbeddingForward, GridForward, TokenGradCam
-from captum_m2ib.layers import find_hidden, get_at
-from captum_m2ib.towers import find_embeddings
+from captum_m2ib.encoders.towers import find_embeddings
+from captum_m2ib.engine.layers import find_hidden, get_at
 
 NAMES = """
     clip clip_wide clip_bf16 conv_maps in_place torch_encoder model_output keywords_only siglip siglip2_naflex groupvit

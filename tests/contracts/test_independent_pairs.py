@@ -10,7 +10,7 @@ import torch
 from families import Case, Family, family_named
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
-from captum_m2ib.statistics import ChannelStatistics
+from captum_m2ib.engine.statistics import ChannelStatistics
 
 
 def close(found: tuple, expected: tuple, family: Family | None = None, exact: bool = False) -> None:
@@ -104,7 +104,7 @@ def test_seed_decides_the_bits(case: Case):
 
 
 def test_modalities_and_steps_draw_their_own_noise():
-    from captum_m2ib.attr._gates import noise
+    from captum_m2ib.engine.gates import noise
 
     drawn = [noise(seed, layer, step, 4, (5, 6)) for seed in (0, 1) for layer in (0, 1) for step in (0, 1)]
     for index, one in enumerate(drawn):

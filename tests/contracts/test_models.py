@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib import MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
-from captum_m2ib.interception import borrowing
-from captum_m2ib.layers import resolve_at
-from captum_m2ib.layouts import real_elements, to_input, to_units
-from captum_m2ib.suffix import Suffix, Tap
+from captum_m2ib.engine.interception import borrowing
+from captum_m2ib.engine.layers import resolve_at
+from captum_m2ib.engine.layouts import real_elements, to_input, to_units
+from captum_m2ib.engine.suffix import Suffix, Tap
 
 FEW = {"n_steps": 2, "n_samples": 2}
 

@@ -11,7 +11,7 @@ from families import Case, Patches, family_named
 from torch import nn
 
 from captum_m2ib import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck, PatchLayout, TextLayout
-from captum_m2ib.bottleneck import information
+from captum_m2ib.engine.information import information
 
 GRIDS = [
     "clip",

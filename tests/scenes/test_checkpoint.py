@@ -7,7 +7,7 @@ import json
 import pytest
 
 from captum_m2ib import ChannelStatistics, DualEncoder, MultiModalInfoBottleneck
-from captum_m2ib.benchmark.scenes import measure
+from captum_m2ib.benchmark.scenes.measures import measure
 from captum_m2ib.scenes import CHECKPOINT, evaluate_naming, evaluate_retrieval
 
 REACHED = {

@@ -33,7 +33,7 @@ from captum_m2ib.audit.report.pairs import (
 )
 from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.writer import read_run
-from captum_m2ib.visualization import format_bits
+from captum_m2ib.explanations.visualization import format_bits
 
 __all__ = ["write_report"]
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from captum_m2ib.audit.report.figures import NUMBERS, Finding
 from captum_m2ib.audit.writer import read_shard, shards
-from captum_m2ib.lettering import visible
-from captum_m2ib.visualization import heat_ramp, token_colors
+from captum_m2ib.explanations.lettering import visible
+from captum_m2ib.explanations.visualization import heat_ramp, token_colors
 
 _LONGEST_CAPTION = 600
 _COLUMNS = (

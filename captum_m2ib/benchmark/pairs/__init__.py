@@ -1,0 +1,1 @@
+"""Methods on pairs of one's own: ``captum-m2ib benchmark pairs``."""

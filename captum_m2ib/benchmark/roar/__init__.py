@@ -1,0 +1,1 @@
+"""Remove and retrain on scenes: ``captum-m2ib benchmark roar``."""

@@ -1,0 +1,1 @@
+"""Arithmetic, time and memory: ``captum-m2ib benchmark speed``."""

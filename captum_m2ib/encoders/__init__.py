@@ -1,0 +1,1 @@
+"""What is known of models: any two towers as one function, their families, loading, and preparing their inputs."""

@@ -1,0 +1,575 @@
+"""Any two towers as one ``forward_func``: the cosine similarity of each aligned pair.
+
+Works on transformers models that offer ``get_image_features`` and ``get_text_features`` (or what
+:mod:`captum_m2ib.encoders.families` knows of them), on models with ``encode_image`` and ``encode_text`` (open_clip),
+and on two separate towers. Everything else here serves that function: loading, preparing inputs through the model's own
+processor, the towers' layouts, and the layers worth explaining at.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_m2ib.encoders.checkpoints import (
+    check_checkpoint,
+    find_statistics,
+    load_model,
+    load_open_clip,
+    load_processor,
+)
+from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
+from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
+from captum_m2ib.encoders.pictures import PictureLike
+from captum_m2ib.encoders.towers import config_of, find_embeddings, refine, stages_of, vocabulary_statistics
+from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.statistics import ChannelStatistics
+
+__all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
+
+_OWN = {
+    "text": Side("text", "", ("input_ids", "attention_mask"), (), named=False),
+    **{
+        name: Side(name, "", (argument,), (), named=False)
+        for name, argument in (("image", "pixel_values"), ("video", "pixel_values"), ("audio", "input_features"))
+    },
+}
+
+
+class _Tower(nn.Module):
+    """One tower as a module that returns its embedding, so that the whole tower is one call.
+
+    It refers to the model without owning it: the model stays registered once, under its own names.
+    """
+
+    def __init__(self, model: nn.Module, side: Side) -> None:
+        super().__init__()
+        self.model: nn.Module
+        self.__dict__["model"] = model
+        self.side = side
+        self.training = False
+
+    def forward(self, inputs: Tensor, *extras: Any) -> Any:
+        side = self.side
+        method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
+        if not side.named:
+            return method(inputs, *extras)
+        given = {
+            name: value for name, value in zip(side.arguments, (inputs, *extras), strict=False) if value is not None
+        }
+        run = method if isinstance(side.encode, str) else functools.partial(side.encode, self.model)
+        if self._is_resized(inputs) and "interpolate_pos_encoding" in inspect.signature(run).parameters:
+            given["interpolate_pos_encoding"] = True
+        return run(**given)
+
+    def _is_resized(self, inputs: Tensor) -> bool:
+        """Whether pictures come in another size than the tower stores positions for."""
+        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
+        if self.side.modality != "image" or native is None or inputs.ndim != 4:
+            return False
+        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
+
+
+def _embedding(output: Any, owner: str) -> Tensor:
+    output = output[0] if isinstance(output, tuple) and output else output
+    for name in (None, "image_embeds", "text_embeds", "pooler_output"):
+        found = output if name is None else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            return found
+    raise TypeError(
+        f"model: expected {owner} to return an embedding per example, (N, dimensions), as a tensor or under "
+        f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
+        "that returns it."
+    )
+
+
+class DualEncoder(nn.Module):
+    r"""Two towers as one ``forward_func``: cosine similarity of each aligned pair.
+
+    Args:
+
+        *towers (nn.Module): Either one model of a known family, or that offers ``get_image_features`` and
+            ``get_text_features`` (transformers) or ``encode_image`` and ``encode_text`` (open_clip), or two towers,
+            each returning an embedding per example. The same tower may be given twice.
+        modalities (tuple[str, str], optional): What is compared: two of ``"image"``, ``"text"``, ``"audio"`` and
+            ``"video"``, such as ("image", "image") for pictures compared through one tower. Default: None (what the
+            model compares; ("image", "text") for two towers)
+        processor (optional): The processor of the model, for :meth:`prepare`. Default: None
+        layouts (tuple, optional): Layouts of the towers where they cannot be derived. Default: None
+        statistics (mapping, optional): Layer name to :class:`ChannelStatistics`, for the standardised prior.
+            Default: None
+
+    Raises:
+        TypeError: if the towers offer neither of these.
+        ValueError: if the model does not read one of the modalities.
+
+    Examples::
+
+        >>> from captum_m2ib.scenes import CHECKPOINT
+        >>> encoder = DualEncoder.from_pretrained(CHECKPOINT)  # or "openai/clip-vit-base-patch32", or any directory
+        >>> pairs = encoder.prepare(images, captions)  # two pictures, two captions
+        >>> encoder(*pairs.inputs, *pairs.additional_forward_args).shape  # cosine similarities
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        *towers: nn.Module,
+        modalities: tuple[str, str] | None = None,
+        processor: Any = None,
+        layouts: tuple[Layout | None, ...] | None = None,
+        statistics: Mapping[str, ChannelStatistics] | None = None,
+    ) -> None:
+        super().__init__()
+        self._towers: tuple[_Tower, _Tower]
+        if len(towers) not in (1, 2):
+            raise TypeError(f"towers: expected one model or two towers, got {len(towers)} arguments.")
+        if len(towers) == 1:
+            self.model = towers[0]
+            self._family = _known_family(towers[0])
+            self.sides = _chosen_sides(self._family, modalities, towers[0])
+        else:
+            self.image_tower, self.text_tower = towers
+            self._family = Family(tuple(_OWN.values()))
+            self.sides = _chosen_sides(self._family, modalities or ("image", "text"), towers[0])
+        # Outside the registry of modules, so that parameters keep the model's own names.
+        self.__dict__["_towers"] = tuple(
+            _Tower(tower, side)
+            for tower, side in zip(towers if len(towers) == 2 else towers * 2, self.sides, strict=True)
+        )
+        self._slots = _slots(self.sides)
+        self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts(processor)
+        self.processor = processor
+        self.statistics: dict[str, ChannelStatistics] = dict(statistics or {})
+        self.training = any(tower.training for tower in towers)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        torch_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> DualEncoder:
+        r"""Load a transformers checkpoint with its processor; safetensors only, no code from the checkpoint is run.
+
+        Args:
+
+            model (str or PathLike): Hub id, or a local directory of the same form.
+            revision (str, optional): Branch, tag or commit on the hub. Default: None
+            torch_dtype (torch.dtype, optional): Default: None (float32, whatever the file holds)
+            device (torch.device or str, optional): Default: None (stays on the CPU)
+
+        Returns:
+            DualEncoder: in eval mode; statistics for the standardised prior are read from
+            ``bottleneck_statistics.safetensors`` where the checkpoint holds one.
+
+        Raises:
+            OSError: if there is no such checkpoint, or its safetensors weights are missing, damaged or incomplete.
+            TypeError: if the model has no two towers.
+        """
+        check_checkpoint(model)
+        loaded = load_model(model, revision, torch_dtype or torch.float32)
+        encoder = cls(loaded.eval(), processor=load_processor(model, revision))
+        encoder.statistics.update(find_statistics(model, revision))
+        return encoder.to(device) if device is not None else encoder
+
+    @classmethod
+    def from_open_clip(
+        cls,
+        model: str,
+        pretrained: str | None = None,
+        *,
+        device: torch.device | str | None = None,
+        **options: Any,
+    ) -> DualEncoder:
+        r"""Load a model of open_clip with its own transform and tokenizer (extra ``open-clip``).
+
+        Args:
+
+            model (str): Name of an architecture, or ``"hf-hub:..."`` or ``"local-dir:..."`` for a checkpoint with its
+                configuration.
+            pretrained (str, optional): Tag of the weights or path of a file. Default: None (what the checkpoint holds;
+                random weights for a bare architecture)
+            device (torch.device or str, optional): Default: None (stays on the CPU)
+            **options: Passed on to ``open_clip.create_model_and_transforms``. Pickled weights are read with
+                ``weights_only=True``, which runs no code.
+
+        Returns:
+            DualEncoder: in eval mode.
+
+        Raises:
+            ImportError: if open_clip is not installed.
+            OSError: if there is no such model or its weights cannot be read.
+        """
+        loaded, processor = load_open_clip(model, pretrained, options)
+        encoder = cls(loaded.eval(), processor=processor)
+        return encoder.to(device) if device is not None else encoder
+
+    def forward(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
+        r"""Cosine similarity of each aligned pair.
+
+        Args:
+
+            first (Tensor): What the first tower reads, e.g. pictures, (N, C, H, W).
+            second (Tensor): What the second tower reads, e.g. token ids, (N, L).
+            *additional: Further arguments, in the order of :attr:`argument_names`; attention masks, (N, L), come first.
+
+        Returns:
+            Tensor: (N,).
+
+        Raises:
+            ValueError: if the batch sizes differ or the token ids are not integers.
+        """
+        if first.shape[0] != second.shape[0]:
+            kinds = [side.modality for side in self.sides]
+            raise ValueError(
+                f"inputs: expected one {kinds[1]} per {kinds[0]}, got {first.shape[0]} {kinds[0]}s and "
+                f"{second.shape[0]} {kinds[1]}s; repeat the one that is shared."
+            )
+        for inputs, layout in zip((first, second), self.layouts, strict=False):
+            if isinstance(layout, TextLayout) and inputs.is_floating_point():
+                raise ValueError(
+                    f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
+                    "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
+                )
+        given = dict(zip(self._slots[2:], additional, strict=False))
+        beyond = additional[len(self._slots) - 2 :]
+        if beyond and self.sides[1].named:
+            known = ", ".join(self.argument_names[2:])
+            raise ValueError(
+                f"additional_forward_args: expected at most {len(self._slots) - 2} ({known}), got {len(additional)}; "
+                "leave out what the model does not read."
+            )
+        outputs = []
+        for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
+            extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
+            while extras and extras[-1] is None:
+                extras.pop()
+            outputs.append(tower(inputs, *extras, *(beyond if index else ())))
+        return _similarity(*self._joined(*outputs))
+
+    def _joined(self, first: Any, second: Any) -> tuple[Tensor, Tensor]:
+        names = [type(tower.model).__name__ for tower in self._towers]
+        if self._family.join is not None and self.sides == self._family.sides:
+            return self._family.join(self.model, first, _embedding(second, names[1]))
+        return _embedding(first, names[0]), _embedding(second, names[1])
+
+    @property
+    def argument_names(self) -> tuple[str, ...]:
+        """What :meth:`forward` reads, in its order; first the two inputs, then attention masks, then what else there
+        is.
+        """
+        return tuple(name for _, name in self._slots)
+
+    def _derived_layouts(self, processor: Any) -> tuple[Layout | None, ...]:
+        found = []
+        for index, side in enumerate(self.sides):
+            positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
+            layout = derive_layout(side, self.tower_of(index), positions)
+            if isinstance(layout, TextLayout) and layout.reads_padding and processor is not None:
+                # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
+                layout = replace(layout, pad_token_id=padding_of(processor, layout.pad_token_id))
+            found.append(layout)
+        return tuple(found)
+
+    @property
+    def layouts(self) -> tuple[Layout | None, ...]:
+        """Layouts of the towers, as given, or derived from their modules and configuration."""
+        return self._layouts
+
+    def layout_of(self, layer: nn.Module, modality: int | None = None) -> Layout | None:
+        r"""The layout that holds in one layer: its tower's, with what is particular to the layer.
+
+        Args:
+
+            layer (nn.Module): A layer of this encoder.
+            modality (int, optional): Which tower it is taken for. Default: None (see :meth:`owner`)
+
+        Returns:
+            Layout or None: None where it cannot be derived.
+        """
+        modality = self.owner(layer) if modality is None else modality
+        return refine(self.layouts[modality], self.tower_of(modality), layer)
+
+    def layout_at(self, layer: Layer, modality: int) -> Layout | None:
+        r"""The layout where an input is explained: in a layer, or at the input itself.
+
+        Args:
+
+            layer (Layer): A resolved layer, or the entry of an input.
+            modality (int): Position of the input.
+
+        Returns:
+            Layout or None: None where it cannot be derived.
+        """
+        return self.layouts[modality] if layer.argument is not None else self.layout_of(layer.module, modality)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+
+    def roots(self) -> tuple[nn.Module, ...]:
+        r"""Where names of layers start.
+
+        Returns:
+            tuple[nn.Module, ...]: the wrapped model, and this module.
+        """
+        return (self.model, self) if "model" in self._modules else (self,)
+
+    def owner(self, layer: nn.Module) -> int:
+        r"""Which tower a layer belongs to.
+
+        Args:
+
+            layer (nn.Module): A layer of this encoder.
+
+        Returns:
+            int: 0 for the first tower, 1 for the second; 0 if both use it.
+        """
+        sides = [self.tower_of(index) for index in (0, 1)]
+        inside = [any(module is layer for module in side.modules()) for side in sides]
+        # A tower that is not kept apart from the whole model owns what no other tower does.
+        whole = [side is self._modules.get("model") for side in sides]
+        return int(inside[1] and (not inside[0] or (whole[0] and not whole[1])))
+
+    def recommended_layers(self) -> tuple[LayerLike | None, LayerLike | None]:
+        r"""Where gates measured best: at a picture itself, and at a text tower's embeddings.
+
+        There, information cannot go round the gates. From the first block on, the pooled position of a text tower
+        already holds what the score needs. Videos, sounds and pictures that come as a sequence of patches are taken
+        at the first block of their tower, or, where its grid becomes coarser from stage to stage, at the end of the
+        last stage but one. One tower for both inputs is reached twice: the layers name the calls.
+
+        Returns:
+            tuple: Per input None for the input itself, a module, or (module, index of the call) where one tower serves
+            both inputs.
+
+        Raises:
+            ValueError: if the towers have no such layers under a known name.
+        """
+        first, second = (self._recommended(index) for index in (0, 1))
+        return (first, second) if first is None or second is None else self.told_apart([first, second])
+
+    def published_layers(self) -> tuple[LayerLike, LayerLike]:
+        r"""The layers of the M2IB paper: the output of the block at three quarters of each tower's depth.
+
+        Returns:
+            tuple: Two layers, as for :meth:`recommended_layers`.
+
+        Raises:
+            ValueError: if a tower has no list of blocks.
+        """
+        found = []
+        for index in (0, 1):
+            blocks = [block for stage in self.stages(index) for block in stage]
+            found.append(blocks[_three_quarters(len(blocks))])
+        return self.told_apart(found)
+
+    def statistics_of(self, layer: LayerLike | None) -> ChannelStatistics | None:
+        r"""What is known of a layer's channels without seeing data: shipped statistics, or the vocabulary's.
+
+        Args:
+
+            layer (nn.Module, str or tuple): A layer of this encoder: a module, its dotted name, or a pair of either
+                and the index of a call. None for an input itself, of which nothing is known.
+
+        Returns:
+            ChannelStatistics or None: as shipped with the checkpoint; for the embeddings of a text tower those of
+            every token of the vocabulary; else None.
+        """
+        if layer is None:
+            return None
+        wanted = resolve_for(self, layer).module
+        for root in self.roots():
+            for name, module in root.named_modules():
+                if module is wanted and name in self.statistics:
+                    return self.statistics[name]
+        text = [self.tower_of(i) for i, side in enumerate(self.sides) if side.modality == "text"]
+        return vocabulary_statistics(wanted) if any(wanted is find_embeddings(tower) for tower in text) else None
+
+    def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
+        r"""Turn pictures and captions into model inputs with the model's own processor.
+
+        Args:
+
+            images (picture or sequence of pictures): Paths, PIL images or uint8 arrays (H, W, 3). A single picture
+                is paired with every caption.
+            captions (str or sequence of str): A single caption is paired with every picture.
+
+        Returns:
+            Pairs: the inputs on the model's device, captions padded as the model was trained.
+
+        Raises:
+            ValueError: if the numbers of pictures and captions differ, a caption is empty, a picture cannot be read
+                or is too large, the encoder has no processor, or it does not compare pictures with captions.
+        """
+        if self.processor is None:
+            raise ValueError(
+                "processor: this DualEncoder has none; load it with DualEncoder.from_pretrained or pass "
+                "DualEncoder(model, processor=...)."
+            )
+        kinds = tuple(side.modality for side in self.sides)
+        if kinds != ("image", "text"):
+            raise ValueError(
+                f"prepare: expected an encoder of pictures and captions, this one compares {kinds[0]} with {kinds[1]}; "
+                f"make tensors with encoder.processor and pass them in the order {', '.join(self.argument_names)}."
+            )
+        pairs = prepare_pairs(
+            self.processor,
+            self.argument_names,
+            images,
+            captions,
+            getattr(config_of(self.tower_of(1), "text_config"), "max_position_embeddings", None),
+            self.sides[1].padding,
+            next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+        )
+        return pairs.to(self.device)
+
+    def real_tokens(self, pairs: Pairs) -> Tensor:
+        r"""Which tokens of each pair are real; the rest is padding, before them or after.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+
+        Returns:
+            Tensor: Boolean, (N, L), on the CPU.
+        """
+        layout, arguments = self.layouts[1], (*pairs.inputs, *pairs.additional_forward_args)
+        real = real_tokens(layout, pairs.inputs[1], arguments) if isinstance(layout, TextLayout) else None
+        return torch.ones(pairs.inputs[1].shape[:2], dtype=torch.bool) if real is None else real.cpu()
+
+    def tower_of(self, index: int) -> nn.Module:
+        r"""The module that holds one tower's layers.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            nn.Module: the tower.
+        """
+        if "model" not in self._modules:
+            return (self.image_tower, self.text_tower)[index]
+        return self.sides[index].tower(self.model)
+
+    def stages(self, index: int) -> list[list[nn.Module]]:
+        r"""The blocks of one tower, stage by stage; a tower of one resolution has one stage.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            list[list[nn.Module]]: Per stage its blocks, from input to output.
+
+        Raises:
+            ValueError: if the tower has no list of blocks under a known name.
+        """
+        tower, kind = self.tower_of(index), self.sides[index].modality
+        found = stages_of(tower)
+        if not found:
+            raise ValueError(
+                f"layers: found no list of blocks in the {kind} tower {type(tower).__name__}; name the layers, e.g. "
+                "MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
+            )
+        return found
+
+    def gates_input(self, index: int) -> bool:
+        r"""Whether an input is best explained at itself: a picture that its tower cuts into patches.
+
+        Args:
+
+            index (int): Position of the input.
+
+        Returns:
+            bool: False for captions, sounds, videos, and pictures that come as a sequence of patches.
+        """
+        layout = self.layouts[index]
+        is_grid = isinstance(layout, PatchLayout) and len(layout.patch_size) == 2
+        return is_grid and self.sides[index].modality == "image"
+
+    def _recommended(self, index: int) -> nn.Module | None:
+        if self.gates_input(index):
+            return None
+        tower = self.tower_of(index)
+        if self.sides[index].modality != "text":
+            stages = self.stages(index)
+            return stages[0][0] if len(stages) == 1 else stages[-2][-1]
+        found = find_embeddings(tower)
+        if found is None:
+            raise ValueError(
+                f"layers: found no table of tokens in the text tower {type(tower).__name__}; name the layers, e.g. "
+                "MultiModalInfoBottleneck(encoder, layers=(image_layer, text_layer))."
+            )
+        return found
+
+    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+        r"""Name the calls where one module serves both towers.
+
+        Args:
+
+            layers (sequence of nn.Module): The layer of the first tower and the layer of the second.
+
+        Returns:
+            tuple: The layers; if they are one module, ((module, 0), (module, 1)).
+        """
+        first, second = layers
+        return ((first, 0), (second, 1)) if first is second else (first, second)
+
+
+def is_dual_encoder(model: Any) -> bool:
+    """Whether a model offers both towers under names that are known."""
+    return family_of(model) is not None
+
+
+def _known_family(model: nn.Module) -> Family:
+    family = family_of(model)
+    if family is None:
+        raise TypeError(
+            "model: expected get_image_features and get_text_features, or encode_image and encode_text, got "
+            f"{type(model).__name__}, which offers neither; pass DualEncoder(image_tower, text_tower) instead."
+        )
+    return family
+
+
+def _chosen_sides(family: Family, modalities: tuple[str, str] | None, owner: nn.Module) -> tuple[Side, Side]:
+    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides)
+    found = [side for side in map(family.side, kinds) if side is not None]
+    if len(kinds) != 2 or len(found) != 2:
+        offered = ", ".join(sorted({side.modality for side in family.sides}))
+        raise ValueError(
+            f"modalities: expected two of what {type(owner).__name__} reads ({offered}), got {modalities!r}."
+        )
+    return found[0], found[1]
+
+
+def _slots(sides: tuple[Side, Side]) -> list[tuple[int, str]]:
+    """What forward reads, in its order: of which side, and under which name."""
+    extras = [(index, name) for index, side in enumerate(sides) for name in side.arguments[1:]]
+    masks = [slot for slot in extras if slot[1] == "attention_mask"]
+    inputs = [(index, side.arguments[0]) for index, side in enumerate(sides)]
+    return [*inputs, *masks, *(slot for slot in extras if slot not in masks)]
+
+
+def _similarity(first: Tensor, second: Tensor) -> Tensor:
+    # Half-precision scores differ by steps as large as what a token contributes.
+    precise = torch.promote_types(first.dtype, torch.float32)
+    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)
+
+
+def _three_quarters(depth: int) -> int:
+    # After the last block only the pooled position reaches the score: gates of the others would mean nothing.
+    return max(min(3 * depth // 4, depth - 2), 0)

@@ -1,0 +1,209 @@
+"""Stand between a model's modules, and leave the model as it was found.
+
+Calls are intercepted on :class:`torch.nn.Module` itself, for the current thread and only while a pass is running: no
+hook, ``forward`` attribute or buffer of a model is ever touched. What must be changed for the duration (training
+flags, ``requires_grad``, two switches of torch) is borrowed and given back, also after an exception or an interrupt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+Handler = Callable[..., Any]
+
+_state = threading.local()
+_lock = threading.RLock()
+_interceptors = 0
+_original_call: Any = None
+
+
+@contextlib.contextmanager
+def borrowing(*roots: Any) -> Iterator[None]:
+    r"""Set the stage for recording and rerunning: autograd on, models in eval mode, parameters without gradients.
+
+    Whatever is changed is given back at the end: the training flag of every module called, ``requires_grad`` of
+    every parameter. Several threads may hold the same model at once; the last gives it back.
+
+    Args:
+
+        *roots: Modules known beforehand (modules met on the way are treated alike).
+    """
+    borrower, outer = _Borrower(), getattr(_state, "borrower", None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), _plain_execution():
+            _state.borrower = borrower
+            for root in roots:
+                borrower.take(root)
+            yield
+    finally:
+        _state.borrower = outer
+        borrower.give_back()
+
+
+@contextlib.contextmanager
+def intercept(handler: Handler) -> Iterator[None]:
+    """Route this thread's module calls through ``handler(proceed, module, args, kwargs)``."""
+    global _interceptors, _original_call
+    with _lock:
+        if _interceptors == 0:
+            _original_call = nn.Module.__call__
+            nn.Module.__call__ = _call  # type: ignore[method-assign]
+        _interceptors += 1
+    outer, _state.handler = current_handler(), handler
+    try:
+        yield
+    finally:
+        _state.handler = outer
+        with _lock:
+            _interceptors -= 1
+            if _interceptors == 0:
+                nn.Module.__call__ = _original_call  # type: ignore[method-assign]
+
+
+def current_handler() -> Handler | None:
+    """What this thread's module calls are routed through at present."""
+    return getattr(_state, "handler", None)
+
+
+@contextlib.contextmanager
+def interpose(handler: Handler) -> Iterator[None]:
+    """Route this thread's module calls through ``handler(proceed, aside, module, args, kwargs)``.
+
+    ``proceed`` goes on to whatever intercepts already; ``aside`` runs the module without it, so that only the calls
+    inside are seen there.
+    """
+    outer = current_handler()
+
+    def go_on(original: Handler, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return original(module, *args, **kwargs) if outer is None else outer(original, module, args, kwargs)
+
+    def through(original: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return handler(partial(go_on, original), original, module, args, kwargs)
+
+    with intercept(through):
+        yield
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    handler = current_handler()
+    proceed = _original_call
+    if handler is None:
+        return proceed(module, *args, **kwargs)
+    _refuse_compiled(module)
+    _state.borrower.take(module)
+    return handler(proceed, module, args, kwargs)
+
+
+def _refuse_compiled(module: nn.Module) -> None:
+    compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+    if compiled and not hasattr(torch.compiler, "set_stance"):
+        raise RuntimeError(
+            f"forward_func: {type(module).__name__} is compiled, and this version of torch ({torch.__version__}) "
+            "cannot run it eagerly; pass the module that torch.compile was given."
+        )
+
+
+def is_stateless(module: nn.Module) -> bool:
+    """Whether a module holds nothing: no parameters, no buffers, no other modules."""
+    return not (module._parameters or module._buffers or module._modules)
+
+
+@dataclass
+class _Loan:
+    """A module or parameter whose flag is changed while at least one run in any thread needs it so."""
+
+    owner: Any
+    value: bool
+    holders: int = 0
+
+
+_borrowed: dict[int, _Loan] = {}
+
+
+class _Borrower:
+    def __init__(self) -> None:
+        self._taken: dict[int, Any] = {}
+        self._warned = False
+
+    def take(self, root: nn.Module) -> None:
+        if id(root) in self._taken:
+            return
+        for module in root.modules():
+            if isinstance(module, nn.DataParallel):
+                raise ValueError(
+                    "forward_func: DataParallel replicates the model in threads of its own, where a layer cannot be "
+                    "taken over; pass the wrapped module (model.module) and one batch per device."
+                )
+            if id(module) in self._taken:
+                continue
+            # A function in a module's guise, made anew for each pass, is always in training mode: nobody chose it.
+            self._borrow(module, "training", quietly=module is root and is_stateless(module))
+            for parameter in module.parameters(recurse=False):
+                if parameter.is_leaf:
+                    self._borrow(parameter, "requires_grad")
+
+    def _borrow(self, owner: Any, flag: str, quietly: bool = False) -> None:
+        if id(owner) in self._taken:
+            return
+        with _lock:
+            loan = _borrowed.setdefault(id(owner), _Loan(owner, getattr(owner, flag)))
+            loan.holders += 1
+            self._taken[id(owner)] = flag
+            if getattr(owner, flag):
+                if flag == "training" and not self._warned and not quietly:
+                    self._warned = True
+                    warnings.warn(
+                        "forward_func: the model is in training mode; it is explained in eval mode, and its mode is "
+                        "restored afterwards. Call model.eval() to silence this.",
+                        UserWarning,
+                        stacklevel=2,
+                    )
+                setattr(owner, flag, False)
+
+    def give_back(self) -> None:
+        with _lock:
+            for key, flag in self._taken.items():
+                loan = _borrowed[key]
+                loan.holders -= 1
+                if loan.holders == 0:
+                    del _borrowed[key]
+                    if getattr(loan.owner, flag) != loan.value:
+                        setattr(loan.owner, flag, loan.value)
+            self._taken.clear()
+
+
+_plain_holders = 0
+_plain_exits = contextlib.ExitStack()
+
+
+@contextlib.contextmanager
+def _plain_execution() -> Iterator[None]:
+    """Run modules as written, one by one, while any thread needs it so.
+
+    Compiled code would run past the interception, and transformer layers of torch skip their submodules when no
+    gradient is needed. Both switches belong to the process.
+    """
+    global _plain_holders
+    with _lock:
+        if _plain_holders == 0:
+            _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+            torch.backends.mha.set_fastpath_enabled(False)
+            if hasattr(torch.compiler, "set_stance"):
+                _plain_exits.enter_context(torch.compiler.set_stance("force_eager"))
+        _plain_holders += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _plain_holders -= 1
+            if _plain_holders == 0:
+                _plain_exits.close()

@@ -1,0 +1,1 @@
+"""One pair's explanation: the data, the function that makes it, its files and its figures."""

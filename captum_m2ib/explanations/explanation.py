@@ -1,0 +1,229 @@
+"""What one pair's explanation holds, how it is looked at, and how it is kept on disk.
+
+An :class:`Explanation` is plain data: NumPy arrays, text and numbers, with no reference to a model. Files are
+a figure (``.png``), a self-contained page (``.html``) or data that loads back exactly (``.npz``, ``.json``);
+never pickles.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
+from captum_m2ib.explanations.visualization import (
+    format_bits,
+    pair_figure,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Explanation"]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Explanation:
+    r"""How many bits each part of one image–text pair contributes to the model's score.
+
+    Arrays are copied and made read-only; ``settings`` and ``record`` are copied as JSON: tuples become lists.
+
+    Args:
+
+        image (numpy.ndarray): The part of the picture that the model saw, uint8, (H, W, 3), at any resolution.
+        caption (str): The caption as it was given.
+        tokens (tuple[str, ...]): Display tokens, without padding, the model's special tokens included.
+        special (tuple[bool, ...]): For each token, whether it is special (start, end, ...) rather than part of the
+            caption.
+        score (float): The model's similarity for the pair.
+        image_bits (numpy.ndarray): Bits per pixel position of the model's input, float32, (h, w); sums to the image's
+            total.
+        patch_bits (numpy.ndarray or None): The same per patch, float32, (gh, gw), or None where the model has no patch
+            grid.
+        token_bits (numpy.ndarray): Bits per token, float32, (tokens,).
+        settings (dict): What the explanation was computed with.
+        record (dict, optional): The optimisation's course, such as score and information per step. Default: None
+
+    Raises:
+        ValueError: for shapes or lengths that do not fit, values with NaN or infinity, or settings or a record that
+            JSON cannot hold.
+
+    Examples::
+
+        >>> explanation = explain(encoder, images[0], captions[0], n_steps=2)[0]
+        >>> [token for token, bits in explanation.top_tokens(1)]
+        ['white']
+        >>> explanation.patch_bits.shape, explanation.image_bits.shape
+        ((8, 8), (64, 64))
+    """
+
+    image: NDArray[np.uint8]
+    caption: str
+    tokens: tuple[str, ...]
+    special: tuple[bool, ...]
+    score: float
+    image_bits: NDArray[np.float32]
+    patch_bits: NDArray[np.float32] | None
+    token_bits: NDArray[np.float32]
+    settings: dict[str, Any]
+    record: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        image = np.array(self.image)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
+            raise ValueError(f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}")
+        tokens, special = tuple(map(str, self.tokens)), tuple(map(bool, self.special))
+        token_bits = _frozen_floats(self.token_bits, "token_bits", ndim=1)
+        if not len(tokens) == len(special) == len(token_bits):
+            raise ValueError(
+                "tokens, special and token_bits must have one length, "
+                f"got {len(tokens)}, {len(special)} and {len(token_bits)}"
+            )
+        if not np.isfinite(self.score):
+            raise ValueError(f"score must be finite, got {self.score}")
+        image.setflags(write=False)
+        values = {
+            "image": image,
+            "tokens": tokens,
+            "special": special,
+            "score": float(self.score),
+            "image_bits": _frozen_floats(self.image_bits, "image_bits", ndim=2),
+            "patch_bits": None if self.patch_bits is None else _frozen_floats(self.patch_bits, "patch_bits", ndim=2),
+            "token_bits": token_bits,
+            "settings": _json_copy(self.settings, "settings"),
+            "record": None if self.record is None else _json_copy(self.record, "record"),
+        }
+        for name, value in values.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
+        rows, columns = self.image_bits.shape
+        return (
+            f"Explanation({caption!r}, score={self.score:.4g}, "
+            f"image: {format_bits(self.image_total_bits)} bits over {rows} x {columns} pixels, "
+            f"text: {format_bits(self.token_total_bits)} bits over {len(self.tokens)} tokens)"
+        )
+
+    @property
+    def image_total_bits(self) -> float:
+        """The bits that the whole image contributes."""
+        return float(self.image_bits.sum(dtype=np.float64))
+
+    @property
+    def token_total_bits(self) -> float:
+        """The bits that the whole text contributes, special tokens included."""
+        return float(self.token_bits.sum(dtype=np.float64))
+
+    def top_tokens(self, k: int = 5, *, include_special: bool = False) -> list[tuple[str, float]]:
+        r"""The k tokens with the most bits, most first; equal ones in the caption's order.
+
+        Args:
+
+            k (int, optional): At most so many. Default: 5
+            include_special (bool, optional): Whether start, end and the like count. Default: False
+
+        Returns:
+            list[tuple[str, float]]: token and bits.
+
+        Raises:
+            ValueError: if ``k`` is negative.
+        """
+        if k < 0:
+            raise ValueError(f"k must not be negative, got {k}")
+        rows = zip(self.tokens, self.token_bits.tolist(), self.special, strict=True)
+        kept = [(token, bits) for token, bits, special in rows if include_special or not special]
+        return sorted(kept, key=lambda row: -row[1])[:k]
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return to_png(self)
+
+    def plot(self) -> Figure:
+        r"""The explanation as a figure; see :func:`captum_m2ib.explanations.visualization.pair_figure`.
+
+        Returns:
+            matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
+        """
+        return pair_figure(
+            self.image,
+            self.image_bits,
+            self.tokens,
+            self.token_bits,
+            score=self.score,
+            caption=self.caption,
+            special=self.special,
+        )
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        r"""Write the explanation to a file; the name's ending says how.
+
+        ``.png``: the figure. ``.html``: one page that needs no other file. ``.npz`` and ``.json``: data that
+        :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an older one.
+
+        Args:
+
+            path (str or PathLike): The file, in a directory that exists.
+
+        Returns:
+            Path: the path that was written.
+
+        Raises:
+            ValueError: if the name ends in anything else.
+            FileNotFoundError: if the directory does not exist.
+        """
+        path = check_output(path)
+        write = one_of(WRITERS, path)
+        replace_file(path, write(self))
+        return path
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Explanation:
+        r"""Read what :meth:`save` wrote as ``.npz`` or ``.json``; every field is equal to the one saved.
+
+        Args:
+
+            path (str or PathLike): The file.
+
+        Returns:
+            Explanation: equal to the one that was saved.
+
+        Raises:
+            ValueError: if the name ends in anything else, or the file holds no explanation.
+            FileNotFoundError: if there is no such file.
+        """
+        path = Path(path)
+        read = one_of(READERS, path)
+        data = path.read_bytes()
+        try:
+            return cls(**read(data))
+        except Exception as error:
+            raise ValueError(f"{str(path)!r} does not hold an explanation: {error}") from error
+
+
+def _frozen_floats(values: Any, name: str, *, ndim: int) -> NDArray[np.float32]:
+    """A read-only float32 copy, after a check of its dimensions and values."""
+    array: NDArray[np.float32] = np.array(values, dtype=np.float32)
+    if array.ndim != ndim or array.size == 0:
+        raise ValueError(f"{name} must have {ndim} dimension(s) and not be empty, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name} must be finite, got NaN or infinity")
+    array.setflags(write=False)
+    return array
+
+
+def _json_copy(value: Mapping[str, Any], name: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} must be a dict, got {type(value).__name__}")
+    try:
+        copied: dict[str, Any] = json.loads(json.dumps(dict(value), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must hold only what JSON can: {error}") from error
+    return copied

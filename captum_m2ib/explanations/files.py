@@ -1,0 +1,269 @@
+"""The files that hold an :class:`Explanation`: a figure, a page that needs no other file, and data that loads back.
+
+Never pickles. A file appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from captum_m2ib.explanations.visualization import at_display_size, format_bits, heat_colors, overlay, token_html
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_FORMAT, _VERSION = "captum_m2ib.explanation", 1
+_MAX_PIXELS = 128_000_000
+
+
+class Explained(Protocol):
+    """What there is to write: the fields of an :class:`captum_m2ib.Explanation`, its totals and its figure."""
+
+    @property
+    def image(self) -> NDArray[np.uint8]: ...
+    @property
+    def caption(self) -> str: ...
+    @property
+    def tokens(self) -> tuple[str, ...]: ...
+    @property
+    def special(self) -> tuple[bool, ...]: ...
+    @property
+    def score(self) -> float: ...
+    @property
+    def image_bits(self) -> NDArray[np.float32]: ...
+    @property
+    def patch_bits(self) -> NDArray[np.float32] | None: ...
+    @property
+    def token_bits(self) -> NDArray[np.float32]: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def record(self) -> dict[str, Any] | None: ...
+    @property
+    def image_total_bits(self) -> float: ...
+    @property
+    def token_total_bits(self) -> float: ...
+    def plot(self) -> Figure: ...
+
+
+def check_output(path: str | os.PathLike[str]) -> Path:
+    """Whether :meth:`Explanation.save` could write there, asked before any work is done.
+
+    Raises:
+        ValueError: if the name ends in none of ``.png``, ``.html``, ``.npz`` and ``.json``, or is a directory's.
+        FileNotFoundError: if the directory does not exist.
+    """
+    path = Path(path)
+    one_of(WRITERS, path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a directory: name a file")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
+    return path
+
+
+def to_png(explanation: Explained) -> bytes:
+    buffer = io.BytesIO()
+    explanation.plot().savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _header(explanation: Explained) -> dict[str, Any]:
+    """The fields that are not arrays, and what the file is."""
+    return {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "caption": explanation.caption,
+        "tokens": list(explanation.tokens),
+        "special": list(explanation.special),
+        "score": explanation.score,
+        "settings": explanation.settings,
+        "record": explanation.record,
+    }
+
+
+def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an Explanation that a header holds."""
+    if header.get("format") != _FORMAT:
+        raise ValueError(f"its format is {header.get('format')!r}, not {_FORMAT!r}")
+    if header.get("version") != _VERSION:
+        raise ValueError(f"its version is {header.get('version')!r}; this release reads version {_VERSION}")
+    return {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
+
+
+def _to_npz(explanation: Explained) -> bytes:
+    arrays: dict[str, Any] = {name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")}
+    if explanation.patch_bits is not None:
+        arrays["patch_bits"] = explanation.patch_bits
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, header=np.array(json.dumps(_header(explanation))), **arrays)
+    return buffer.getvalue()
+
+
+def _from_npz(data: bytes) -> dict[str, Any]:
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        arrays = {name: stored[name] for name in ("image", "image_bits", "token_bits")}
+        arrays["patch_bits"] = stored.get("patch_bits")
+        return {**_fields(json.loads(str(stored["header"]))), **arrays}
+
+
+def _to_json(explanation: Explained) -> bytes:
+    patch_bits = explanation.patch_bits
+    document = {
+        **_header(explanation),
+        "image_bits": explanation.image_bits.tolist(),
+        "patch_bits": None if patch_bits is None else patch_bits.tolist(),
+        "token_bits": explanation.token_bits.tolist(),
+        "image_png": _encoded(explanation.image, "PNG"),
+    }
+    return json.dumps(document).encode("ascii")
+
+
+def _from_json(data: bytes) -> dict[str, Any]:
+    document = json.loads(data)
+    patch_bits = document["patch_bits"]
+    return {
+        **_fields(document),
+        "image_bits": np.array(document["image_bits"], dtype=np.float32),
+        "patch_bits": None if patch_bits is None else np.array(patch_bits, dtype=np.float32),
+        "token_bits": np.array(document["token_bits"], dtype=np.float32),
+        "image": _picture(base64.b64decode(document["image_png"], validate=True)),
+    }
+
+
+def _picture(png: bytes) -> NDArray[np.uint8]:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(png), formats=("PNG",)) as picture:
+        if picture.width * picture.height > _MAX_PIXELS:
+            raise ValueError(f"its picture has {picture.width} x {picture.height} pixels, too many to open safely")
+        return np.asarray(picture.convert("RGB"))
+
+
+def _encoded(image: NDArray[np.uint8], kind: str, **options: int) -> str:
+    """The picture as a file of this kind, in base64."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format=kind, **options)
+    return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+_STYLE = """
+*{box-sizing:border-box}
+body{margin:0 auto;max-width:60rem;padding:1.25rem;background:#fff;color:#1b1b1f;
+  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+h1{font-size:1.35rem;line-height:1.35;margin:0 0 .4rem;overflow-wrap:anywhere}
+h2{font-size:1rem;margin:1.6rem 0 .5rem}
+.totals{color:#5c5c66;margin:0 0 1rem}
+.pictures{display:flex;flex-wrap:wrap;gap:1rem}
+figure{flex:1 1 17rem;min-width:0;max-width:100%;margin:0}
+figure img{display:block;width:100%;max-height:75vh;object-fit:contain;object-position:left top}
+figcaption{color:#5c5c66;font-size:.875rem;margin-bottom:.25rem}
+.bar{height:.8rem;margin-top:1rem;border:1px solid #b8b8c2;border-radius:3px}
+.scale{display:flex;justify-content:space-between;gap:1rem;font-size:.875rem;color:#5c5c66}
+details{margin-top:1rem}
+summary{cursor:pointer}
+pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-size:.8125rem}
+""".strip()
+
+
+def _to_html(explanation: Explained) -> bytes:
+    heat = explanation.image_bits
+    shown = at_display_size(explanation.image)
+    pictures = (
+        ("picture", shown),
+        (
+            "where its information is" if heat.max() > 0 else "no information anywhere",
+            overlay(shown, heat),
+        ),
+    )
+    figures = "\n".join(
+        f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/jpeg;base64,'
+        f'{_encoded(picture, "JPEG", quality=90, subsampling=0)}"></figure>'
+        for name, picture in pictures
+    )
+    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in heat_colors(24))
+    details = [("settings", explanation.settings)]
+    if explanation.record is not None:
+        details.append(("record of the optimisation", explanation.record))
+    details_html = "\n".join(
+        f"<details><summary>{name}</summary><pre>{html.escape(json.dumps(value, indent=2))}</pre></details>"
+        for name, value in details
+    )
+    caption = html.escape(explanation.caption) or "(empty caption)"
+    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special)
+    page = f"""<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="color-scheme" content="light">
+<title>{caption}</title>
+<style>
+{_STYLE}
+</style>
+</head>
+<body>
+<h1><bdi>{caption}</bdi></h1>
+<p class="totals">cosine similarity {explanation.score:.3f} · image {_bits(explanation.image_total_bits)} ·
+text {_bits(explanation.token_total_bits)}</p>
+<div class="pictures">
+{figures}
+</div>
+<div class="bar" style="background:linear-gradient(to right,{stops})"></div>
+<div class="scale"><span>0</span><span>bits per pixel</span><span>{max(float(heat.max()), 0.0):.3g}</span></div>
+<h2>tokens, bits below each</h2>
+<div>
+{tokens}
+</div>
+{details_html}
+</body>
+</html>
+"""
+    return page.encode("utf-8", "replace")
+
+
+def _bits(value: float) -> str:
+    return html.escape(f"{format_bits(value)} bits")
+
+
+WRITERS: dict[str, Callable[[Explained], bytes]] = {
+    ".png": to_png,
+    ".html": _to_html,
+    ".npz": _to_npz,
+    ".json": _to_json,
+}
+READERS: dict[str, Callable[[bytes], dict[str, Any]]] = {".npz": _from_npz, ".json": _from_json}
+
+
+def one_of(handlers: Mapping[str, Callable[..., Any]], path: Path) -> Callable[..., Any]:
+    handler = handlers.get(path.suffix.lower())
+    if handler is None:
+        raise ValueError(f"the file name must end in one of {', '.join(handlers)}, got {path.name!r}")
+    return handler
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put data at path in one step: readers see the old file or the whole new one."""
+    # Not tempfile: its files are private to the user, whatever the umask says about new files.
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,485 @@
+"""Pictures of explanations: heat over a picture, captions coloured by tokens, and both as one figure.
+
+Everything takes plain NumPy arrays and draws without pyplot: no window, backend or global state is touched.
+Bits are shown on their own scale from zero; nothing here changes an attribution.
+"""
+
+from __future__ import annotations
+
+import html
+import textwrap
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from captum_m2ib.explanations.lettering import INK, clean_token, elide, text_width, visible, write
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = [
+    "at_display_size",
+    "clean_token",
+    "format_bits",
+    "heat_colors",
+    "heat_ramp",
+    "overlay",
+    "pair_figure",
+    "token_colors",
+    "token_html",
+]
+
+# Where the heat is zero, the picture shows through dimmed and half grey, so that the hottest places are the
+# brightest on white and on black pictures alike.
+_DIM, _GREY = 0.55, 0.5
+
+_QUIET, _EDGE = "#5c5c66", "#b8b8c2"
+
+
+def overlay(
+    image: ArrayLike,
+    bits: ArrayLike,
+    *,
+    maximum: float | None = None,
+    percentile: float = 100.0,
+    strength: float = 0.85,
+) -> NDArray[np.uint8]:
+    r"""Lay a map of bits over a picture as heat.
+
+    Args:
+
+        image (array): The picture, uint8, (H, W, 3).
+        bits (array): The map, (h, w); its first row is the picture's top. Any resolution: it is resized to the picture
+            bilinearly. Negative values count as zero.
+        maximum (float, optional): The value drawn in the hottest colour. Default: None (the map's own, see
+            ``percentile``)
+        percentile (float, optional): Which percentile of the map is drawn in the hottest colour when ``maximum`` is not
+            given; below 100, a few extreme values do not hide the rest. Default: 100.0
+        strength (float, optional): The opacity of the hottest colour, in (0, 1]. Default: 0.85
+
+    Returns:
+        numpy.ndarray: uint8, (H, W, 3). A map that is zero everywhere gives the dimmed picture.
+
+    Raises:
+        ValueError: for a picture or a map of another shape, or a map with NaN or infinity.
+
+    Examples::
+
+        >>> picture = np.full((4, 6, 3), 128, dtype=np.uint8)
+        >>> overlay(picture, [[0.0, 1.0]]).shape
+        (4, 6, 3)
+    """
+    from PIL import Image
+
+    picture, values = _checked_picture(image), _checked_map(bits)
+    top = _hottest(values, percentile) if maximum is None else float(maximum)
+    size = (picture.shape[1], picture.shape[0])
+    resized = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    level = np.clip(resized / top, 0.0, 1.0) if top > 0 else np.zeros_like(resized)
+
+    colors, opacity = heat_ramp(strength)
+    index = np.rint(level * (len(colors) - 1)).astype(np.intp)
+    base = picture.astype(np.float32) / 255
+    base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
+    mixed = base + opacity[index][..., None] * (colors[index] - base)
+    return np.rint(mixed * 255).astype(np.uint8)
+
+
+def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
+    r"""The colours of :func:`overlay` from zero to the maximum on a mid-grey picture.
+
+    Args:
+
+        n (int, optional): How many colours. Default: 256
+        strength (float, optional): As for :func:`overlay`. Default: 0.85
+
+    Returns:
+        numpy.ndarray: float32, (n, 3), in [0, 1].
+
+    Raises:
+        ValueError: if ``strength`` is out of range.
+    """
+    colors, opacity = heat_ramp(strength)
+    seen = _DIM * 0.5 + opacity[:, None] * (colors - _DIM * 0.5)
+    return seen[np.rint(np.linspace(0, len(seen) - 1, n)).astype(np.intp)].astype(np.float32)
+
+
+def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    r"""The picture at about the resolution it is drawn at, so that heat over a small one is smooth.
+
+    Args:
+
+        picture (numpy.ndarray): uint8, (H, W, 3).
+
+    Returns:
+        numpy.ndarray: uint8, its longer side 720 pixels.
+    """
+    from PIL import Image
+
+    height, width = picture.shape[:2]
+    scale = 720 / max(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    # A tiny picture is shown as the pixels it has; smoothing would draw halos around them.
+    kernel = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(picture).resize(size, kernel))
+
+
+def format_bits(value: float) -> str:
+    r"""A number of bits in at most about five characters.
+
+    Args:
+
+        value (float): The number, not negative.
+
+    Returns:
+        str: for example ``0``, ``<0.01``, ``0.42``, ``31.4`` or ``1280``.
+
+    Examples::
+
+        >>> format_bits(0.42), format_bits(31.42), format_bits(1280.3)
+        ('0.42', '31.4', '1280')
+    """
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 0.005:
+        return "<0.01" if value > 0 else ">-0.01"
+    return f"{value:.2f}" if size < 9.995 else f"{value:.1f}" if size < 99.95 else f"{value:.0f}"
+
+
+def _format_score(score: float) -> str:
+    return f"{score:.3f}".replace("-", "−")
+
+
+def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple[str, str]]:
+    r"""For each token the colours of its background and its text.
+
+    Backgrounds go from white to deep blue with the bits; texts are black or white, whichever contrasts more.
+
+    Args:
+
+        bits (array): One number per token, (tokens,).
+        maximum (float, optional): The value drawn in the deepest blue. Default: None (the largest)
+
+    Returns:
+        list[tuple[str, str]]: background and text, as ``#rrggbb``.
+
+    Raises:
+        ValueError: if bits hold NaN or infinity.
+
+    Examples::
+
+        >>> token_colors([0.0, 2.0])[0]
+        ('#ffffff', '#000000')
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import to_hex
+
+    values = _checked_row(bits)
+    top = float(values.max(initial=0.0)) if maximum is None else float(maximum)
+    level = np.clip(values / top, 0.0, 1.0) if top > 0 else np.zeros_like(values)
+    backgrounds = colormaps["Blues"](0.9 * level)[:, :3]
+    backgrounds[level == 0] = 1.0
+    return [(to_hex(color), "#000000" if _luminance(color) > 0.179 else "#ffffff") for color in backgrounds]
+
+
+def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None = None) -> str:
+    r"""The tokens as HTML: one ``<span>`` each, coloured by its bits, with the bits below it.
+
+    Args:
+
+        tokens (sequence of str): Display tokens (see :func:`clean_token`); each is escaped.
+        bits (array): One number per token, (tokens,).
+        special (sequence of bool, optional): Which tokens are the model's own (start, end, ...) rather than words; they
+            get a dashed edge. Default: None (none of them)
+
+    Returns:
+        str: a fragment with inline styles only, safe to place inside any page.
+
+    Raises:
+        ValueError: if the lengths differ, or bits hold NaN or infinity.
+
+    Examples::
+
+        >>> "&lt;b&gt;" in token_html(["<b>"], [1.0])
+        True
+    """
+    values, flags = _checked_tokens(tokens, bits, special)
+    spans = []
+    for token, value, flag, (background, ink) in zip(tokens, values, flags, token_colors(values), strict=True):
+        style = (
+            "display:inline-block;margin:2px;padding:3px 7px;border-radius:5px;text-align:center;"
+            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {_EDGE};"
+            f"background:{background};color:{ink}"
+        )
+        kind = ", special token" if flag else ""
+        spans.append(
+            f'<span style="{style}" title="{value:.6g} bits{kind}"><bdi>{html.escape(visible(token))}</bdi>'
+            f'<span style="display:block;font-size:0.72em">{html.escape(format_bits(value))}</span></span>'
+        )
+    return "\n".join(spans)
+
+
+def pair_figure(
+    image: ArrayLike,
+    image_bits: ArrayLike,
+    tokens: Sequence[str],
+    token_bits: ArrayLike,
+    *,
+    score: float,
+    caption: str | None = None,
+    special: Sequence[bool] | None = None,
+    patch_bits: ArrayLike | None = None,
+    score_name: str = "cosine similarity",
+) -> Figure:
+    r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
+
+    Args:
+
+        image (array): The picture, uint8, (H, W, 3).
+        image_bits (array): Bits per pixel position of the model's input, (h, w); its sum is the image's total.
+        tokens (sequence of str): Display tokens (see :func:`clean_token`).
+        token_bits (array): One number per token, (tokens,).
+        score (float): The model's similarity for the pair.
+        caption (str, optional): The caption as it was given, shown above its tokens. Default: None (not shown)
+        special (sequence of bool, optional): Which tokens are the model's own (start, end, ...) rather than words; they
+            get a dashed edge. Default: None (none of them)
+        patch_bits (array, optional): Bits per patch, (gh, gw). When given, heat and colour bar show these. Default:
+            None
+        score_name (str, optional): What the score is called in the title. Default: "cosine similarity"
+
+    Returns:
+        matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
+            font can draw appear as ``□``.
+
+    Raises:
+        ValueError: for shapes that do not fit, or values with NaN or infinity.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
+    values, flags = _checked_tokens(tokens, token_bits, special)
+    if patch_bits is None:
+        heat, unit = _per_pixels(pixels)
+    else:
+        heat = _checked_map(patch_bits, "patch_bits")
+        unit = f"bits per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
+
+    # All lengths in inches, from the top left, turned into figure fractions by `axes_at`.
+    width, margin, gap, bar_width, bar_room = 9.0, 0.35, 0.3, 0.16, 0.85
+    room = width - 2 * margin
+    aspect = picture.shape[0] / picture.shape[1]
+    panel_width = min((room - 2 * gap - bar_width - bar_room) / 2, 4.6 / aspect)
+    panel_height = panel_width * aspect
+    bar_height = max(panel_height, 1.5)
+    left = (width - (2 * panel_width + 2 * gap + bar_width + bar_room)) / 2
+    top = 1.12
+    heading = [] if caption is None else _caption_lines(caption, room)
+    caption_top = top + bar_height + 0.42
+    tokens_top = caption_top + 0.3 + 0.24 * len(heading)
+    rows = _token_rows([visible(token) for token in tokens], values, room)
+    height = tokens_top + _ROW_PITCH * len(rows) + 0.2
+
+    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
+    FigureCanvasAgg(figure)
+
+    def axes_at(x: float, y: float, w: float, h: float) -> Any:
+        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
+
+    page = axes_at(0, 0, width, height)
+    page.set(xlim=(0, width), ylim=(height, 0))
+    page.set_axis_off()
+    write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
+    totals = f"image {format_bits(pixels.sum())} bits   ·   text {format_bits(values.sum())} bits"
+    write(page, width - margin, 0.36, totals, size=11.5, ha="right")
+    page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
+
+    shown = at_display_size(picture)
+    first_top = top + (bar_height - panel_height) / 2
+    found = "where its information is" if heat.max() > 0 else "no information anywhere"
+    panels = (("picture", shown), (found, overlay(shown, heat)))
+    for column, (name, panel) in enumerate(panels):
+        x = left + column * (panel_width + gap)
+        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=_QUIET)
+        axes = axes_at(x, first_top, panel_width, panel_height)
+        axes.imshow(panel, aspect="auto")
+        axes.set(xticks=[], yticks=[])
+        axes.spines[:].set(color=_EDGE, linewidth=0.6)
+    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), float(heat.max()), unit)
+
+    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, bits below each"
+    write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
+    for line, text in enumerate(heading):
+        write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
+    colors = token_colors(values)
+    for line, row in enumerate(rows):
+        y = tokens_top + _ROW_PITCH * line
+        for index, x, box_width, text in row:
+            _token_box(page, margin + x, y, box_width, text, values[index], colors[index], flags[index])
+    return figure
+
+
+_TOKEN_SIZE, _BITS_SIZE = 10.5, 8.0
+_BOX_HEIGHT, _BOX_GAP, _ROW_PITCH = 0.3, 0.07, 0.62
+
+
+def _token_rows(
+    tokens: Sequence[str], values: NDArray[np.float64], room: float
+) -> list[list[tuple[int, float, float, str]]]:
+    """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
+    rows: list[list[tuple[int, float, float, str]]] = []
+    x = room + 1
+    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
+        text = elide(token, room - 0.2, _TOKEN_SIZE)
+        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36)
+        if x + needed > room:
+            rows.append([])
+            x = 0.0
+        rows[-1].append((index, x, needed, text))
+        x += needed + _BOX_GAP
+    return rows
+
+
+def _token_box(
+    page: Any,
+    x: float,
+    y: float,
+    width: float,
+    text: str,
+    value: float,
+    colors: tuple[str, str],
+    special: bool,
+) -> None:
+    from matplotlib.patches import FancyBboxPatch
+
+    background, ink = colors
+    edge = {"edgecolor": _QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": _EDGE}
+    style = "round,pad=0,rounding_size=0.05"
+    page.add_patch(
+        FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
+    )
+    write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
+    below = y + _BOX_HEIGHT + 0.1
+    write(page, x + width / 2, below, format_bits(value), size=_BITS_SIZE, color=_QUIET, ha="center")
+
+
+def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    top = maximum if maximum > 0 else 1.0
+    axes.imshow(heat_colors()[:, None], origin="lower", aspect="auto", extent=(0, 1, 0, top))
+    axes.set_xticks([])
+    axes.yaxis.tick_right()
+    axes.yaxis.set_label_position("right")
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axes.yaxis.set_major_formatter("{x:g}")
+    if maximum <= 0:
+        axes.set_yticks([0.0], ["0"])
+    axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
+    axes.set_ylabel(unit, fontsize=9.5, color=INK, labelpad=6)
+    axes.spines[:].set(color=_EDGE, linewidth=0.6)
+
+
+def _caption_lines(caption: str, room: float) -> list[str]:
+    """The caption on at most two lines that fit into room."""
+    size = 11.5
+    text = " ".join(visible(caption).split())
+    if not text:
+        return []
+    text = f"“{text}”"
+    if text_width(text, size) <= room:
+        return [text]
+    columns = max(1, int(len(text) * room / text_width(text, size) * 0.96))
+    lines = textwrap.wrap(text, columns)
+    first, rest = lines[0], " ".join(lines[1:])
+    return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
+
+
+def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    r"""Colours and opacities from no bits to the most; the colours' lightness rises throughout.
+
+    Args:
+
+        strength (float): The opacity of the hottest colour, in (0, 1].
+
+    Returns:
+        tuple[numpy.ndarray, numpy.ndarray]: colours, (256, 3), and opacities, (256,), float32, in [0, 1].
+
+    Raises:
+        ValueError: if ``strength`` is out of range.
+    """
+    from matplotlib import colormaps
+
+    if not 0 < strength <= 1:
+        raise ValueError(f"strength must be in (0, 1], got {strength}")
+    level = np.linspace(0, 1, 256)
+    colors = colormaps["inferno"](0.38 + 0.6 * level)[:, :3]
+    return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
+
+
+def _luminance(color: NDArray[np.float64]) -> float:
+    """Relative luminance of an sRGB colour (WCAG 2): black text contrasts more above 0.179, white below."""
+    linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
+    return float(linear @ (0.2126, 0.7152, 0.0722))
+
+
+def _hottest(values: NDArray[np.float64], percentile: float) -> float:
+    if not 0 < percentile <= 100:
+        raise ValueError(f"percentile must be in (0, 100], got {percentile}")
+    top = float(np.percentile(values, percentile))
+    # A map with few hot spots can have a percentile of zero and still not be empty.
+    return top if top > 0 else float(values.max())
+
+
+def _per_pixels(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
+    """The map counted per 1, 100, 10,000 ... pixels, so that its maximum is readable, and the unit."""
+    top, count = float(values.max()), 1
+    while 0 < top * count < 0.1 and count < 1_000_000:
+        count *= 100
+    return values * count, "bits per pixel" if count == 1 else f"bits per {count:,} pixels"
+
+
+def _checked_picture(image: ArrayLike) -> NDArray[np.uint8]:
+    picture = np.asarray(image)
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or picture.size == 0:
+        raise ValueError(
+            f"image must be a uint8 array of shape (H, W, 3), got {picture.dtype} of shape {picture.shape}; "
+            "for a PIL picture pass numpy.asarray(picture.convert('RGB'))"
+        )
+    return np.ascontiguousarray(picture)
+
+
+def _checked_map(bits: ArrayLike, name: str = "bits") -> NDArray[np.float64]:
+    values = np.asarray(bits, dtype=np.float64)
+    if values.ndim != 2 or values.size == 0:
+        raise ValueError(f"{name} must be a map of shape (h, w), got shape {values.shape}; sum over channels first")
+    return _finite(values, name)
+
+
+def _checked_row(bits: ArrayLike) -> NDArray[np.float64]:
+    values = np.asarray(bits, dtype=np.float64)
+    if values.ndim != 1:
+        raise ValueError(f"token bits must have shape (tokens,), got shape {values.shape}")
+    return _finite(values, "token bits")
+
+
+def _finite(values: NDArray[np.float64], name: str) -> NDArray[np.float64]:
+    wrong = int(np.count_nonzero(~np.isfinite(values)))
+    if wrong:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in {wrong} of {values.size} values")
+    return values
+
+
+def _checked_tokens(
+    tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None
+) -> tuple[NDArray[np.float64], list[bool]]:
+    values = _checked_row(bits)
+    flags = [False] * len(tokens) if special is None else [bool(flag) for flag in special]
+    if not len(tokens) == len(values) == len(flags):
+        raise ValueError(
+            f"tokens, bits and special must have one length, got {len(tokens)}, {len(values)} and {len(flags)}"
+        )
+    return values, flags

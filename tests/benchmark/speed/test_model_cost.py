@@ -1,0 +1,39 @@
+"""What full-size models cost, on a model small enough to be measured here."""
+
+from __future__ import annotations
+
+import pytest
+from families import tiny_clip
+
+from captum_m2ib.benchmark.speed import models
+
+
+def test_costs_of_a_small_model(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(models.MODELS, "tiny", (tiny_clip, 12, 63, True))
+    monkeypatch.setattr(models, "random_pair", small_pair)
+    found = models.measure("tiny", repeats=2)
+    # The default layers come earlier, so more of the towers has to run again.
+    assert found["default"]["gflop"] > found["published"]["gflop"] > 0
+    assert len(found["default"]["seconds"]) == 2 and found["after"] >= found["before"]
+    lines = models.table({"tiny": found}).splitlines()
+    assert len(lines) == 4 and all(line.count("|") == 7 for line in lines)
+
+
+def small_pair(length: int, end: int, masked: bool) -> models.Arguments:
+    first, second, *mask = REAL_PAIR(length, end, masked)
+    return first[..., :32, :32], second % 60 + 2, *mask
+
+
+REAL_PAIR = models.random_pair
+
+
+def test_a_caption_ends_after_eleven_tokens():
+    first, second, mask = models.random_pair(14, 63, True)
+    assert first.shape == (1, 3, 224, 224) and second.shape == mask.shape == (1, 14)
+    assert bool((second[:, 11:] == 63).all())
+
+
+def test_unknown_names_are_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        models.main(["no-such-model"])
+    assert "unknown models: no-such-model" in capsys.readouterr().err

@@ -1,0 +1,188 @@
+import dataclasses
+import io
+import json
+import os
+import re
+import stat
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from captum_m2ib.explanations.explanation import Explanation
+
+
+def make(**changes):
+    rng = np.random.default_rng(0)
+    fields = {
+        "image": rng.integers(0, 256, (30, 50, 3), dtype=np.uint8),
+        "caption": "a <script>alert(1)</script> café 狗\x00",
+        "tokens": ("[startoftext]", "a", "<script>", "café", "[endoftext]"),
+        "special": (True, False, False, False, True),
+        "score": 0.1 + 0.2,
+        "image_bits": rng.random((12, 20)).astype(np.float32),
+        "patch_bits": rng.random((3, 5)).astype(np.float32),
+        "token_bits": np.array([0, 1 / 3, 2.5, 1e-30, 7], np.float32),
+        "settings": {"beta": (0.1, 0.2), "model": "é</pre><b>", "seed": None},
+        "record": {"score": [0.1, 0.2], "score_after": 1e-17},
+    }
+    return Explanation(**{**fields, **changes})
+
+
+def assert_equal(first, second):
+    for field in dataclasses.fields(Explanation):
+        a, b = getattr(first, field.name), getattr(second, field.name)
+        assert type(a) is type(b)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+        else:
+            assert a == b
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
+@pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None}, {"caption": "\ud800 lone"}])
+def test_round_trip_is_exact(tmp_path, suffix, changes):
+    explanation = make(**changes)
+    path = explanation.save(tmp_path / f"pair{suffix}")
+    assert_equal(Explanation.load(str(path)), explanation)
+
+
+def test_files_hold_no_pickles(tmp_path):
+    with np.load(make().save(tmp_path / "pair.npz"), allow_pickle=False) as stored:
+        assert all(stored[name].dtype.kind in "fuU" for name in stored)
+    json.loads((make().save(tmp_path / "pair.json")).read_text())
+
+
+def test_totals_and_top_tokens():
+    explanation = make()
+    assert explanation.image_total_bits == pytest.approx(float(explanation.image_bits.astype(float).sum()))
+    assert explanation.token_total_bits == pytest.approx(7 + 2.5 + 1 / 3)
+    assert [token for token, _ in explanation.top_tokens(2)] == ["<script>", "a"]
+    assert explanation.top_tokens(1, include_special=True) == [("[endoftext]", 7.0)]
+    assert len(explanation.top_tokens(99)) == 3 and explanation.top_tokens(0) == []
+    with pytest.raises(ValueError, match="negative"):
+        explanation.top_tokens(-1)
+    assert len(repr(explanation)) < 200
+
+
+def test_is_a_copy_that_cannot_change():
+    settings, bits = {"layers": [1]}, np.ones((2, 2), np.float32)
+    explanation = make(settings=settings, image_bits=bits)
+    settings["layers"].append(2)
+    bits[:] = 5
+    assert explanation.settings == {"layers": [1]} and explanation.image_total_bits == 4
+    with pytest.raises(ValueError, match="read-only"):
+        explanation.image_bits[0, 0] = 1
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        explanation.score = 1.0
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image": np.zeros((3, 8, 8), np.uint8)}, "image must be uint8"),
+        ({"image": np.zeros((8, 8, 3))}, "image must be uint8"),
+        ({"image_bits": np.full((2, 2), np.nan)}, "image_bits must be finite"),
+        ({"image_bits": np.ones((3, 2, 2))}, "image_bits must have 2"),
+        ({"patch_bits": np.full((2, 2), np.inf)}, "patch_bits must be finite"),
+        ({"token_bits": np.ones(4)}, "one length, got 5, 5 and 4"),
+        ({"special": (True,)}, "one length, got 5, 1 and 5"),
+        ({"score": float("nan")}, "score must be finite"),
+        ({"settings": {"model": object()}}, "settings must hold only what JSON can"),
+        ({"settings": None}, "settings must be a dict"),
+        ({"record": {"loss": float("inf")}}, "record must hold only what JSON can"),
+    ],
+)
+def test_wrong_fields_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        make(**changes)
+
+
+def test_a_notebook_shows_the_figure():
+    from IPython.core.formatters import DisplayFormatter
+
+    shown, _ = DisplayFormatter().format(make())
+    assert shown["image/png"].startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_bits": None}, {"image_bits": np.zeros((4, 4)), "patch_bits": None}])
+def test_png_is_a_picture(tmp_path, changes):
+    with Image.open(make(**changes).save(tmp_path / "pair.png")) as picture:
+        assert picture.format == "PNG" and picture.width > 1000
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None}, {"caption": ""}])
+def test_html_is_one_safe_page(tmp_path, changes):
+    page = make(**changes).save(tmp_path / "pair.html").read_text(encoding="utf-8")
+    assert "<script" not in page and "</pre><b>" not in page
+    assert "&lt;script&gt;" in page
+    assert 'name="viewport"' in page and "default-src 'none'" in page
+    assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page) and "url(" not in page
+    assert page.count("data:image/jpeg;base64,") == 2
+
+
+@pytest.mark.parametrize("name", ["pair.pkl", "pair", "pair.jpg", ".png"])
+def test_unknown_suffix_names_the_known_ones(tmp_path, name):
+    with pytest.raises(ValueError, match=r"\.png, \.html, \.npz, \.json"):
+        make().save(tmp_path / name)
+    with pytest.raises(ValueError, match=r"\.npz, \.json"):
+        Explanation.load(tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_directory_and_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.*does not exist"):
+        make().save(tmp_path / "nowhere" / "pair.npz")
+    with pytest.raises(FileNotFoundError):
+        Explanation.load(tmp_path / "pair.npz")
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html", ".npz", ".json"])
+def test_a_failed_write_leaves_nothing_and_keeps_the_old_file(tmp_path, monkeypatch, suffix):
+    path = tmp_path / f"pair{suffix}"
+
+    def fail(source, target):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="disk full"):
+            make().save(path)
+        assert list(tmp_path.iterdir()) == []
+        path.write_text("old")
+        with pytest.raises(OSError, match="disk full"):
+            make().save(path)
+        assert path.read_text() == "old"
+    make().save(path)
+    assert list(tmp_path.iterdir()) == [path] and path.stat().st_size > 1000
+
+
+@pytest.mark.skipif(os.name == "nt", reason="POSIX permissions")
+def test_new_files_follow_the_umask(tmp_path):
+    (tmp_path / "plain").write_text("")
+    path = make().save(tmp_path / "pair.json")
+    assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{}", b"[1]", b"\x80\x04N.", b'{"format": "captum_m2ib.explanation", "version": 99}']
+)
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_other_files_are_refused(tmp_path, content, suffix):
+    path = tmp_path / f"other{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="does not hold an explanation"):
+        Explanation.load(path)
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    path = make().save(tmp_path / "pair.npz")
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    buffer = io.BytesIO()
+    np.savez(buffer, **{**arrays, "image_bits": np.array([{}], dtype=object)})
+    path.write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        Explanation.load(path)
