@@ -107,6 +107,12 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="checkpoint directory to write")
     parser.add_argument("--steps", type=int, help="updates (default: as for the shipped model)")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and scenes (default: %(default)s)")
+    parser.add_argument(
+        "--ground",
+        choices=("textured", "plain", "white", "black", "grey"),
+        default="textured",
+        help="what the objects lie on; plain: white, black or grey in turn (default: %(default)s)",
+    )
     parser.add_argument("--device", help="for example cuda (default: cuda where there is one)")
     parser.add_argument("--restart", action="store_true", help="ignore the saved state of an interrupted run")
     parser.add_argument("--overwrite", action="store_true", help="replace an output that is already there")
@@ -217,6 +223,7 @@ def _train(given: argparse.Namespace) -> None:
     train(
         given.output,
         seed=given.seed,
+        ground=given.ground,
         device=_device(given.device),
         resume=not given.restart,
         overwrite=given.overwrite,

@@ -388,12 +388,15 @@ class TestTrainScenes:
 
     def test_defaults(self, run: Run, calls: list[Any]):
         assert run("train-scenes", "--output", "folder") == Result(0, "", "")
-        assert calls == [(("folder",), {"seed": 0, "device": None, "resume": True, "overwrite": False})]
+        assert calls == [
+            (("folder",), {"seed": 0, "ground": "textured", "device": None, "resume": True, "overwrite": False})
+        ]
 
-    def test_every_option(self, run: Run, calls: list[Any]):
-        options = ("--steps", 5, "--seed", 3, "--device", "cpu", "--restart", "--overwrite")
+    @pytest.mark.parametrize("ground", GROUNDS)
+    def test_every_option(self, run: Run, calls: list[Any], ground: str):
+        options = ("--steps", 5, "--seed", 3, "--ground", ground, "--device", "cpu", "--restart", "--overwrite")
         assert run("train-scenes", "--output", "folder", *options).status == 0
-        expected = {"steps": 5, "seed": 3, "device": "cpu", "resume": False, "overwrite": True}
+        expected = {"steps": 5, "seed": 3, "ground": ground, "device": "cpu", "resume": False, "overwrite": True}
         assert calls == [(("folder",), expected)]
 
     def test_output_is_required(self, run: Run, calls: list[Any], capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ from pathlib import Path
 from captum_m2ib.scenes.captions import COLOURS, SHAPES
 from captum_m2ib.scenes.drawing import Scene, SceneObject, draw_batch, draw_scene
 from captum_m2ib.scenes.evaluation import evaluate_naming, evaluate_retrieval
+from captum_m2ib.scenes.grounds import GROUNDS
 from captum_m2ib.scenes.model import build_model, build_tokenizer, load_checkpoint, save_checkpoint
 from captum_m2ib.scenes.probes import (
     ImageProbe,
@@ -25,6 +26,7 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 __all__ = [
     "CHECKPOINT",
     "COLOURS",
+    "GROUNDS",
     "SHAPES",
     "ImageProbe",
     "NamingTrial",

@@ -1,7 +1,7 @@
 """Procedurally drawn scenes with exact ground truth.
 
-A scene is a muted background with one to four objects, each a shape of one colour. All geometry is in units
-of the image side, so ``size`` only says how finely the same picture is sampled. With ``d`` the signed
+A scene is a ground (muted and textured, or plain) with one to four objects, each a shape of one colour. All geometry
+is in units of the image side, so ``size`` only says how finely the same picture is sampled. With ``d`` the signed
 distance of a pixel's centre to an object's outline (negative inside), the object's opacity there is
 ``clip(1/2 - d * size, 0, 1)``: an edge one pixel wide, centred on the outline. A pixel belongs to an object's
 mask where that opacity is at least one half and no later object's is.
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from captum_m2ib.scenes.captions import COLOURS, SHAPES, Caption, describe
+from captum_m2ib.scenes.grounds import TEXTURED, draw_grounds, sample_grounds
 from captum_m2ib.scenes.shapes import DISTANCES, interior_points
 
 PURPOSES = (
@@ -62,11 +63,6 @@ _RGB = {
     "white": (246, 246, 246),
 }
 _RGB_TABLE = np.array([_RGB[colour] for colour in COLOURS], dtype=np.float32)
-
-# Background waves: cycles per image side and amplitude (of 255), from broad light and shade to a fabric-like
-# grain.
-_WAVE_FREQUENCIES = np.array([0.4, 0.7, 1.1, 2.0, 3.2, 4.5, 9.0, 12.0], dtype=np.float32)
-_WAVE_AMPLITUDES = np.array([13, 11, 9, 5, 4, 3.5, 2.5, 2], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -174,6 +170,7 @@ def draw_scene(
     counts: Mapping[int, float] = OBJECT_COUNTS,
     purpose: str = "scenes",
     index: int = 0,
+    ground: str = TEXTURED,
 ) -> Scene:
     r"""Draws one scene.
 
@@ -184,6 +181,8 @@ def draw_scene(
             ``captum_m2ib.scenes.drawing.OBJECT_COUNTS``.
         purpose (str): The random stream, one of ``captum_m2ib.scenes.drawing.PURPOSES``. Default: ``"scenes"``.
         index (int): Position in that stream, not negative. Default: 0.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``; nothing else of a scene depends
+            on it. Default: ``"textured"``.
 
     Returns:
         Scene: The scene.
@@ -198,7 +197,7 @@ def draw_scene(
         >>> scene.caption, scene.image.shape
         ('here is a white star , a pink cross and a white ring', (64, 64, 3))
     """
-    return draw_scenes(generator(purpose, seed, index), 1, size, counts=counts)[0]
+    return draw_scenes(generator(purpose, seed, index), 1, size, counts=counts, ground=ground)[0]
 
 
 def draw_batch(
@@ -209,6 +208,7 @@ def draw_batch(
     counts: Mapping[int, float] = OBJECT_COUNTS,
     purpose: str = "scenes",
     index: int = 0,
+    ground: str = TEXTURED,
 ) -> SceneBatch:
     r"""Draws pictures and captions only: the fast path for training.
 
@@ -220,6 +220,8 @@ def draw_batch(
             ``captum_m2ib.scenes.drawing.OBJECT_COUNTS``.
         purpose (str): The random stream, one of ``captum_m2ib.scenes.drawing.PURPOSES``. Default: ``"scenes"``.
         index (int): Position in that stream, for example the training step. Default: 0.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``; nothing else of a scene depends
+            on it. Default: ``"textured"``.
 
     Returns:
         SceneBatch: Pictures, captions and what is in each. With n = 1, those of :func:`draw_scene`.
@@ -228,13 +230,18 @@ def draw_batch(
         ValueError: If an argument is out of range.
     """
     rng = generator(purpose, seed, index)
-    layouts = sample_layouts(rng, n, counts)
+    layouts = sample_layouts(rng, n, counts, ground)
     captions = [caption.text for caption in _captions(rng, layouts)]
     return SceneBatch(render(layouts, size), captions, _kinds(layouts))
 
 
 def draw_scenes(
-    rng: np.random.Generator, n: int, size: int = 64, *, counts: Mapping[int, float] = OBJECT_COUNTS
+    rng: np.random.Generator,
+    n: int,
+    size: int = 64,
+    *,
+    counts: Mapping[int, float] = OBJECT_COUNTS,
+    ground: str = TEXTURED,
 ) -> list[Scene]:
     """Draws n scenes with their ground truth.
 
@@ -243,6 +250,8 @@ def draw_scenes(
         n (int): Number of scenes, at least 1.
         size (int): Side of the pictures in pixels, at least 16. Default: 64.
         counts (Mapping[int, float]): Probability of each number of objects. Default: :data:`OBJECT_COUNTS`.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``; nothing else of a scene depends
+            on it. Default: ``"textured"``.
 
     Returns:
         list[Scene]: The scenes.
@@ -250,7 +259,7 @@ def draw_scenes(
     Raises:
         ValueError: If an argument is out of range.
     """
-    layouts = sample_layouts(rng, n, counts)
+    layouts = sample_layouts(rng, n, counts, ground)
     captions = _captions(rng, layouts)
     images, masks = render(layouts, size), visible_masks(layouts, size)
     return [
@@ -281,7 +290,9 @@ def generator(purpose: str, seed: int, index: int = 0) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence(int(seed), spawn_key=(PURPOSES.index(purpose), int(index))))
 
 
-def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float] = OBJECT_COUNTS) -> Layouts:
+def sample_layouts(
+    rng: np.random.Generator, n: int, counts: Mapping[int, float] = OBJECT_COUNTS, ground: str = TEXTURED
+) -> Layouts:
     """Samples what n scenes contain, without drawing them.
 
     Args:
@@ -289,6 +300,8 @@ def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float]
         n (int): Number of scenes, at least 1.
         counts (Mapping[int, float]): Probability of each number of objects, 1 to 4. Default:
             :data:`OBJECT_COUNTS`.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``; nothing else of a scene depends
+            on it. Default: ``"textured"``.
 
     Returns:
         Layouts: Shape-and-colour pairs are distinct within a scene, objects lie fully inside the picture, and
@@ -296,7 +309,7 @@ def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float]
         :data:`VISIBLE_SHARE` is visible.
 
     Raises:
-        ValueError: If n is below 1, or ``counts`` is not a distribution over 1 to 4.
+        ValueError: If n is below 1, ``counts`` is not a distribution over 1 to 4, or the ground is unknown.
     """
     if n < 1:
         raise ValueError(f"n: expected 1 scene or more, got {n}; ask for at least one.")
@@ -317,7 +330,7 @@ def sample_layouts(rng: np.random.Generator, n: int, counts: Mapping[int, float]
     brightness = 0.94 + 0.08 * rng.random((n, _MAX_OBJECTS, 1), dtype=np.float32)
     shift = 20 * rng.random((n, _MAX_OBJECTS, 3), dtype=np.float32) - 10
     rgb = np.clip(_RGB_TABLE[colour] * brightness + shift, 0, 255)
-    return Layouts(count, shape, colour, x, y, radius, angle, rgb, *_sample_backgrounds(rng, n))
+    return Layouts(count, shape, colour, x, y, radius, angle, rgb, *sample_grounds(rng, n, ground))
 
 
 def render(layouts: Layouts, size: int) -> np.ndarray:
@@ -334,7 +347,7 @@ def render(layouts: Layouts, size: int) -> np.ndarray:
         ValueError: If ``size`` is below 16.
     """
     stamps = _stamps(layouts, size)
-    images = _backgrounds(layouts, size)
+    images = draw_grounds(layouts.base, layouts.waves, layouts.tints, size)
     canvas = images.reshape(-1, 3)
     for slot in range(_MAX_OBJECTS):
         rows = np.flatnonzero(stamps.slot == slot)
@@ -405,36 +418,6 @@ def _acceptable(centres: np.ndarray, reach_x: np.ndarray, reach_y: np.ndarray, r
             covered |= dx * dx + dy * dy < (radius[:, above] ** 2)[:, None, None]
         acceptable &= covered.mean(axis=-1) <= _COVERED_LIMIT
     return acceptable
-
-
-def _sample_backgrounds(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Base colours, waves and tints as in :class:`Layouts`: greys and browns."""
-    n_waves = len(_WAVE_FREQUENCIES)
-    grey = 62 + 78 * rng.random((n, 1), dtype=np.float32)
-    warmth = rng.random((n, 1), dtype=np.float32)
-    base = grey * (1 + warmth * np.array([0.16, 0, -0.26], dtype=np.float32))
-    frequency = 2 * np.pi * _WAVE_FREQUENCIES * (0.75 + 0.5 * rng.random((n, n_waves), dtype=np.float32))
-    direction, phase = 2 * np.pi * rng.random((2, n, n_waves), dtype=np.float32)
-    waves = np.stack([frequency * np.cos(direction), frequency * np.sin(direction), phase], axis=-1)
-    amplitude = _WAVE_AMPLITUDES * (0.3 + rng.random((n, n_waves), dtype=np.float32))
-    tints = amplitude[..., None] * (0.85 + 0.3 * rng.random((n, n_waves, 3), dtype=np.float32))
-    return base, waves, tints
-
-
-def _backgrounds(layouts: Layouts, size: int) -> np.ndarray:
-    """Backgrounds, float32 (n, size, size, 3)."""
-    # cos(a x + b y + c) = cos(a x) cos(b y + c) - sin(a x) sin(b y + c): the sum over waves is one matrix
-    # product per scene.
-    n = len(layouts.count)
-    centres = (np.arange(size, dtype=np.float32) + 0.5) / size
-    across, down, phase = np.moveaxis(layouts.waves, -1, 0)
-    columns = across[..., None] * centres
-    rows = down[:, None, :] * centres[:, None] + phase[:, None, :]
-    left = np.concatenate([np.cos(rows), -np.sin(rows), np.ones((n, size, 1), np.float32)], axis=2)
-    tints = layouts.tints[:, :, None, :]
-    flat = np.broadcast_to(layouts.base[:, None, None], (n, 1, size, 3))
-    right = np.concatenate([np.cos(columns)[..., None] * tints, np.sin(columns)[..., None] * tints, flat], axis=1)
-    return np.matmul(left, right.reshape(n, -1, size * 3)).reshape(n, size, size, 3)
 
 
 def _stamps(layouts: Layouts, size: int) -> _Stamps:

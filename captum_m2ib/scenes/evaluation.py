@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from captum_m2ib.scenes.drawing import draw_batch
+from captum_m2ib.scenes.grounds import TEXTURED
 from captum_m2ib.scenes.model import build_tokenizer, embed_images, embed_texts, image_side, normalize_images, tokenize
 from captum_m2ib.scenes.probes import naming_trials
 
@@ -18,7 +19,13 @@ if TYPE_CHECKING:
 
 
 def evaluate_retrieval(
-    model: CLIPModel, *, sets: int = 8, size: int = 256, seed: int = 0, purpose: str = "held_out"
+    model: CLIPModel,
+    *,
+    sets: int = 8,
+    size: int = 256,
+    seed: int = 0,
+    purpose: str = "held_out",
+    ground: str = TEXTURED,
 ) -> dict[str, float]:
     r"""How often a picture finds its own caption among those of a set of held-out scenes.
 
@@ -28,6 +35,7 @@ def evaluate_retrieval(
         size (int): Scenes, and so captions, in a set. Default: 256.
         seed (int): Which held-out scenes. Default: 0.
         purpose (str): Their random stream; training draws from another one. Default: ``"held_out"``.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``.
 
     Returns:
         dict[str, float]: ``top1`` and ``top5``, shares of pictures averaged over the sets; ``top1_std`` and
@@ -36,7 +44,7 @@ def evaluate_retrieval(
     tokenizer, pixels = build_tokenizer(), image_side(model)
     shares = []
     for index in range(sets):
-        images, captions, _ = draw_batch(size, seed, pixels, purpose=purpose, index=index)
+        images, captions, _ = draw_batch(size, seed, pixels, purpose=purpose, index=index, ground=ground)
         scores = _similarities(model, tokenizer, images, captions)
         better = (scores > scores.diagonal()[:, None]).sum(dim=1)
         shares.append([float((better < k).double().mean()) for k in (1, 5)])
@@ -51,19 +59,20 @@ def evaluate_retrieval(
     }
 
 
-def evaluate_naming(model: CLIPModel, n: int = 2048, seed: int = 0) -> dict[str, float]:
+def evaluate_naming(model: CLIPModel, n: int = 2048, seed: int = 0, ground: str = TEXTURED) -> dict[str, float]:
     """How often the true one of eight captions of one object scores highest (chance: 1/8).
 
     Args:
         model (transformers.CLIPModel): The compact dual encoder, on any device.
         n (int): Number of trials (see :func:`captum_m2ib.scenes.naming_trials`). Default: 2048.
         seed (int): Which trials. Default: 0.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``.
 
     Returns:
         dict[str, float]: ``accuracy``, its ``standard_error``, and ``n``.
     """
     tokenizer, chunk, right = build_tokenizer(), 256, 0
-    trials = naming_trials(n, seed, image_side(model))
+    trials = naming_trials(n, seed, image_side(model), ground)
     for start in range(0, n, chunk):
         part = trials[start : start + chunk]
         captions = [caption for trial in part for caption in trial.captions]

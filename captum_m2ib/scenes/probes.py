@@ -15,6 +15,7 @@ import numpy as np
 
 from captum_m2ib.scenes.captions import COLOURS, SHAPES, Caption, Phrase, choose_template, compose
 from captum_m2ib.scenes.drawing import OBJECT_COUNTS, Scene, draw_scenes, generator
+from captum_m2ib.scenes.grounds import TEXTURED
 
 PROBE_COUNTS = {2: 0.30, 3: 0.35, 4: 0.35}
 """Number of objects in the scenes of image and token probes, with probabilities."""
@@ -112,13 +113,14 @@ class NamingTrial:
         return self.scene.image
 
 
-def image_probes(n: int, seed: int, size: int = 64) -> list[ImageProbe]:
+def image_probes(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> list[ImageProbe]:
     r"""Draws probes of image maps.
 
     Args:
         n (int): How many, at least 1.
         seed (int): Not negative.
         size (int): Side of the pictures in pixels, at least 16. Default: 64.
+        ground (str): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``.
 
     Returns:
         list[ImageProbe]: The probes.
@@ -132,10 +134,10 @@ def image_probes(n: int, seed: int, size: int = 64) -> list[ImageProbe]:
         >>> probe.caption, probe.mask.shape, probe.image.shape
         ('we can see a red cross', (64, 64), (64, 64, 3))
     """
-    return _in_blocks(n, seed, size, "image_probes", PROBE_COUNTS, _image_probe)
+    return _in_blocks(n, seed, size, "image_probes", PROBE_COUNTS, _image_probe, ground)
 
 
-def token_probes(n: int, seed: int, size: int = 64) -> list[TokenProbe]:
+def token_probes(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> list[TokenProbe]:
     r"""Draws probes of token maps.
 
     Args:
@@ -143,6 +145,7 @@ def token_probes(n: int, seed: int, size: int = 64) -> list[TokenProbe]:
         n (int): How many, at least 1.
         seed (int): Not negative.
         size (int, optional): Side of the pictures in pixels, at least 16. Default: 64
+        ground (str, optional): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``
 
     Returns:
         list[TokenProbe]: one scene each.
@@ -150,10 +153,10 @@ def token_probes(n: int, seed: int, size: int = 64) -> list[TokenProbe]:
     Raises:
         ValueError: if an argument is out of range.
     """
-    return _in_blocks(n, seed, size, "token_probes", PROBE_COUNTS, _token_probe)
+    return _in_blocks(n, seed, size, "token_probes", PROBE_COUNTS, _token_probe, ground)
 
 
-def naming_trials(n: int, seed: int, size: int = 64) -> list[NamingTrial]:
+def naming_trials(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> list[NamingTrial]:
     r"""Draws trials of the model: which caption is true?
 
     Args:
@@ -161,6 +164,7 @@ def naming_trials(n: int, seed: int, size: int = 64) -> list[NamingTrial]:
         n (int): How many, at least 1.
         seed (int): Not negative.
         size (int, optional): Side of the pictures in pixels, at least 16. Default: 64
+        ground (str, optional): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``
 
     Returns:
         list[NamingTrial]: one scene each.
@@ -168,7 +172,7 @@ def naming_trials(n: int, seed: int, size: int = 64) -> list[NamingTrial]:
     Raises:
         ValueError: if an argument is out of range.
     """
-    return _in_blocks(n, seed, size, "naming_trials", OBJECT_COUNTS, _naming_trial)
+    return _in_blocks(n, seed, size, "naming_trials", OBJECT_COUNTS, _naming_trial, ground)
 
 
 def _in_blocks(
@@ -178,13 +182,14 @@ def _in_blocks(
     purpose: str,
     counts: dict[int, float],
     make: Callable[[np.random.Generator, Scene], _Probe],
+    ground: str,
 ) -> list[_Probe]:
     if n < 1:
         raise ValueError(f"n: expected 1 or more, got {n}; ask for at least one.")
     probes: list[_Probe] = []
     for block in range(-(-n // _BLOCK)):
         rng = generator(purpose, seed, block)
-        probes += [make(rng, scene) for scene in draw_scenes(rng, _BLOCK, size, counts=counts)]
+        probes += [make(rng, scene) for scene in draw_scenes(rng, _BLOCK, size, counts=counts, ground=ground)]
     return probes[:n]
 
 

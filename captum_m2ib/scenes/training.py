@@ -30,6 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from captum_m2ib.scenes.captions import name_kinds
 from captum_m2ib.scenes.drawing import draw_batch, generator
 from captum_m2ib.scenes.evaluation import evaluate_naming, evaluate_retrieval
+from captum_m2ib.scenes.grounds import GROUNDS, TEXTURED
 from captum_m2ib.scenes.model import (
     build_model,
     build_tokenizer,
@@ -66,6 +67,7 @@ def train(
     naming_weight: float = 1.0,
     model_options: Mapping[str, int] | None = None,
     seed: int = 0,
+    ground: str = TEXTURED,
     device: str | torch.device | None = None,
     bf16: bool | None = None,
     compile: bool = False,
@@ -97,6 +99,8 @@ def train(
         model_options (Mapping[str, int], optional): Sizes, as arguments of
             :func:`captum_m2ib.scenes.build_model`. Default: None (as for the shipped model).
         seed (int): Seed of the weights and of the scenes. Default: 0.
+        ground (str): What the objects of the scenes lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default:
+            ``"textured"``.
         device (str or torch.device, optional): Default: CUDA where there is one, else the CPU.
         bf16 (bool, optional): Compute in bfloat16 (autocast); CUDA only. Default: on CUDA yes.
         compile (bool): Compile the image tower; CUDA only. Default: False.
@@ -131,6 +135,8 @@ def train(
         report_sets=(report_sets, 1),
         report_trials=(report_trials, 1),
     )
+    if ground not in GROUNDS:
+        raise ValueError(f"ground: expected one of {', '.join(GROUNDS)}, got {ground!r}; choose one of these.")
     if place.type != "cuda" and (bf16 or compile):
         raise ValueError(
             f"bf16, compile: expected False on {place}, got {bf16} and {compile}; both need device='cuda'."
@@ -150,6 +156,7 @@ def train(
         "naming_weight": naming_weight,
         "model_options": dict(model_options or {}),
         "seed": seed,
+        "ground": ground,
         "bf16": place.type == "cuda" if bf16 is None else bf16,
     }
     began = time.monotonic()
@@ -195,7 +202,7 @@ def train(
             if done % _READ_EVERY == 0 or done == steps or saving:
                 bar.set_postfix(losses.read(done), refresh=False)
             if show_progress and (done % evaluate_every == 0 or done == steps):
-                held_out = evaluate_retrieval(model, sets=1, seed=seed, purpose="validation")
+                held_out = evaluate_retrieval(model, sets=1, seed=seed, purpose="validation", ground=ground)
                 losses.shown.update(top1=f"{held_out['top1']:.3f}")
                 bar.set_postfix(losses.shown, refresh=False)
             if saving:
@@ -211,8 +218,8 @@ def train(
 
     _round_to_half(model)
     report = {
-        "retrieval": evaluate_retrieval(model, sets=report_sets, seed=seed),
-        "naming": evaluate_naming(model, report_trials, seed),
+        "retrieval": evaluate_retrieval(model, sets=report_sets, seed=seed, ground=ground),
+        "naming": evaluate_naming(model, report_trials, seed, ground),
         "loss": losses.mean,
         "settings": settings,
         "seconds": round(progress["seconds"] + time.monotonic() - began, 1),
@@ -287,7 +294,12 @@ class _Steps(Dataset[tuple[torch.Tensor, ...]]):
     def __getitem__(self, step: int) -> tuple[torch.Tensor, ...]:
         seed = self.settings["seed"]
         images, captions, kinds = draw_batch(
-            self.settings["batch_size"], seed, self.image_size, purpose="training", index=step
+            self.settings["batch_size"],
+            seed,
+            self.image_size,
+            purpose="training",
+            index=step,
+            ground=self.settings["ground"],
         )
         names = name_kinds(generator("naming", seed, step))
         return (
@@ -366,13 +378,16 @@ def _rate(step: int, steps: int, warmup_steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / (steps - warmup_steps)))
 
 
-def write_statistics(directory: str | os.PathLike[str], seed: int = 0, scenes: int = 2048) -> None:
+def write_statistics(
+    directory: str | os.PathLike[str], seed: int = 0, scenes: int = 2048, ground: str = TEXTURED
+) -> None:
     """Estimates the statistics that the standardised prior needs, and adds them to a checkpoint directory.
 
     Args:
         directory (str or path): A checkpoint of the compact dual encoder.
         seed (int): Which validation scenes. Default: 0.
         scenes (int): How many, a multiple of 64. Default: 2048.
+        ground (str): What their objects lie on. Default: ``"textured"``.
     """
     from captum_m2ib.encoders.checkpoints import STATISTICS_FILE
     from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -381,7 +396,8 @@ def write_statistics(directory: str | os.PathLike[str], seed: int = 0, scenes: i
     encoder = DualEncoder.from_pretrained(directory)
     size = encoder.processor.image_processor.size["height"]
     batches = (
-        draw_batch(64, seed, size, purpose="validation", index=_STATISTICS_INDEX + i) for i in range(scenes // 64)
+        draw_batch(64, seed, size, purpose="validation", index=_STATISTICS_INDEX + i, ground=ground)
+        for i in range(scenes // 64)
     )
     pairs = (encoder.prepare(list(batch.images), batch.captions) for batch in batches)
     names = [name for name, _ in encoder.model.named_modules() if _STATISTICS_LAYERS.fullmatch(name)]
@@ -393,7 +409,8 @@ def _write_output(model: CLIPModel, report: Mapping[str, Any], target: Path) -> 
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     save_checkpoint(model, partial)
-    write_statistics(partial, report["settings"]["seed"], 256 * report["retrieval"]["sets"])
+    settings = report["settings"]
+    write_statistics(partial, settings["seed"], 256 * report["retrieval"]["sets"], settings["ground"])
     (partial / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     if target.exists():
         replaced = target.with_name(target.name + ".replaced")

@@ -9,7 +9,16 @@ import sys
 import numpy as np
 import pytest
 
-from captum_m2ib.scenes import COLOURS, SHAPES, draw_batch, draw_scene
+from captum_m2ib.scenes import (
+    COLOURS,
+    GROUNDS,
+    SHAPES,
+    draw_batch,
+    draw_scene,
+    image_probes,
+    naming_trials,
+    token_probes,
+)
 from captum_m2ib.scenes.drawing import (
     OBJECT_COUNTS,
     PURPOSES,
@@ -209,3 +218,37 @@ heavy = {"transformers", "tokenizers", "safetensors", "PIL", "matplotlib.pyplot"
 assert not heavy & (set(sys.modules) - before), heavy & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("ground", GROUNDS)
+def test_only_the_ground_of_a_scene_depends_on_the_ground(ground: str) -> None:
+    scene, textured = draw_scene(5, ground=ground), draw_scene(5)
+    assert (scene.caption, scene.objects) == (textured.caption, textured.objects)
+    assert np.array_equal(scene.masks, textured.masks)
+    # A pixel's rim mixes an object with what lies behind it.
+    inside = scene.masks.any(0)
+    for axis in (0, 1):
+        inside &= np.roll(inside, 1, axis) & np.roll(inside, -1, axis)
+    assert np.array_equal(scene.image[inside], textured.image[inside])
+    for draw in (image_probes, token_probes, naming_trials):
+        probe, usual = draw(1, 3, 32, ground)[0], draw(1, 3, 32)[0]
+        assert probe.scene.caption == usual.scene.caption
+        assert np.array_equal(probe.image, usual.image) == (ground == "textured")
+
+
+@pytest.mark.parametrize(("ground", "level"), [("white", 255), ("black", 0), ("grey", 128)])
+def test_a_plain_ground_has_one_level(ground: str, level: int) -> None:
+    scene = draw_scene(5, ground=ground)
+    assert (scene.image[~scene.masks.any(0)] == level).all(-1).mean() > 0.9
+
+
+def test_plain_grounds_are_white_black_and_grey_in_turn() -> None:
+    images = draw_batch(300, 1, 16, ground="plain").images
+    corners = images[:, 0, 0].astype(int)
+    shares = [(corners == level).all(-1).mean() for level in (255, 0, 128)]
+    assert min(shares) > 0.25 and sum(shares) > 0.95
+
+
+def test_an_unknown_ground_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^ground: expected one of textured, .*got 'lawn'"):
+        draw_scene(0, ground="lawn")

@@ -94,6 +94,17 @@ def test_training_reduces_the_loss_and_writes_a_checkpoint(tmp_path: Path) -> No
     assert evaluate_naming(model, 8) == report["naming"]
 
 
+def test_the_ground_reaches_training_report_and_statistics(tmp_path: Path) -> None:
+    reports = {name: train(tmp_path / name, steps=2, ground=name, **TINY) for name in ("plain", "textured")}
+    assert reports["plain"]["settings"]["ground"] == "plain"
+    assert reports["plain"]["loss"] != reports["textured"]["loss"]
+    model, _ = load_checkpoint(tmp_path / "plain")
+    assert evaluate_retrieval(model, sets=1, ground="plain") == reports["plain"]["retrieval"]
+    first, second = (DualEncoder.from_pretrained(tmp_path / name).statistics for name in reports)
+    layer = "vision_model.embeddings"
+    assert not torch.equal(first[layer].mean, second[layer].mean)
+
+
 def test_interrupted_and_resumed_equals_uninterrupted(tmp_path: Path, interrupt: pytest.MonkeyPatch) -> None:
     broken, whole = tmp_path / "broken", tmp_path / "whole"
     with pytest.raises(KeyboardInterrupt):
@@ -148,6 +159,8 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
         train(tmp_path / "output", steps=1, **{**TINY, "batch_size": 1})
     with pytest.raises(ValueError, match=r"bf16, compile: expected False on cpu"):
         train(tmp_path / "output", steps=1, bf16=True, **TINY)
+    with pytest.raises(ValueError, match=r"^ground: expected one of textured, plain, .*got 'lawn'"):
+        train(tmp_path / "output", steps=1, ground="lawn", **TINY)
     assert not list(tmp_path.iterdir())
 
 
