@@ -1,7 +1,11 @@
-"""The figures of how-it-works.md, drawn from the method itself: ``python docs/figures.py [FOLDER]``."""
+"""Figures of the pages: ``python docs/figures.py [FOLDER]``.
+
+Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md.
+"""
 
 from __future__ import annotations
 
+import csv
 import sys
 from pathlib import Path
 
@@ -19,6 +23,35 @@ HIDDEN = 1.5
 
 SCENE = 8
 """The scene of the second figure, the one that ``captum-m2ib explain`` shows."""
+
+FIGURES = Path(__file__).parent / "images" / "rivals.csv"
+"""The figures of benchmark.md's table of methods: method, figure, mean, and the ends of the 95 % interval."""
+
+OURS = "#0b5cad"
+
+PANELS = {
+    "image pointing": ("picture:\npointing", 0.0, 0.05),
+    "image mass": ("picture:\nmass", 0.0, 0.05),
+    "image auroc": ("picture:\nAUROC", 0.5, 0.5),
+    "text auroc": ("words:\nAUROC", 0.5, 0.5),
+    "text top-1": ("words:\ntop-1", 0.5, 0.5),
+}
+"""What the panels of the third figure show: the title, where the axis begins, and what is reached by chance."""
+
+ROWS = {
+    "M2IB": ("m2ib-published", "m2ib"),
+    "Integrated Gradients": ("integrated-gradients", "integrated-gradients-tuned"),
+    "attention relevance": ("relevance", "relevance-tuned"),
+    "Grad-ECLIP": ("grad-eclip", "grad-eclip-tuned"),
+    "LeGrad": ("legrad", "legrad-tuned"),
+    "NIB": ("nib", "nib-tuned"),
+    "occlusion": ("occlusion",),
+    "feature ablation": ("feature-ablation",),
+    "Grad-CAM": ("grad-cam",),
+    "centre prior": ("centre",),
+}
+"""The rows of the third figure, in the order of pointing: each method as published, and at the setting chosen on
+validation scenes."""
 
 
 def channel() -> Figure:
@@ -84,6 +117,36 @@ def descent() -> Figure:
     return figure
 
 
+def rivals() -> Figure:
+    """M2IB beside its rivals on scenes: a row per method, a panel per figure, mean and 95 % interval."""
+    with FIGURES.open(encoding="utf-8", newline="") as lines:
+        found = {(row["method"], row["figure"]): row for row in csv.DictReader(lines)}
+    figure = Figure(figsize=(9.6, 4.6), layout="constrained", dpi=150)
+    panels = figure.subplots(1, len(PANELS), sharey=True)
+    for axes, (measured, (title, begin, chance)) in zip(panels, PANELS.items(), strict=True):
+        axes.axvline(chance, color="0.3", linestyle=":", linewidth=1.3, zorder=1)
+        for row, (name, methods) in enumerate(ROWS.items()):
+            colour = OURS if name == "M2IB" else "0.4"
+            for method, lift, face in zip(methods, (0.17, -0.17), ("white", colour), strict=False):
+                mean, low, high = (float(found[method, measured][column]) for column in ("mean", "low", "high"))
+                place = row + (lift if len(methods) > 1 else 0)
+                axes.plot([low, high], [place, place], color=colour, linewidth=1.6)
+                axes.plot(mean, place, "o", color=colour, markerfacecolor=face, label=f"{method}, {measured}")
+        # Intervals of what is at chance reach below it, and a dot at the end of the axis is drawn whole.
+        margin, ticks = 0.08 * (1 - begin), (begin, (begin + 1) / 2, 1)
+        axes.set(title=title, xlim=(begin - margin, 1 + margin), ylim=(len(ROWS) - 0.5, -0.5))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.grid(axis="x", color="0.92")
+        axes.set_axisbelow(True)
+        axes.tick_params(axis="y", length=0)
+        axes.spines["left"].set_visible(False)
+    panels[0].set_yticks(range(len(ROWS)), list(ROWS), fontsize=11)
+    panels[0].get_yticklabels()[0].set(color=OURS, fontweight="bold")
+    keys = "filled: chosen on validation scenes    hollow: as published    bars: 95 % intervals    dotted: chance"
+    figure.supxlabel(keys, fontsize=10)
+    return _plain(figure)
+
+
 def _gates(pixels: Tensor, bits: Tensor, variance: float) -> Tensor:
     """The gate of each pixel of a picture, (h, w), found from its bits: information rises with the gate."""
     mean = pixels.mean((1, 2), keepdim=True)
@@ -107,7 +170,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def main(folder: Path) -> None:
-    for name, draw in (("channel", channel), ("descent", descent)):
+    for name, draw in (("channel", channel), ("descent", descent), ("rivals", rivals)):
         draw().savefig(folder / f"{name}.png", metadata={"Software": None})
 
 
