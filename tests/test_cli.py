@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 import captum_m2ib
 from captum_m2ib import Explanation, MultiModalInfoBottleneck
 from captum_m2ib.cli import main
+from captum_m2ib.scenes.grounds import GROUNDS
 
 CAPTION = "a picture with a red circle"
 IMAGE_BLOCK, TEXT_BLOCK = "vision_model.encoder.layers.0", "text_model.encoder.layers.0"
