@@ -26,6 +26,7 @@ from captum_m2ib.engine.gates import Gated, check_finite, slice_pairs
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike
 from captum_m2ib.engine.layouts import Layout, real_elements, to_input
+from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Forward: TypeAlias = Callable[[tuple[Any, ...]], Any]
@@ -131,13 +132,6 @@ def gradients(score: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     scale = 2.0**12 if any(tensor.dtype == torch.float16 for tensor in tensors) else 1.0
     found = torch.autograd.grad(score.sum() * scale, list(tensors), retain_graph=True, materialize_grads=True)
     return [gradient.to(torch.promote_types(gradient.dtype, torch.float32)) / scale for gradient in found]
-
-
-def check_count(name: str, number: Any, least: int = 1) -> int:
-    """A whole number of at least ``least``, or an error that names the argument."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < least:
-        raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}.")
-    return number
 
 
 def rows_at_once(internal_batch_size: int | None, rows_per_pair: int) -> tuple[int | None, int]:

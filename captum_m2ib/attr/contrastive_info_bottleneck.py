@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -11,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck, Statistics
-from captum_m2ib.engine.gates import Gated, Settings
 from captum_m2ib.engine.interception import Handler, interpose
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer, tensors_in
 from captum_m2ib.engine.layouts import Layout, PackedLayout, TextLayout
@@ -79,24 +77,15 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         self.layouts = (*self.layouts[:2], self.layouts[1])
         self.priors = (*self.priors, self.priors[1])
 
-    def _run(
-        self, inputs: Any, target: Any, additional_forward_args: Any, *settings: Any, **named: Any
-    ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
-        given = len(inputs) if isinstance(inputs, tuple) else 1
-        more = additional_forward_args
-        beyond = 0 if more is None else len(more) if isinstance(more, tuple) else 1
-        extras = given + beyond - 3
+    def _objective(self, count: int) -> tuple[Callable[..., Any], Sequence[Layout | None]]:
+        extras = count - 3
         if extras < 0 or extras % 2:
             raise ValueError(
                 "inputs: expected, with additional_forward_args, a first input, a second, a rival of the second, and "
-                f"as many further arguments for the rival's pair as for the pair, got {given + beyond} in all."
+                f"as many further arguments for the rival's pair as for the pair, got {count} in all."
             )
-        contrast = copy.copy(self)
-        contrast.forward_func = _Contrast(self.forward_func, self.floor)
-        contrast.layouts = tuple(
-            _moved(layout, by) for layout, by in zip(self.layouts, (1, 1, 1 + extras // 2), strict=True)
-        )
-        return MultiModalInfoBottleneck._run(contrast, inputs, target, additional_forward_args, *settings, **named)
+        layouts = [_moved(layout, by) for layout, by in zip(self.layouts, (1, 1, 1 + extras // 2), strict=True)]
+        return _Contrast(self.forward_func, self.floor), layouts
 
 
 def _twice(first: Layer, second: Layer) -> tuple[Layer, Layer]:

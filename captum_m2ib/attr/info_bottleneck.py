@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import PUBLISHED, PerModality, format_additional, format_inputs, make_settings, scorer
+from captum_m2ib.attr._arguments import PUBLISHED, format_additional, format_inputs, scorer
 from captum_m2ib.attr.multi_modal_info_bottleneck import (
     MultiModalInfoBottleneck,
     Statistics,
@@ -22,6 +22,7 @@ from captum_m2ib.encoders.towers import image_layout
 from captum_m2ib.engine.gates import GateFilter, Prior, optimise, unit_positions
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout, PatchLayout, channel_axis
+from captum_m2ib.engine.settings import PerModality, Settings
 from captum_m2ib.engine.smoothing import smooth_logits
 from captum_m2ib.engine.statistics import estimate_statistics
 from captum_m2ib.engine.suffix import Tap
@@ -160,30 +161,26 @@ class InfoBottleneck(_captum.Attribution):
         """
         if smoothing is not None and not 0 <= smoothing < float("inf"):
             raise ValueError(f"smoothing: expected a finite number of at least 0 or None, got {smoothing!r}.")
+        settings = Settings(
+            beta=beta,
+            variance=variance,
+            lr=lr,
+            n_steps=n_steps,
+            n_samples=n_samples,
+            seed=seed,
+            internal_batch_size=internal_batch_size,
+            show_progress=show_progress,
+        )
         tensors = format_inputs(inputs, len(self.layers))
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
-        settings = make_settings(
-            priors,
-            beta,
-            variance,
-            lr,
-            n_steps,
-            n_samples,
-            seed,
-            False,
-            internal_batch_size,
-            show_progress,
-            PUBLISHED.initial_gate,
-            PUBLISHED.antithetic,
-        )
         layouts = [self._layout(index, tensor) for index, tensor in enumerate(tensors)]
         gated = optimise(
             *scorer(_LogProbability(self.forward_func, target is not None), tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             layouts,
-            settings,
+            settings.per_layer([PUBLISHED] * len(layers)),
             roots_of(self.forward_func, layers),
             filters=[partial(_smoothing, layout, smoothing) for layout in layouts] if smoothing else None,
         )

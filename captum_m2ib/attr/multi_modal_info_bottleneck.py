@@ -5,18 +5,19 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import PerModality, format_additional, format_inputs, make_settings, scorer
+from captum_m2ib.attr._arguments import defaults_of, format_additional, format_inputs, scorer
 from captum_m2ib.encoders.dual_encoder import DualEncoder, is_dual_encoder
-from captum_m2ib.engine.gates import Gated, GateFilter, LayerRecord, Prior, Settings, optimise
+from captum_m2ib.engine.gates import Gated, GateFilter, LayerRecord, Prior, optimise
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at, resolve_for
 from captum_m2ib.engine.layouts import Layout, PatchLayout, to_input, to_units
+from captum_m2ib.engine.settings import LayerSettings, PerModality, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.statistics import ChannelStatistics
 from captum_m2ib.engine.suffix import Tap
@@ -31,11 +32,11 @@ class OptimizationRecord:
     Attributes:
 
         modalities (tuple[LayerRecord, ...]): One record per modality.
-        settings (Settings): The settings as they were applied, one ``beta``, ``variance`` and ``lr`` per modality.
+        settings (LayerSettings): The settings as they were applied, one ``beta``, ``variance`` and ``lr`` per modality.
     """
 
     modalities: tuple[LayerRecord, ...]
-    settings: Settings
+    settings: LayerSettings
 
 
 class MultiModalInfoBottleneck(_captum.Attribution):
@@ -210,27 +211,22 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             ...     pixel_values, additional_forward_args=(input_ids, *pairs.additional_forward_args), n_steps=2).shape
             torch.Size([2, 3, 64, 64])
         """
-        is_tuple = _captum.is_tuple(inputs)
-        attributions, _, _ = self._run(
-            inputs,
-            target,
-            additional_forward_args,
-            beta,
-            variance,
-            n_steps,
-            n_samples,
-            lr,
-            seed,
-            joint,
-            internal_batch_size,
-            attribute_to_layer_input,
-            show_progress,
-            initial_gate,
-            antithetic,
-            smoothing,
-            with_record=False,
+        settings = Settings(
+            beta=beta,
+            variance=variance,
+            lr=lr,
+            initial_gate=initial_gate,
+            antithetic=antithetic,
+            n_steps=n_steps,
+            n_samples=n_samples,
+            seed=seed,
+            joint=joint,
+            smoothing=smoothing,
+            internal_batch_size=internal_batch_size,
+            show_progress=show_progress,
         )
-        return _captum.format_output(is_tuple, attributions)
+        attributions, _ = self._run(inputs, target, additional_forward_args, settings, attribute_to_layer_input)
+        return attributions
 
     def attribute_with_record(
         self, inputs: Tensor | tuple[Tensor, ...], *args: Any, **kwargs: Any
@@ -249,10 +245,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """
         bound = inspect.signature(type(self).attribute).bind(self, inputs, *args, **kwargs)
         bound.apply_defaults()
-        settings = {name: value for name, value in bound.arguments.items() if name != "self"}
-        attributions, gated, applied = self._run(**settings, with_record=True)
-        records = tuple(gate.record for gate in gated if gate.record is not None)
-        return _captum.format_output(_captum.is_tuple(inputs), attributions), OptimizationRecord(records, applied)
+        given = {name: value for name, value in bound.arguments.items() if name != "self"}
+        settings = Settings(**{field.name: given.pop(field.name) for field in fields(Settings)})
+        return self._run(**given, settings=settings, with_record=True)
 
     def attribute_future(self) -> None:
         """Not offered, as for most of Captum's methods."""
@@ -262,65 +257,47 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """Makes, of a layer's hidden state and the explained input, what its gates go through."""
         return _unsmoothed if self.layers[index].argument is None else partial(over_neighbours, smoothing)
 
+    def _objective(self, count: int) -> tuple[Callable[..., Any], Sequence[Layout | None]]:
+        """What must stay high, a function of so many arguments, and the layouts of those that are explained."""
+        return self.forward_func, self.layouts
+
     def _run(
         self,
         inputs: Tensor | tuple[Tensor, ...],
         target: Any,
         additional_forward_args: Any,
-        beta: PerModality | None,
-        variance: PerModality | None,
-        n_steps: int,
-        n_samples: int,
-        lr: PerModality | None,
-        seed: int,
-        joint: bool,
-        internal_batch_size: int | None,
+        settings: Settings,
         attribute_to_layer_input: bool,
-        show_progress: bool,
-        initial_gate: PerModality | None,
-        antithetic: bool | None,
-        smoothing: float,
-        with_record: bool,
-    ) -> tuple[tuple[Tensor, ...], list[Gated], Settings]:
+        with_record: bool = False,
+    ) -> tuple[Tensor | tuple[Tensor, ...], OptimizationRecord]:
+        """Attributions in the form of the inputs; the record holds no layers unless it is asked for."""
         tensors = format_inputs(inputs, len(self.layers))
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
+        forward_func, layouts = self._objective(len(tensors) + len(additional))
         layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
         for layer, tensor in zip(layers, tensors, strict=True):
             check_entry(layer, tensor, "mixed with noise")
-        settings = make_settings(
-            priors,
-            beta,
-            variance,
-            lr,
-            n_steps,
-            n_samples,
-            seed,
-            joint,
-            internal_batch_size,
-            show_progress,
-            initial_gate,
-            antithetic,
-            smoothing,
-            layers,
-        )
+        applied = settings.per_layer(defaults_of(layers, priors))
         gated = optimise(
-            *scorer(self.forward_func, tensors, additional, target),
+            *scorer(forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
-            self.layouts,
-            settings,
-            roots_of(self.forward_func, layers),
+            layouts,
+            applied,
+            roots_of(forward_func, layers),
             with_record,
-            filters=[self._gate_filter(index, smoothing) for index in range(len(layers))],
+            filters=[self._gate_filter(index, applied.smoothing) for index in range(len(layers))],
         )
         attributions = []
-        for layer, layout, gate, tensor in zip(layers, self.layouts, gated, tensors, strict=False):
+        for layer, layout, gate, tensor in zip(layers, layouts, gated, tensors, strict=False):
             explained = to_units_and_input if layer.argument is None else _entry_units
             units, attribution = explained(layout, gate, tensor)
             attributions.append(attribution)
             if gate.record is not None:
                 gate.record.units = units
-        return tuple(attributions), gated, settings
+        records = tuple(gate.record for gate in gated if gate.record is not None)
+        formed = _captum.format_output(_captum.is_tuple(inputs), tuple(attributions))
+        return formed, OptimizationRecord(records, applied)
 
 
 class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
@@ -391,31 +368,30 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             - **attributions** (*Tensor* or *list[Tensor]*):
                         Bits, of the shape of the layer's output (or input); a list if a list of layers was given.
         """
+        settings = Settings(
+            beta=beta,
+            variance=variance,
+            lr=lr,
+            initial_gate=initial_gate,
+            antithetic=antithetic,
+            n_steps=n_steps,
+            n_samples=n_samples,
+            seed=seed,
+            joint=joint,
+            internal_batch_size=internal_batch_size,
+            show_progress=show_progress,
+        )
         tensors = format_inputs(inputs, None)
         additional = format_additional(additional_forward_args, tensors[0].shape[0])
         several = isinstance(self.layer, list)
         layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
         priors = _priors(self.forward_func, layers, self.statistics)
-        settings = make_settings(
-            priors,
-            beta,
-            variance,
-            lr,
-            n_steps,
-            n_samples,
-            seed,
-            joint,
-            internal_batch_size,
-            show_progress,
-            initial_gate,
-            antithetic,
-        )
         gated = optimise(
             *scorer(self.forward_func, tensors, additional, target),
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             self._layouts_of(layers),
-            settings,
+            settings.per_layer(defaults_of(layers, priors)),
             roots_of(self.forward_func, layers),
             modalities=self._modalities_of(layers),
         )

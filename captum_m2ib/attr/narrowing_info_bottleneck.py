@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._pairwise import PairAttribution, check_count, gradients, rows_at_once
+from captum_m2ib.attr._pairwise import PairAttribution, gradients, rows_at_once
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix
 
 

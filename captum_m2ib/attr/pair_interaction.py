@@ -14,7 +14,6 @@ from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
 from captum_m2ib.attr._pairwise import (
     PairAttribution,
-    check_count,
     gradients,
     last_blocks,
     rows_at_once,
@@ -25,6 +24,7 @@ from captum_m2ib.engine.gates import check_finite, slice_pairs
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout, TextLayout, real_tokens
+from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Baselines = tuple[Tensor | int | float, ...]

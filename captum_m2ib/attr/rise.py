@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._pairwise import check_count, rows_at_once, spread_units, sum_units
+from captum_m2ib.attr._pairwise import rows_at_once, spread_units, sum_units
 from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, check_entry, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.towers import find_embeddings
@@ -21,6 +21,7 @@ from captum_m2ib.engine.gates import check_finite, slice_pairs
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer, resolve_at
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 

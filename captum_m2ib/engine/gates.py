@@ -22,29 +22,12 @@ from captum_m2ib.engine.information import NATS_PER_BIT, information, mean_infor
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
 from captum_m2ib.engine.layouts import Layout, channel_axis, covered_elements, real_elements, to_units
+from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.statistics import ChannelStatistics, floor_std
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 GateFilter: TypeAlias = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How gates are optimised; tuples hold one value per layer."""
-
-    beta: tuple[float, ...]
-    variance: tuple[float, ...]
-    lr: tuple[float, ...]
-    initial_gate: tuple[float, ...]
-    antithetic: tuple[bool, ...]
-    n_steps: int
-    n_samples: int
-    seed: int
-    joint: bool = False
-    smoothing: float = 0.0
-    internal_batch_size: int | None = None
-    show_progress: bool = False
 
 
 @dataclass
@@ -156,7 +139,7 @@ def optimise(
     taps: Sequence[Tap],
     priors: Sequence[Prior],
     layouts: Sequence[Layout | None],
-    settings: Settings,
+    settings: LayerSettings,
     roots: Sequence[Any] = (),
     with_record: bool = False,
     modalities: Sequence[int] | None = None,
@@ -172,7 +155,7 @@ def optimise(
         priors (sequence): Per tap its statistics, ``"pair"`` for those of the pair's own hidden state, or None for
             N(0, variance).
         layouts (sequence): Per tap its layout or None.
-        settings (Settings): The optimisation's settings.
+        settings (LayerSettings): The optimisation's settings.
         roots (sequence, optional): Modules known to be used. Default: ()
         with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
         modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
@@ -227,7 +210,7 @@ def _gates(
     index: int,
     prior: Prior,
     layout: Layout | None,
-    settings: Settings,
+    settings: LayerSettings,
     modality: int,
 ) -> _Gates:
     held = suffix.hidden[index]
@@ -308,7 +291,7 @@ def unit_positions(layout: Layout, hidden: Tensor, inputs: Tensor) -> Tensor:
 
 
 def _descend(
-    suffix: Suffix, gates: list[_Gates], settings: Settings, start: int, advance: Callable[[], Any]
+    suffix: Suffix, gates: list[_Gates], settings: LayerSettings, start: int, advance: Callable[[], Any]
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """Adam on the gates; returns per step the mean scores and the total information per pair."""
     adam = torch.optim.Adam([{"params": [gate.alpha], "lr": settings.lr[gate.index]} for gate in gates])
@@ -333,12 +316,12 @@ def _descend(
     return history
 
 
-def _draw(gate: _Gates, settings: Settings, step: int) -> Tensor:
+def _draw(gate: _Gates, settings: LayerSettings, step: int) -> Tensor:
     shape, antithetic = gate.hidden.shape[1:], settings.antithetic[gate.index]
     return noise(settings.seed, gate.index, step, settings.n_samples, shape, antithetic)
 
 
-def _parts(settings: Settings) -> Iterator[slice]:
+def _parts(settings: LayerSettings) -> Iterator[slice]:
     """Draws that go through the model together."""
     at_once = min(settings.n_samples, settings.internal_batch_size or settings.n_samples)
     return (slice(i, min(i + at_once, settings.n_samples)) for i in range(0, settings.n_samples, at_once))
@@ -367,7 +350,7 @@ def _add_information(gate: _Gates) -> Tensor:
 
 
 @torch.no_grad()
-def _score_after(suffix: Suffix, gates: list[_Gates], settings: Settings) -> Tensor:
+def _score_after(suffix: Suffix, gates: list[_Gates], settings: LayerSettings) -> Tensor:
     drawn = [_draw(gate, settings, settings.n_steps) for gate in gates]
     scores = [_through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in _parts(settings)]
     return torch.cat(scores, 1).mean(1)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._pairwise import check_count
 from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.towers import find_embeddings
@@ -32,6 +31,7 @@ from captum_m2ib.engine.gates import slice_pairs
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.statistics import ChannelStatistics
 from captum_m2ib.metrics._noised import Measure, MeasuredTower, NoisedPass
 

@@ -1,0 +1,137 @@
+"""How gates are optimised: what was asked for, checked, and what that is for each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, TypeAlias
+
+PerModality: TypeAlias = float | Sequence[float]
+
+
+def check_count(name: str, number: Any, least: int = 1) -> int:
+    """A whole number of at least ``least``, or an error that names the argument."""
+    if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
+        raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}.")
+    return int(number)
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What holds at a layer where nothing is asked for."""
+
+    beta: float
+    variance: float
+    lr: float
+    initial_gate: float
+    antithetic: bool
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The optimisation's arguments as an attribution takes them; where one is None, each layer has its default.
+
+    What is out of range is an error that names the argument, before any work is done.
+    """
+
+    beta: PerModality | None = None
+    variance: PerModality | None = None
+    lr: PerModality | None = None
+    initial_gate: PerModality | None = None
+    antithetic: bool | Sequence[bool] | None = None
+    n_steps: int = 10
+    n_samples: int = 10
+    seed: int = 0
+    joint: bool = False
+    smoothing: float = 0.0
+    internal_batch_size: int | None = None
+    show_progress: bool = False
+
+    def __post_init__(self) -> None:
+        rows = self.internal_batch_size
+        checked = {
+            "n_steps": check_count("n_steps", self.n_steps),
+            "n_samples": check_count("n_samples", self.n_samples),
+            "internal_batch_size": None if rows is None else check_count("internal_batch_size", rows),
+            "seed": check_count("seed", self.seed, 0),
+            "smoothing": _check_share("smoothing", self.smoothing),
+            "beta": _check_numbers("beta", self.beta, from_zero=True),
+            "variance": _check_numbers("variance", self.variance),
+            "lr": _check_numbers("lr", self.lr),
+            "initial_gate": _check_gates("initial_gate", self.initial_gate),
+            "antithetic": _to_flags(self.antithetic),
+            "joint": bool(self.joint),
+        }
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def per_layer(self, defaults: Sequence[Defaults]) -> LayerSettings:
+        r"""What was asked for, layer by layer.
+
+        Args:
+
+            defaults (sequence of Defaults): Per layer what holds there where nothing is asked for.
+
+        Returns:
+            LayerSettings: with tuples of one value per layer.
+
+        Raises:
+            ValueError: if a sequence has not one value per layer.
+        """
+        spread = {
+            field.name: _spread(field.name, getattr(self, field.name), [getattr(one, field.name) for one in defaults])
+            for field in fields(Defaults)
+        }
+        return LayerSettings(**{**vars(self), **spread})
+
+
+@dataclass(frozen=True)
+class LayerSettings(Settings):
+    """The optimisation's arguments as they are applied; tuples hold one value per layer."""
+
+    beta: tuple[float, ...] = ()
+    variance: tuple[float, ...] = ()
+    lr: tuple[float, ...] = ()
+    initial_gate: tuple[float, ...] = ()
+    antithetic: tuple[bool, ...] = ()
+
+
+def _spread(name: str, value: Any, defaults: list[Any]) -> tuple[Any, ...]:
+    """One value per layer."""
+    if value is None:
+        return tuple(defaults)
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * len(defaults)
+    if len(values) != len(defaults):
+        raise ValueError(f"{name}: expected a number or one per modality ({len(defaults)}), got {len(values)}.")
+    return values
+
+
+def _check_numbers(name: str, value: PerModality | None, from_zero: bool = False) -> float | tuple[float, ...] | None:
+    if value is None:
+        return None
+    for number in value if isinstance(value, Sequence) else (value,):
+        fits = isinstance(number, Real) and (number >= 0 if from_zero else number > 0)
+        if not fits or number == float("inf"):
+            bound = "of at least" if from_zero else "above"
+            raise ValueError(f"{name}: expected a finite number {bound} 0, got {number!r}.")
+    return tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+
+
+def _check_gates(name: str, value: PerModality | None) -> float | tuple[float, ...] | None:
+    gates = _check_numbers(name, value)
+    if gates is not None and max(gates if isinstance(gates, tuple) else (gates,), default=0.0) >= 1:
+        raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
+    return gates
+
+
+def _check_share(name: str, value: float) -> float:
+    if not isinstance(value, Real) or not 0 <= value < 1:
+        raise ValueError(f"{name}: expected a share of the picture's shorter side, from 0 to 1, got {value!r}.")
+    return float(value)
+
+
+def _to_flags(value: bool | Sequence[bool] | None) -> bool | tuple[bool, ...] | None:
+    if value is None:
+        return None
+    return tuple(map(bool, value)) if isinstance(value, Sequence) else bool(value)
