@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis
+from captum_m2ib.engine.dependence import Dependence, storage_of
 from captum_m2ib.engine.interception import Handler, intercept, is_stateless
 from captum_m2ib.engine.layers import (
     Layer,
@@ -152,51 +151,6 @@ class Suffix:
 _DATA = -1
 
 
-class _Dependence(TorchDispatchMode):
-    """Follows which storages descend from which sources, through every operation."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._reach: dict[int, frozenset[int]] = {}
-        # While one of these is held, no other storage gets the address, although the memory itself is released.
-        self._held: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
-        came = tensors_in((args, kwargs))
-        reach = self.of(came)
-        made = tensors_in(output)
-        self.mark(made, *reach)
-        if not made and func._schema.is_mutable:
-            self.mark(came, *reach)
-        return output
-
-    def mark(self, tensors: Sequence[Tensor], *sources: int) -> None:
-        for tensor in tensors if sources else ():
-            key = _storage(tensor)
-            if key not in self._held:
-                self._held[key] = _hold(tensor)
-            self._reach[key] = self._reach.get(key, frozenset()) | frozenset(sources)
-
-    def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
-        return frozenset().union(*(self._reach.get(_storage(tensor), frozenset()) for tensor in tensors))
-
-
-def _storage(tensor: Tensor) -> int:
-    try:
-        return tensor.untyped_storage()._cdata
-    except (NotImplementedError, RuntimeError):
-        return id(tensor)
-
-
-def _hold(tensor: Tensor) -> Any:
-    """What keeps a tensor's identity, as :func:`_storage` tells it, from being given to another tensor."""
-    try:
-        return StorageWeakRef(tensor.untyped_storage())
-    except (NotImplementedError, RuntimeError):
-        return tensor
-
-
 class _Recorder:
     """Runs every call, opens the taps, and notes what each output depends on."""
 
@@ -205,7 +159,7 @@ class _Recorder:
         self._rows = rows
         self._seen = [0] * len(taps)
         self._opened: set[int] = set()
-        self.dependence = _Dependence()
+        self.dependence = Dependence()
         self.calls: list[_Call] = []
         self.hidden: list[Tensor] = [torch.empty(0)] * len(taps)
         self.axes: list[BatchAxis | None] = [None] * len(taps)
@@ -229,7 +183,7 @@ class _Recorder:
         call.reach = self.dependence.of([*received, *returned]) - {_DATA}
         # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
         changed = versions != [tensor._version for tensor in received]
-        aliases = {_storage(tensor) for tensor in received} & {_storage(tensor) for tensor in returned}
+        aliases = {storage_of(tensor) for tensor in received} & {storage_of(tensor) for tensor in returned}
         call.reusable = is_transparent(output) and not changed and not aliases
         if call.reusable:
             call.output = self._keep(output)
