@@ -30,6 +30,7 @@ from captum_m2ib.engine.layers import (
     replace_at,
     tensors_in,
 )
+from captum_m2ib.engine.rows import append_first, check_score, repeat_pairs
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Suffix:
         self._pairs = pairs
         self.taps = list(taps)
         recorder = _Recorder(self.taps, pairs + 1)
-        planted = tuple(_repeat_first(argument, pairs) for argument in arguments)
+        planted = append_first(arguments, pairs)
         with intercept(recorder), recorder.dependence:
             recorder.dependence.mark(tensors_in(planted), _DATA)
             score = check_score(forward(planted), pairs + 1, pairs)
@@ -135,7 +136,7 @@ class Suffix:
         Raises:
             RuntimeError: if they are not, or the model's calls changed since the recorded pass.
         """
-        arguments = tuple(_repeat_rows(argument, self._pairs, draws) for argument in self._arguments)
+        arguments = repeat_pairs(self._arguments, self._pairs, draws)
         with intercept(_Replayer(self, values, draws)):
             score = check_score(self._forward(arguments), self._pairs * draws, self._pairs)
         if torch.is_grad_enabled() and any(v.requires_grad for v in values.values()) and not score.requires_grad:
@@ -320,38 +321,3 @@ class _Replayer:
 def _is_same(recorded: nn.Module, module: nn.Module) -> bool:
     """Whether a call is the recorded one; a function in a module's guise may be made anew for each pass."""
     return recorded is module or (type(recorded) is type(module) and is_stateless(module))
-
-
-def _repeat_first(argument: Any, pairs: int) -> Any:
-    """Append a copy of the first pair to a batch."""
-    if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] == pairs:
-        return torch.cat([argument.detach(), argument.detach()[:1]])
-    return _plain_tensor(argument)
-
-
-def _repeat_rows(argument: Any, pairs: int, draws: int) -> Any:
-    if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] == pairs:
-        return argument.detach().repeat_interleave(draws, 0)
-    return _plain_tensor(argument)
-
-
-def _plain_tensor(argument: Any) -> Any:
-    # Tensors made in inference mode cannot take part in autograd; a copy made outside it can.
-    if isinstance(argument, Tensor):
-        return argument.detach().clone() if argument.is_inference() else argument.detach()
-    return argument
-
-
-def check_score(score: Any, rows: int, pairs: int) -> Tensor:
-    """The scores as a tensor of shape (rows,), or an error, in terms of the user's pairs, that says what to return."""
-    if not isinstance(score, Tensor) or score.numel() != rows or score.shape[:1] != (rows,):
-        got = type(score).__name__
-        if isinstance(score, Tensor):
-            got = f"a tensor of shape {tuple(pairs if size == rows else size for size in score.shape)}"
-        raise ValueError(
-            f"forward_func: expected one score per pair, a tensor of shape ({pairs},) for {pairs} pairs, got {got}; "
-            "return the similarity of each aligned pair, not the matrix of all images with all texts."
-        )
-    if not score.is_floating_point():
-        raise ValueError(f"forward_func: expected floating-point scores, got {score.dtype}.")
-    return score.reshape(rows)
