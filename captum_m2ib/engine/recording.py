@@ -1,0 +1,261 @@
+"""Record one forward pass as the sequence of its module calls, with what each output depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis
+from captum_m2ib.engine.dependence import Dependence, storage_of
+from captum_m2ib.engine.interception import Handler, intercept
+from captum_m2ib.engine.layers import (
+    Layer,
+    Path,
+    find_hidden,
+    get_at,
+    is_transparent,
+    map_leaves,
+    replace_at,
+    tensors_in,
+)
+from captum_m2ib.engine.rows import append_first, check_score
+
+
+def record(
+    forward: Callable[[tuple[Any, ...]], Any], arguments: tuple[Any, ...], pairs: int, taps: Sequence[Tap]
+) -> Recording:
+    r"""Run a pass on the pairs and a copy of the first, by which their axis is found, and note what it leaves behind.
+
+    Args:
+
+        forward (Callable): Maps a tuple of arguments to one score per pair, (N,).
+        arguments (tuple): The arguments; every tensor whose first dimension is N is a batch of pairs.
+        pairs (int): N.
+        taps (sequence of Tap): The layers to take over.
+
+    Returns:
+        Recording: what the pass left behind.
+
+    Raises:
+        RuntimeError: if a tapped layer is not reached, or is reached more than once and no call was chosen, or the
+            score does not depend on it.
+        ValueError: if ``forward`` does not return one score per pair.
+    """
+    planted = append_first(arguments, pairs)
+    dependence = Dependence()
+    recorder = _Recorder(taps, pairs, dependence)
+    with intercept(recorder), dependence:
+        dependence.mark(tensors_in(planted), _DATA)
+        score = check_score(forward(planted), pairs + 1, pairs)
+    return recorder.finish(score)
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A layer to take over, and whether at its input instead of its output."""
+
+    layer: Layer
+    at_input: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    r"""What one pass left behind.
+
+    Attributes:
+
+        taps (tuple[Tap, ...]): The layers that were taken over; what follows for each tap is in their order.
+        calls (tuple[Call, ...]): The module calls, in the order in which they began.
+        structures (tuple): What each layer tapped at its output returned, its tensors :class:`Kept`; else None.
+        paths (tuple): Where the hidden state sits in what each tapped layer returned, or was called with.
+        axes (tuple[BatchAxis, ...]): Where the pairs run in each hidden state as the model holds it.
+        hidden (tuple[Tensor, ...]): Each hidden state, pairs first, (N, ...), detached.
+        score (Tensor): The scores, (N,), detached.
+    """
+
+    taps: tuple[Tap, ...]
+    calls: tuple[Call, ...]
+    structures: tuple[Any, ...]
+    paths: tuple[Path, ...]
+    axes: tuple[BatchAxis, ...]
+    hidden: tuple[Tensor, ...]
+    score: Tensor
+
+    @property
+    def pairs(self) -> int:
+        """N."""
+        return len(self.score)
+
+    @property
+    def rows(self) -> int:
+        """On how many rows the pass ran: the pairs, and the copy of the first."""
+        return self.pairs + 1
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One module call: the tap opened there, the call after its last inner one, and the taps it depends on.
+
+    ``output`` is what a rerun may have instead of running the module; None where it may not.
+    """
+
+    module: nn.Module
+    tap: int | None
+    end: int = 0
+    reach: frozenset[int] = frozenset()
+    output: Output | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Output:
+    """What a call returned, its tensors :class:`Kept`; a constant, of which a part owes nothing to the arguments.
+
+    A constant may still have been made for so many rows.
+    """
+
+    structure: Any
+    is_constant: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Kept:
+    """A tensor of the pass, for the pairs alone where it has an axis of pairs."""
+
+    value: Tensor
+    axis: BatchAxis | None
+
+
+# What every batch tensor descends from, beside the taps, which are counted from 0.
+_DATA = -1
+
+
+class _Opened(NamedTuple):
+    """Where the hidden state was found at a tap, where its pairs run, and the state, the planted copy included."""
+
+    path: Path
+    axis: BatchAxis
+    hidden: Tensor
+
+
+class _Recorder:
+    """Runs every call, opens the taps, and notes what each output depends on."""
+
+    def __init__(self, taps: Sequence[Tap], pairs: int, dependence: Dependence) -> None:
+        self._taps = tuple(taps)
+        self._pairs = pairs
+        self._dependence = dependence
+        self._seen = [0] * len(taps)
+        self._calls: list[Call] = []
+        self._opened: dict[int, _Opened] = {}
+        self._structures: dict[int, Any] = {}
+
+    def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        tap, start = self._tap_of(module), len(self._calls)
+        self._calls.append(Call(module, tap))
+        if tap is not None and self._taps[tap].at_input:
+            args, kwargs = self._open(tap, (args, kwargs))
+        received = tensors_in((args, kwargs))
+        versions = [tensor._version for tensor in received]
+        output = proceed(module, *args, **kwargs)
+        if tap is not None and not self._taps[tap].at_input:
+            output = self._open(tap, output)
+            self._structures[tap] = self._keep(output)
+        self._close(start, received, output, changed=versions != [tensor._version for tensor in received])
+        return output
+
+    def finish(self, score: Tensor) -> Recording:
+        """The recording, if every tap was reached as asked and the score depends on it."""
+        reach = self._dependence.of([score])
+        for index, tap in enumerate(self._taps):
+            _check_reached(tap.layer, self._seen[index], index in reach)
+        opened = [self._opened[index] for index in range(len(self._taps))]
+        return Recording(
+            taps=self._taps,
+            calls=tuple(self._calls),
+            structures=tuple(self._structures.get(index) for index in range(len(self._taps))),
+            paths=tuple(one.path for one in opened),
+            axes=tuple(one.axis for one in opened),
+            hidden=tuple(one.axis.split(one.hidden)[: self._pairs] for one in opened),
+            score=score.detach()[: self._pairs].clone(),
+        )
+
+    def _tap_of(self, module: nn.Module) -> int | None:
+        chosen = None
+        for index, tap in enumerate(self._taps):
+            if tap.layer.module is module:
+                if tap.layer.call in (None, self._seen[index]) and index not in self._opened:
+                    chosen = index
+                self._seen[index] += 1
+        return chosen
+
+    def _open(self, index: int, structure: Any) -> Any:
+        """Take the hidden state, and pass on a copy by which its descendants are known."""
+        tap = self._taps[index]
+        side = "input" if tap.at_input else "output"
+        path = find_hidden(structure)
+        if path is None:
+            raise RuntimeError(
+                f"layers: the {side} of layer {tap.layer.name!r} holds no floating-point tensor of two or more "
+                "dimensions; choose another layer."
+            )
+        passed = get_at(structure, path).detach().clone()
+        axis = self._axis(passed)
+        if axis is None:
+            raise RuntimeError(
+                f"layers: the hidden state at the {side} of layer {tap.layer.name!r}, of shape "
+                f"{tuple(passed.shape)}, does not depend on the pair; choose another layer."
+            )
+        self._opened[index] = _Opened(path, axis, passed.clone())
+        self._dependence.mark([passed], index)
+        return replace_at(structure, path, passed)
+
+    def _close(self, start: int, received: list[Tensor], output: Any, changed: bool) -> None:
+        """Complete the entry of a call, with its output if a rerun may have that instead."""
+        returned, end = tensors_in(output), len(self._calls)
+        reach = self._dependence.of([*received, *returned]) - {_DATA}
+        kept = None
+        # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
+        aliases = {storage_of(tensor) for tensor in received} & {storage_of(tensor) for tensor in returned}
+        if is_transparent(output) and not changed and not aliases:
+            is_constant = any(_DATA not in self._dependence.of([tensor]) for tensor in returned)
+            kept = Output(self._keep(output), is_constant)
+            # Whenever such a part could be reused, so could this whole.
+            for place, part in enumerate(self._calls[start + 1 : end], start + 1):
+                if part.reach >= reach:
+                    self._calls[place] = replace(part, output=None)
+        self._calls[start] = replace(self._calls[start], end=end, reach=reach, output=kept)
+
+    def _keep(self, structure: Any) -> Any:
+        def keep(tensor: Tensor) -> Kept:
+            value = tensor.detach()
+            axis = self._axis(value)
+            return Kept(value.clone() if axis is None else axis.first(value, self._pairs), axis)
+
+        return map_leaves(structure, keep)
+
+    def _axis(self, tensor: Tensor) -> BatchAxis | None:
+        return find_batch_axis(tensor, self._pairs + 1) if _DATA in self._dependence.of([tensor]) else None
+
+
+def _check_reached(layer: Layer, seen: int, is_used: bool) -> None:
+    """Raise unless a layer was reached as asked and the score depends on it."""
+    name, chosen = layer.name, layer.call
+    if seen == 0:
+        raise RuntimeError(
+            f"layers: the forward pass never called layer {name!r}; choose a module that forward_func "
+            "runs as module(...), of the model that forward_func uses."
+        )
+    if chosen is None and seen > 1:
+        raise RuntimeError(
+            f"layers: the forward pass called layer {name!r} {seen} times; say which call is meant, "
+            f"as ({name!r}, 0) for the first."
+        )
+    if chosen is not None and chosen >= seen:
+        raise RuntimeError(f"layers: layer {name!r} was called {seen} times, so it has no call {chosen}.")
+    if not is_used:
+        raise RuntimeError(
+            f"layers: the score does not depend on layer {name!r}; choose a layer between the input and the score."
+        )

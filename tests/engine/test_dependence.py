@@ -1,0 +1,49 @@
+"""Dependence is followed through operations that carry no gradient, and through memory that is shared."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from captum_m2ib.engine.dependence import Dependence, storage_of
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda x: x + 1,
+        lambda x: x[0],
+        lambda x: x.detach().argmax(-1),
+        lambda x: (x > 0).float(),
+        lambda x: torch.zeros(2).add_(x[0]),
+        lambda x: torch.stack([torch.zeros(2), x[0]]),
+        lambda x: torch.ones(2, 2).split(1)[0].copy_(x[:1]),
+    ],
+)
+def test_what_is_made_of_a_source_descends_from_it(operation):
+    with Dependence() as dependence:
+        source = torch.ones(2, 2)
+        dependence.mark([source], 3)
+        assert dependence.of([operation(source)]) == {3}
+        assert dependence.of([operation(torch.ones(2, 2))]) == set()
+
+
+def test_operation_that_returns_nothing_marks_what_it_changed():
+    with Dependence() as dependence:
+        source, changed = torch.ones(2), [torch.zeros(2)]
+        dependence.mark([source], 0)
+        torch._foreach_add_(changed, [source])
+        assert dependence.of(changed) == {0}
+
+
+def test_sources_add_up():
+    with Dependence() as dependence:
+        first, second = torch.ones(2), torch.ones(2)
+        dependence.mark([first], 0)
+        dependence.mark([second], 1)
+        assert dependence.of([first * second]) == dependence.of([first, second]) == {0, 1}
+
+
+def test_views_share_a_storage():
+    tensor = torch.ones(2, 2)
+    assert storage_of(tensor) == storage_of(tensor[1]) != storage_of(tensor.clone())
