@@ -4,12 +4,9 @@ from captum_m2ib.attr.attention_relevance import AttentionRelevance
 from captum_m2ib.attr.contrastive_info_bottleneck import ContrastiveInfoBottleneck
 from captum_m2ib.attr.grad_eclip import GradECLIP
 from captum_m2ib.attr.info_bottleneck import InfoBottleneck
+from captum_m2ib.attr.layer_multi_modal_info_bottleneck import LayerMultiModalInfoBottleneck
 from captum_m2ib.attr.le_grad import LeGrad
-from captum_m2ib.attr.multi_modal_info_bottleneck import (
-    LayerMultiModalInfoBottleneck,
-    MultiModalInfoBottleneck,
-    OptimizationRecord,
-)
+from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck, OptimizationRecord
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.pair_interaction import PairInteraction
 from captum_m2ib.attr.rise import RISE

@@ -1,33 +1,64 @@
-"""Check what ``attribute`` was given, before any work is done."""
+"""What ``attribute`` was given to explain, checked before any work is done."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from captum_m2ib import _captum
-from captum_m2ib.engine.gates import Prior
-from captum_m2ib.engine.layers import Layer
-from captum_m2ib.engine.settings import Defaults
-
-# The paper's, for its prior N(0, variance); 1 / (1 + exp(-5)) is where its gates start.
-PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.exp(-5)), antithetic=False)
-# What measured best on validation scenes for the standardised prior.
-STANDARDISED = Defaults(beta=3.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
-# The same where an input itself is gated.
-AT_INPUT = Defaults(beta=0.3, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
+from captum_m2ib.attr._scoring import Forward, scorer
+from captum_m2ib.engine.gates import slice_pairs
+from captum_m2ib.engine.settings import check_count
 
 
-def defaults_of(layers: Sequence[Layer], priors: Sequence[Prior]) -> list[Defaults]:
-    """What holds at each layer where nothing is asked for."""
-    return [
-        AT_INPUT if layer.argument is not None else PUBLISHED if prior is None else STANDARDISED
-        for layer, prior in zip(layers, priors, strict=True)
-    ]
+@dataclass(frozen=True)
+class Explained:
+    r"""The pairs that a call explains.
+
+    Attributes:
+
+        inputs (tuple[Tensor, ...]): The inputs to explain.
+        additional (tuple): Further arguments of the function.
+        forward (Callable): Maps the tuple of all arguments to scores, (N,).
+        arguments (tuple): All arguments: the inputs, the further ones, and the target where it differs by pair.
+    """
+
+    inputs: tuple[Tensor, ...]
+    additional: tuple[Any, ...]
+    forward: Forward
+    arguments: tuple[Any, ...]
+
+    @classmethod
+    def ensure(
+        cls,
+        forward_func: Callable[..., Any],
+        inputs: Any,
+        target: Any,
+        additional_forward_args: Any,
+        most: int | None = None,
+    ) -> Explained:
+        """Of what a call was given; at most so many inputs."""
+        tensors = format_inputs(inputs, most)
+        additional = format_additional(additional_forward_args, len(tensors[0]))
+        return cls(tensors, additional, *scorer(forward_func, tensors, additional, target))
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs there are."""
+        return len(self.inputs[0])
+
+    def parts(self, at_once: int | None) -> Iterator[tuple[int, tuple[Any, ...]]]:
+        """Where each part of so many pairs starts, and its arguments."""
+        step = min(self.pairs, at_once or self.pairs)
+        for start in range(0, self.pairs, step):
+            yield start, tuple(slice_pairs(argument, self.pairs, start, step) for argument in self.arguments)
+
+    def count(self, at_once: int | None) -> int:
+        """How many parts there are."""
+        return -(-self.pairs // min(self.pairs, at_once or self.pairs))
 
 
 def format_inputs(inputs: Any, most: int | None) -> tuple[Tensor, ...]:
@@ -64,19 +95,9 @@ def format_additional(additional: Any, pairs: int) -> tuple[Any, ...]:
     return arguments
 
 
-def scorer(
-    forward_func: Callable[..., Any], inputs: tuple[Tensor, ...], additional: tuple[Any, ...], target: Any
-) -> tuple[Callable[[tuple[Any, ...]], Any], tuple[Any, ...]]:
-    """The score as a function of one tuple of arguments, and that tuple; targets per pair travel as an argument."""
-    if target is None:
-        return (lambda arguments: forward_func(*arguments)), (*inputs, *additional)
-    per_pair = isinstance(target, list) or (isinstance(target, Tensor) and target.numel() > 1)
-    count = len(inputs)
-
-    def score(arguments: tuple[Any, ...]) -> Any:
-        *rest, chosen = arguments
-        if per_pair:
-            chosen = [tuple(one) if isinstance(one, list) else one for one in chosen.tolist()]
-        return _captum.run_forward(forward_func, tuple(rest[:count]), chosen, tuple(rest[count:]))
-
-    return score, (*inputs, *additional, torch.as_tensor(target) if per_pair else target)
+def rows_at_once(internal_batch_size: int | None, rows_per_pair: int) -> tuple[int | None, int]:
+    """How many pairs, and how many rows of each, go through the model together."""
+    if internal_batch_size is None:
+        return None, rows_per_pair
+    check_count("internal_batch_size", internal_batch_size)
+    return max(1, internal_batch_size // rows_per_pair), min(rows_per_pair, internal_batch_size)

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, attend, pooled_rows
-from captum_m2ib.attr._pairwise import PairAttribution, last_blocks, rows_at_once
-from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.attr._pairwise import AttentionAttribution, Formula
 from captum_m2ib.engine.suffix import Suffix
 
 
-class AttentionRelevance(PairAttribution):
+class AttentionRelevance(AttentionAttribution):
     r"""Attention relevance (Chefer et al.), for towers with attention.
 
     From the first block that counts to the last, with ``A`` a block's attention weights and ``dA`` the gradient of the
@@ -28,6 +24,7 @@ class AttentionRelevance(PairAttribution):
     tokens does, their mean; where a pooling head attends to the tokens, that head's own mean over heads of
     ReLU(A * dA), times R. ``A`` and ``dA`` are those of the model as it runs, recomputed from its queries, keys and
     values and from the gradient of its attention's output, so that no attention implementation needs to be switched.
+    The token that the score reads keeps the 1 that it has of itself.
 
     Chefer, Gur and Wolf, "Generic Attention-model Explainability for Interpreting Bi-Modal and Encoder-Decoder
     Transformers", ICCV 2021, https://arxiv.org/abs/2103.15679
@@ -54,53 +51,11 @@ class AttentionRelevance(PairAttribution):
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layers: Sequence[LayerLike] | LayerLike | None = None,
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> None:
-        super().__init__(forward_func, layers, layouts, lambda encoder: last_blocks(encoder, (1, 1)))
-
-    @_captum.log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-        internal_batch_size: int | None = None,
-        show_progress: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
-        r"""Attribute each pair's score to its inputs.
-
-        Args:
-
-            inputs (Tensor or tuple[Tensor, ...]): The inputs to explain, batch first; input ``i`` is explained from
-                        layer ``i`` on.
-            target (int, tuple, Tensor or list, optional): Selects one output per example where ``forward_func``
-                        returns several. Default: None
-            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
-            internal_batch_size (int, optional): Most pairs in one pass. Default: None (all at once)
-            show_progress (bool, optional): Show a progress bar. Default: False
-
-        Returns:
-            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
-                        Non-negative, of the inputs' shapes; an image's channels share its pixels' relevance equally,
-                        tokens at padding are exactly 0. Prefix tokens are not included; the token that the score
-                        reads keeps the 1 that it has of itself.
-
-        Raises:
-            ValueError: if a tower has no attention over all its tokens, batch sizes differ, a layout does not fit, or
-                a score is NaN or infinite.
-            RuntimeError: if a layer is not reached, or the score does not depend on it.
-        """
-        pairs_at_once, _ = rows_at_once(internal_batch_size, 1)
-
+    def _formula(self) -> Formula:
         def explain(suffix: Suffix, index: int, arguments: tuple[Any, ...]) -> Tensor:
             return relevance(attend(suffix, index, type(self).__name__)).unsqueeze(-1)
 
-        return self._explain(inputs, target, additional_forward_args, pairs_at_once, True, show_progress, explain)
+        return Formula(explain)
 
 
 def relevance(attended: list[Attended]) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck, Statistics
+from captum_m2ib.attr._priors import Statistics
+from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck
 from captum_m2ib.engine.interception import Handler, interpose
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer, tensors_in
 from captum_m2ib.engine.layouts import Layout, PackedLayout, TextLayout
@@ -77,15 +78,18 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         self.layouts = (*self.layouts[:2], self.layouts[1])
         self.priors = (*self.priors, self.priors[1])
 
-    def _objective(self, count: int) -> tuple[Callable[..., Any], Sequence[Layout | None]]:
+    @property
+    def _objective(self) -> Callable[..., Any]:
+        return _Contrast(self.forward_func, self.floor)
+
+    def _layouts_among(self, count: int) -> Sequence[Layout | None]:
         extras = count - 3
         if extras < 0 or extras % 2:
             raise ValueError(
                 "inputs: expected, with additional_forward_args, a first input, a second, a rival of the second, and "
                 f"as many further arguments for the rival's pair as for the pair, got {count} in all."
             )
-        layouts = [_moved(layout, by) for layout, by in zip(self.layouts, (1, 1, 1 + extras // 2), strict=True)]
-        return _Contrast(self.forward_func, self.floor), layouts
+        return [_moved(layout, by) for layout, by in zip(self.layouts, (1, 1, 1 + extras // 2), strict=True)]
 
 
 def _twice(first: Layer, second: Layer) -> tuple[Layer, Layer]:

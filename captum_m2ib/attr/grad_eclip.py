@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, attend, is_unit
-from captum_m2ib.attr._pairwise import PairAttribution, last_blocks, rows_at_once, sum_units
+from captum_m2ib.attr._pairwise import AttentionAttribution, Formula, last_blocks
+from captum_m2ib.attr._units import sum_units
+from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import Layout, TextLayout, real_elements
+from captum_m2ib.engine.layouts import TextLayout, real_elements
 from captum_m2ib.engine.suffix import Suffix
 
 
-class GradECLIP(PairAttribution):
+class GradECLIP(AttentionAttribution):
     r"""Gradient-based explanation of CLIP (Grad-ECLIP), for towers with attention.
 
     Per block, with ``w`` the gradient of the score with respect to what attention returns for the pooled token (heads
@@ -57,55 +58,10 @@ class GradECLIP(PairAttribution):
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layers: Sequence[LayerLike] | LayerLike | None = None,
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> None:
-        super().__init__(
-            forward_func,
-            layers,
-            layouts,
-            lambda encoder: last_blocks(
-                encoder, [8 if isinstance(layout, TextLayout) else 1 for layout in encoder.layouts]
-            ),
-        )
+    def _choose_layers(self, encoder: DualEncoder) -> Sequence[LayerLike]:
+        return last_blocks(encoder, [8 if isinstance(layout, TextLayout) else 1 for layout in encoder.layouts])
 
-    @_captum.log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-        internal_batch_size: int | None = None,
-        show_progress: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
-        r"""Attribute each pair's score to its inputs, in units of the score.
-
-        Args:
-
-            inputs (Tensor or tuple[Tensor, ...]): The inputs to explain, batch first; input ``i`` is explained from
-                        layer ``i`` on.
-            target (int, tuple, Tensor or list, optional): Selects one output per example where ``forward_func``
-                        returns several. Default: None
-            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
-            internal_batch_size (int, optional): Most pairs in one pass. Default: None (all at once)
-            show_progress (bool, optional): Show a progress bar. Default: False
-
-        Returns:
-            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
-                        Non-negative, of the inputs' shapes; an image's channels share its pixels' attribution equally,
-                        tokens at padding are exactly 0. Prefix tokens are not included.
-
-        Raises:
-            ValueError: if a tower has no attention over all its tokens or no output projection after it, batch sizes
-                differ, a layout does not fit, or a score is NaN or infinite.
-            RuntimeError: if a layer is not reached, or the score does not depend on it.
-        """
-        pairs_at_once, _ = rows_at_once(internal_batch_size, 1)
-
+    def _formula(self) -> Formula:
         def explain(suffix: Suffix, index: int, arguments: tuple[Any, ...]) -> Tensor:
             attended = attend(suffix, index, type(self).__name__)
             hidden = suffix.hidden[index]
@@ -117,7 +73,7 @@ class GradECLIP(PairAttribution):
             read = blocks[-1].read_queries()
             return torch.stack([emphasis(one, read, counts) for one in blocks]).sum(0).clamp(min=0).unsqueeze(-1)
 
-        return self._explain(inputs, target, additional_forward_args, pairs_at_once, True, show_progress, explain)
+        return Formula(explain)
 
 
 def emphasis(attended: Attended, read: Tensor, counts: Tensor) -> Tensor:

@@ -11,13 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import PUBLISHED, format_additional, format_inputs, scorer
-from captum_m2ib.attr.multi_modal_info_bottleneck import (
-    MultiModalInfoBottleneck,
-    Statistics,
-    roots_of,
-    to_units_and_input,
-)
+from captum_m2ib.attr._arguments import Explained
+from captum_m2ib.attr._layers import ensure_layers, ensure_layouts
+from captum_m2ib.attr._priors import PUBLISHED, Statistics, ensure_priors
+from captum_m2ib.attr._scoring import as_forward_func, roots_of
+from captum_m2ib.attr._units import to_units_and_input
 from captum_m2ib.encoders.towers import image_layout
 from captum_m2ib.engine.gates import GateFilter, Prior, optimise, unit_positions
 from captum_m2ib.engine.layers import LayerLike
@@ -77,12 +75,12 @@ class InfoBottleneck(_captum.Attribution):
         layouts: Sequence[Layout | None] | None = None,
         statistics: Statistics | None = None,
     ) -> None:
-        resolved = MultiModalInfoBottleneck(forward_func, layers, layouts, statistics)
-        _captum.Attribution.__init__(self, resolved.forward_func)
-        self.layers = resolved.layers
-        self.layouts = resolved.layouts
-        own: tuple[Prior, ...] = tuple("pair" for _ in self.layers)
-        self.priors = own if statistics is None else resolved.priors
+        forward_func = as_forward_func(forward_func)
+        _captum.Attribution.__init__(self, forward_func)
+        self.layers = ensure_layers(forward_func, layers)
+        self.layouts = ensure_layouts(forward_func, self.layers, layouts)
+        own: list[Prior] = ["pair" for _ in self.layers]
+        self.priors = ensure_priors(forward_func, self.layers, own if statistics is None else statistics)
 
     def estimate(self, loader: Iterable[Any], show_progress: bool = False) -> None:
         r"""Estimate each channel's mean and standard deviation over data, for the standardised prior.
@@ -171,12 +169,13 @@ class InfoBottleneck(_captum.Attribution):
             internal_batch_size=internal_batch_size,
             show_progress=show_progress,
         )
-        tensors = format_inputs(inputs, len(self.layers))
-        additional = format_additional(additional_forward_args, tensors[0].shape[0])
-        layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
-        layouts = [self._layout(index, tensor) for index, tensor in enumerate(tensors)]
+        kept = _LogProbability(self.forward_func, target is not None)
+        given = Explained.ensure(kept, inputs, target, additional_forward_args, len(self.layers))
+        layers, priors = self.layers[: len(given.inputs)], self.priors[: len(given.inputs)]
+        layouts = [self._layout(index, tensor) for index, tensor in enumerate(given.inputs)]
         gated = optimise(
-            *scorer(_LogProbability(self.forward_func, target is not None), tensors, additional, target),
+            given.forward,
+            given.arguments,
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             layouts,
@@ -185,8 +184,8 @@ class InfoBottleneck(_captum.Attribution):
             filters=[partial(_smoothing, layout, smoothing) for layout in layouts] if smoothing else None,
         )
         attributions = tuple(
-            to_units_and_input(layout, gate, tensor)[1]
-            for layout, gate, tensor in zip(layouts, gated, tensors, strict=True)
+            to_units_and_input(layout, gate.bits, gate.real, tensor)[1]
+            for layout, gate, tensor in zip(layouts, gated, given.inputs, strict=True)
         )
         return _captum.format_output(_captum.is_tuple(inputs), attributions)
 

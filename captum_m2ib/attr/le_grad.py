@@ -10,10 +10,10 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib import _captum
 from captum_m2ib.attr._attended import Attended, check_keys, differentiate, pooled_rows, without_attention
 from captum_m2ib.attr._attention import RecordAttention
-from captum_m2ib.attr._pairwise import Forward, PairAttribution, last_blocks, rows_at_once
+from captum_m2ib.attr._pairwise import AttentionAttribution, Formula, last_blocks
+from captum_m2ib.attr._scoring import Forward
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.interception import Handler, interpose
 from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
@@ -21,7 +21,7 @@ from captum_m2ib.engine.layouts import Layout, real_elements
 from captum_m2ib.engine.suffix import Suffix
 
 
-class LeGrad(PairAttribution):
+class LeGrad(AttentionAttribution):
     r"""Layerwise explainability through gradients of attention (LeGrad), for towers with attention.
 
     Each of the last blocks ``l`` is given an embedding of its own: the mean of its tokens, taken through what follows
@@ -69,55 +69,24 @@ class LeGrad(PairAttribution):
     ) -> None:
         lists = [one if isinstance(one, list) else [one] for one in layers] if _has_lists(layers) else None
         first: Any = layers if lists is None else [blocks[0] for blocks in lists]
-        super().__init__(forward_func, first, layouts, lambda encoder: last_blocks(encoder, (2, 2)))
+        super().__init__(forward_func, first, layouts)
         self.blocks: list[list[nn.Module]] = (
             [_following(self.forward_func, index, layer) for index, layer in enumerate(self.layers)]
             if lists is None
             else [[resolve_for(self.forward_func, block).module for block in blocks] for blocks in lists]
         )
 
-    @_captum.log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-        internal_batch_size: int | None = None,
-        show_progress: bool = False,
-    ) -> Tensor | tuple[Tensor, ...]:
-        r"""Attribute each pair's score to its inputs.
+    def _choose_layers(self, encoder: DualEncoder) -> Sequence[LayerLike]:
+        return last_blocks(encoder, (2, 2))
 
-        Args:
-
-            inputs (Tensor or tuple[Tensor, ...]): The inputs to explain, batch first; input ``i`` is explained from
-                        layer ``i`` on.
-            target (int, tuple, Tensor or list, optional): Selects one output per example where ``forward_func``
-                        returns several. Default: None
-            additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
-            internal_batch_size (int, optional): Most pairs in one pass. Default: None (all at once)
-            show_progress (bool, optional): Show a progress bar. Default: False
-
-        Returns:
-            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
-            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
-                        Non-negative, of the inputs' shapes; an image's channels share its pixels' attribution equally,
-                        tokens at padding are exactly 0. Prefix tokens are not included.
-
-        Raises:
-            ValueError: if a tower has no attention over all its tokens, batch sizes differ, a layout does not fit, or
-                a score is NaN or infinite.
-            RuntimeError: if a layer is not reached, or the score does not depend on it.
-        """
-        pairs_at_once, _ = rows_at_once(internal_batch_size, 1)
+    def _formula(self) -> Formula:
         watch = _Watch()
 
         def explain(suffix: Suffix, index: int, arguments: tuple[Any, ...]) -> Tensor:
             real = real_elements(self.layouts[index], suffix.hidden[index], index, arguments)
             return _sensitivity(suffix, index, self.blocks[index], watch, real).unsqueeze(-1)
 
-        return self._explain(
-            inputs, target, additional_forward_args, pairs_at_once, True, show_progress, explain, watch.around
-        )
+        return Formula(explain, watch.around)
 
 
 @dataclass

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import defaults_of, format_additional, format_inputs, scorer
-from captum_m2ib.encoders.dual_encoder import DualEncoder, is_dual_encoder
-from captum_m2ib.engine.gates import Gated, GateFilter, LayerRecord, Prior, optimise
-from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at, resolve_for
-from captum_m2ib.engine.layouts import Layout, PatchLayout, to_input, to_units
+from captum_m2ib.attr._arguments import Explained
+from captum_m2ib.attr._layers import check_entry, ensure_layers, ensure_layouts
+from captum_m2ib.attr._priors import Statistics, defaults_of, ensure_priors
+from captum_m2ib.attr._scoring import as_forward_func, roots_of
+from captum_m2ib.attr._units import to_pixels_and_input, to_units_and_input
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.engine.gates import GateFilter, LayerRecord, Prior, optimise
+from captum_m2ib.engine.layers import Layer, LayerLike
+from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.settings import LayerSettings, PerModality, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
-from captum_m2ib.engine.statistics import ChannelStatistics
 from captum_m2ib.engine.suffix import Tap
-
-Statistics = Mapping[str, ChannelStatistics] | Sequence[Prior]
 
 
 @dataclass
@@ -91,20 +91,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
     ) -> None:
         forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
-        if layers is None:
-            layers = _recommended(forward_func)
-        elif isinstance(layers, (nn.Module, str)) or (
-            isinstance(layers, tuple) and len(layers) == 2 and isinstance(layers[1], int)
-        ):
-            layers = [layers]
-        self.layers: tuple[Layer, ...] = tuple(
-            resolve_at(forward_func, index, layer) for index, layer in enumerate(layers)
-        )
-        if layouts is None and isinstance(forward_func, DualEncoder):
-            layouts = [forward_func.layout_at(layer, index) for index, layer in enumerate(self.layers[:2])]
-        given = tuple(layouts or ())
-        self.layouts: tuple[Layout | None, ...] = (*given, *[None] * (len(self.layers) - len(given)))
-        self.priors: tuple[Prior, ...] = _priors(forward_func, self.layers, statistics)
+        self.layers: tuple[Layer, ...] = ensure_layers(forward_func, layers)
+        self.layouts: tuple[Layout | None, ...] = ensure_layouts(forward_func, self.layers, layouts)
+        self.priors: tuple[Prior, ...] = ensure_priors(forward_func, self.layers, statistics)
 
     @classmethod
     def published(cls, forward_func: Callable[..., Any]) -> MultiModalInfoBottleneck:
@@ -257,9 +246,15 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """Makes, of a layer's hidden state and the explained input, what its gates go through."""
         return _unsmoothed if self.layers[index].argument is None else partial(over_neighbours, smoothing)
 
-    def _objective(self, count: int) -> tuple[Callable[..., Any], Sequence[Layout | None]]:
-        """What must stay high, a function of so many arguments, and the layouts of those that are explained."""
-        return self.forward_func, self.layouts
+    @property
+    def _objective(self) -> Callable[..., Any]:
+        """What must stay high, as a function of all arguments."""
+        found: Callable[..., Any] = self.forward_func
+        return found
+
+    def _layouts_among(self, count: int) -> Sequence[Layout | None]:
+        """The layouts of what is explained, where the objective takes so many arguments."""
+        return self.layouts
 
     def _run(
         self,
@@ -271,27 +266,31 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         with_record: bool = False,
     ) -> tuple[Tensor | tuple[Tensor, ...], OptimizationRecord]:
         """Attributions in the form of the inputs; the record holds no layers unless it is asked for."""
-        tensors = format_inputs(inputs, len(self.layers))
-        additional = format_additional(additional_forward_args, tensors[0].shape[0])
-        forward_func, layouts = self._objective(len(tensors) + len(additional))
-        layers, priors = self.layers[: len(tensors)], self.priors[: len(tensors)]
-        for layer, tensor in zip(layers, tensors, strict=True):
+        given = Explained.ensure(self._objective, inputs, target, additional_forward_args, len(self.layers))
+        layouts = self._layouts_among(len(given.inputs) + len(given.additional))
+        count = len(given.inputs)
+        layers, priors = self.layers[:count], self.priors[:count]
+        for layer, tensor in zip(layers, given.inputs, strict=True):
             check_entry(layer, tensor, "mixed with noise")
         applied = settings.per_layer(defaults_of(layers, priors))
         gated = optimise(
-            *scorer(forward_func, tensors, additional, target),
+            given.forward,
+            given.arguments,
             [Tap(layer, attribute_to_layer_input) for layer in layers],
             priors,
             layouts,
             applied,
-            roots_of(forward_func, layers),
+            roots_of(self._objective, layers),
             with_record,
-            filters=[self._gate_filter(index, applied.smoothing) for index in range(len(layers))],
+            filters=[self._gate_filter(index, applied.smoothing) for index in range(count)],
         )
         attributions = []
-        for layer, layout, gate, tensor in zip(layers, layouts, gated, tensors, strict=False):
-            explained = to_units_and_input if layer.argument is None else _entry_units
-            units, attribution = explained(layout, gate, tensor)
+        for layer, layout, gate, tensor in zip(layers, layouts, gated, given.inputs, strict=False):
+            units, attribution = (
+                to_units_and_input(layout, gate.bits, gate.real, tensor)
+                if layer.argument is None
+                else to_pixels_and_input(gate.bits)
+            )
             attributions.append(attribution)
             if gate.record is not None:
                 gate.record.units = units
@@ -300,221 +299,6 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         return formed, OptimizationRecord(records, applied)
 
 
-class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
-    r"""M2IB at a layer: bits per element of its hidden state, prefix tokens included.
-
-    Args:
-
-        forward_func (Callable or nn.Module): As for :class:`MultiModalInfoBottleneck`.
-        layer (nn.Module, str, tuple or list): The layer, or a list of layers. A pair (layer, index of the call)
-                    chooses among several calls.
-        device_ids (list[int], optional): Accepted as everywhere in Captum; not used. Default: None
-        statistics (sequence or mapping, optional): As for :class:`MultiModalInfoBottleneck`. Default: None
-        layouts (sequence, optional): Layouts of the inputs, so that padding is left out. Default: None (derived from
-                    a :class:`DualEncoder`)
-
-    Examples::
-
-        >>> method = LayerMultiModalInfoBottleneck(encoder, "vision_model.encoder.layers.1")
-        >>> bits = method.attribute(
-        ...     pairs.inputs, additional_forward_args=pairs.additional_forward_args, n_steps=2)
-        >>> bits.shape  # class token and patches, channels
-        torch.Size([2, 65, 96])
-    """
-
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layer: Any,
-        device_ids: list[int] | None = None,
-        statistics: Statistics | None = None,
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> None:
-        _captum.LayerAttribution.__init__(self, as_forward_func(forward_func), layer, device_ids)
-        self.statistics = statistics
-        self.layouts = layouts
-
-    @_captum.log_usage(part_of_slo=True)
-    def attribute(
-        self,
-        inputs: Tensor | tuple[Tensor, ...],
-        target: Any = None,
-        additional_forward_args: Any = None,
-        beta: PerModality | None = None,
-        variance: PerModality | None = None,
-        n_steps: int = 10,
-        n_samples: int = 10,
-        lr: PerModality | None = None,
-        seed: int = 0,
-        joint: bool = False,
-        internal_batch_size: int | None = None,
-        attribute_to_layer_input: bool = False,
-        show_progress: bool = False,
-        initial_gate: PerModality | None = None,
-        antithetic: bool | None = None,
-    ) -> Tensor | list[Tensor]:
-        r"""Bits per element of the layer's hidden state.
-
-        Args:
-
-            inputs, target, additional_forward_args: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
-            n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            show_progress: As for :meth:`MultiModalInfoBottleneck.attribute`.
-
-        Returns:
-            *Tensor* or *list[Tensor]* of **attributions**:
-            - **attributions** (*Tensor* or *list[Tensor]*):
-                        Bits, of the shape of the layer's output (or input); a list if a list of layers was given.
-        """
-        settings = Settings(
-            beta=beta,
-            variance=variance,
-            lr=lr,
-            initial_gate=initial_gate,
-            antithetic=antithetic,
-            n_steps=n_steps,
-            n_samples=n_samples,
-            seed=seed,
-            joint=joint,
-            internal_batch_size=internal_batch_size,
-            show_progress=show_progress,
-        )
-        tensors = format_inputs(inputs, None)
-        additional = format_additional(additional_forward_args, tensors[0].shape[0])
-        several = isinstance(self.layer, list)
-        layers = [resolve_for(self.forward_func, layer) for layer in (self.layer if several else [self.layer])]
-        priors = _priors(self.forward_func, layers, self.statistics)
-        gated = optimise(
-            *scorer(self.forward_func, tensors, additional, target),
-            [Tap(layer, attribute_to_layer_input) for layer in layers],
-            priors,
-            self._layouts_of(layers),
-            settings.per_layer(defaults_of(layers, priors)),
-            roots_of(self.forward_func, layers),
-            modalities=self._modalities_of(layers),
-        )
-        bits = [gate.axis.merge(gate.bits).contiguous() for gate in gated]
-        return bits if several else bits[0]
-
-    def attribute_future(self) -> None:
-        """Not offered, as for most of Captum's methods."""
-        raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
-
-    def _layouts_of(self, layers: Sequence[Layer]) -> Sequence[Layout | None]:
-        if self.layouts is not None:
-            return [*self.layouts, *[None] * len(layers)]
-        if isinstance(self.forward_func, DualEncoder):
-            return [self.forward_func.layout_of(layer.module) for layer in layers]
-        return [None] * len(layers)
-
-    def _modalities_of(self, layers: Sequence[Layer]) -> list[int]:
-        """Which argument each layer's units belong to."""
-        if isinstance(self.forward_func, DualEncoder) and self.layouts is None:
-            return [self.forward_func.owner(layer.module) for layer in layers]
-        return list(range(len(layers)))
-
-
-def check_entry(layer: Layer, tensor: Tensor, purpose: str) -> None:
-    """Raise where an input itself is to be changed and holds whole numbers."""
-    if layer.argument is not None and not tensor.is_floating_point():
-        raise ValueError(
-            f"layers: {layer.name} holds token ids, which cannot be {purpose}; name the layer that embeds them, e.g. "
-            "layers=(None, model.text_tower.embeddings)."
-        )
-
-
 def _unsmoothed(hidden: Tensor, inputs: Tensor) -> None:
     """Gates at a layer are each for itself."""
     return None
-
-
-def _entry_units(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Bits where an input itself is gated: per pixel, (N, h, w), and per element, its channels alike."""
-    if tensor.ndim != 4:
-        return gate.bits, gate.bits.contiguous()
-    units = gate.bits.sum(1)
-    return units, (units / tensor.shape[1]).unsqueeze(1).expand(tensor.shape).contiguous()
-
-
-def as_forward_func(forward_func: Any) -> Any:
-    """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
-    if (
-        isinstance(forward_func, nn.Module)
-        and not isinstance(forward_func, DualEncoder)
-        and is_dual_encoder(forward_func)
-    ):
-        return DualEncoder(forward_func)
-    if not callable(forward_func):
-        raise TypeError(f"forward_func: expected a model or a callable, got {type(forward_func).__name__}.")
-    return forward_func
-
-
-def _recommended(forward_func: Any) -> Sequence[LayerLike | None]:
-    if not isinstance(forward_func, DualEncoder):
-        raise ValueError(
-            f"layers: they can only be recommended for a DualEncoder, got {type(forward_func).__name__}; name one "
-            "layer per input, e.g. layers=(model.image_tower.blocks[0], model.text_tower.embeddings)."
-        )
-    found: Sequence[LayerLike | None] = forward_func.recommended_layers()
-    return found
-
-
-def _known_priors(forward_func: Any, layers: Sequence[Layer]) -> tuple[Prior, ...]:
-    """The priors where none are given: standardised at an input itself and at recommended layers."""
-    encoder = forward_func if isinstance(forward_func, DualEncoder) else None
-    recommended: list[Layer] = []
-    # Towers without parts under a known name have no recommended layers.
-    with contextlib.suppress(ValueError):
-        if encoder is not None:
-            recommended = [resolve_at(encoder, i, layer) for i, layer in enumerate(encoder.recommended_layers())]
-    known = {(layer.module, layer.call) for layer in recommended}
-    priors: list[Prior] = []
-    for layer in layers:
-        if layer.argument is not None:
-            priors.append((encoder.statistics.get(layer.name) if encoder is not None else None) or "pair")
-        elif encoder is not None and (layer.module, layer.call) in known:
-            priors.append(encoder.statistics_of(layer.module) or "pair")
-        else:
-            priors.append(None)
-    return tuple(priors)
-
-
-def _priors(forward_func: Any, layers: Sequence[Layer], statistics: Statistics | None) -> tuple[Prior, ...]:
-    if statistics is None:
-        return _known_priors(forward_func, layers)
-    if isinstance(statistics, Mapping):
-        missing = [layer.name for layer in layers if layer.name not in statistics]
-        if missing:
-            raise ValueError(
-                f"statistics: expected an entry for each layer, none for {', '.join(missing)}; it has "
-                f"{', '.join(statistics) or 'none'}."
-            )
-        return tuple(statistics[layer.name] for layer in layers)
-    if len(statistics) != len(layers):
-        raise ValueError(f"statistics: expected one entry per layer ({len(layers)}), got {len(statistics)}.")
-    for prior in statistics:
-        if prior is not None and prior != "pair" and not isinstance(prior, ChannelStatistics):
-            raise ValueError(f"statistics: expected ChannelStatistics, 'pair' or None, got {prior!r}.")
-    return tuple(statistics)
-
-
-def roots_of(forward_func: Any, layers: Sequence[Layer]) -> list[nn.Module]:
-    owners = (forward_func, getattr(forward_func, "__self__", None), *(layer.module for layer in layers))
-    return [owner for owner in owners if isinstance(owner, nn.Module)]
-
-
-def to_units_and_input(layout: Layout | None, gate: Gated, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """Bits per patch, (N, ...), or token, (N, L), and what they are in the input's shape."""
-    if layout is not None and not (isinstance(layout, PatchLayout) and tensor.ndim <= len(layout.patch_size)):
-        units = to_units(layout, gate.bits, tensor, gate.real)
-        return units, to_input(layout, units, tensor)
-    units = gate.bits.sum(-1) if gate.bits.shape[:-1] == tensor.shape else gate.bits
-    if units.shape == tensor.shape:
-        return units, units.contiguous()
-    raise ValueError(
-        f"layouts: cannot tell how a hidden state of shape {tuple(units.shape)} maps onto an input of shape "
-        f"{tuple(tensor.shape)}; pass layouts=(PatchLayout(patch_size=(16, 16), prefix=1), TextLayout()) or use "
-        "LayerMultiModalInfoBottleneck for bits per element."
-    )

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._pairwise import PairAttribution, gradients, rows_at_once
+from captum_m2ib.attr._arguments import rows_at_once
+from captum_m2ib.attr._pairwise import Formula, PairAttribution, gradients
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix
 
@@ -53,13 +53,8 @@ class NarrowingInfoBottleneck(PairAttribution):
         (torch.Size([2, 3, 64, 64]), torch.Size([2, 7]))
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layers: Sequence[LayerLike] | LayerLike | None = None,
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> None:
-        super().__init__(forward_func, layers, layouts, DualEncoder.published_layers)
+    def _choose_layers(self, encoder: DualEncoder) -> Sequence[LayerLike]:
+        return encoder.published_layers()
 
     @_captum.log_usage(part_of_slo=True)
     def attribute(
@@ -111,7 +106,7 @@ class NarrowingInfoBottleneck(PairAttribution):
             pairs_at_once,
             attribute_to_layer_input,
             show_progress,
-            explain,
+            Formula(explain),
         )
 
 

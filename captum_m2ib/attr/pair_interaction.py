@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,18 +12,12 @@ from torch.overrides import TorchFunctionMode
 from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._pairwise import (
-    PairAttribution,
-    gradients,
-    last_blocks,
-    rows_at_once,
-    sum_units,
-)
-from captum_m2ib.attr.multi_modal_info_bottleneck import roots_of
-from captum_m2ib.engine.gates import check_finite, slice_pairs
+from captum_m2ib.attr._arguments import Explained, rows_at_once
+from captum_m2ib.attr._pairwise import PairAttribution, gradients
+from captum_m2ib.attr._scoring import roots_of
+from captum_m2ib.attr._units import sum_units
+from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout, TextLayout, real_tokens
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
@@ -71,14 +66,6 @@ class PairInteraction(PairAttribution):
         torch.Size([2, 7, 8, 8])
     """
 
-    def __init__(
-        self,
-        forward_func: Callable[..., Any],
-        layers: Sequence[LayerLike] | LayerLike | None = None,
-        layouts: Sequence[Layout | None] | None = None,
-    ) -> None:
-        super().__init__(forward_func, layers, layouts, lambda encoder: last_blocks(encoder, (1, 1)))
-
     @_captum.log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -118,30 +105,26 @@ class PairInteraction(PairAttribution):
                 no cosine similarity, or a score is NaN or infinite.
             RuntimeError: if a layer is not reached, or the score does not depend on it.
         """
-        tensors = format_inputs(inputs, 2)
-        if len(tensors) != 2 or len(self.layers) != 2:
+        given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args, 2)
+        if len(given.inputs) != 2 or len(self.layers) != 2:
             raise ValueError(
-                f"inputs: expected two, with a layer each, got {len(tensors)} inputs and {len(self.layers)} layers."
+                f"inputs: expected two, with a layer each, got {len(given.inputs)} inputs and {len(self.layers)} "
+                "layers."
             )
         check_count("n_steps", n_steps)
-        pairs = tensors[0].shape[0]
-        additional = format_additional(additional_forward_args, pairs)
-        forward, arguments = scorer(self.forward_func, tensors, additional, target)
-        references = _references(self.layouts, arguments, baselines)
+        references = replace(given, arguments=_references(self.layouts, given.arguments, baselines))
         pairs_at_once, steps_at_once = rows_at_once(internal_batch_size, n_steps)
-        at_once = min(pairs, pairs_at_once or pairs)
         taps = [Tap(layer, attribute_to_layer_input) for layer in self.layers]
         parts = []
         with borrowing(*roots_of(self.forward_func, self.layers)):
-            starts = range(0, pairs, at_once)
-            for start in tqdm(starts, desc=self.get_name(), unit="part", disable=not show_progress):
-                chunk, other = (
-                    tuple(slice_pairs(argument, pairs, start, at_once) for argument in given)
-                    for given in (arguments, references)
-                )
-                suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
+            both = zip(given.parts(pairs_at_once), references.parts(pairs_at_once), strict=True)
+            total = given.count(pairs_at_once)
+            for (start, chunk), (_, other) in tqdm(
+                both, total=total, desc=self.get_name(), unit="part", disable=not show_progress
+            ):
+                suffix = Suffix(given.forward, chunk, chunk[0].shape[0], taps)
                 check_finite("score of the untouched pairs", suffix.score, start)
-                reference = Suffix(forward, other, chunk[0].shape[0], taps)
+                reference = Suffix(given.forward, other, chunk[0].shape[0], taps)
                 found = _Ways(suffix, reference.hidden, self.layouts, chunk, n_steps, steps_at_once).interaction()
                 check_finite("interaction", found, start)
                 parts.append(found)

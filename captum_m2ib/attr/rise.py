@@ -12,14 +12,15 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib import _captum
-from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr._pairwise import rows_at_once, spread_units, sum_units
-from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, check_entry, roots_of
+from captum_m2ib.attr._arguments import Explained, rows_at_once
+from captum_m2ib.attr._layers import check_entry, ensure_layers
+from captum_m2ib.attr._scoring import as_forward_func, roots_of
+from captum_m2ib.attr._units import spread_units, sum_units
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.towers import find_embeddings
-from captum_m2ib.engine.gates import check_finite, slice_pairs
+from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layers import Layer, LayerLike, input_layer, resolve_at
+from captum_m2ib.engine.layers import Layer, LayerLike, input_layer
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
@@ -75,8 +76,7 @@ class RISE(_captum.Attribution):
         if layouts is None and isinstance(forward_func, DualEncoder):
             layouts = forward_func.layouts
         self.layouts: tuple[Layout | None, ...] = tuple(layouts or ())
-        given = layers if layers is not None else _embeddings(forward_func)
-        self.layers = tuple(resolve_at(forward_func, index, layer) for index, layer in enumerate(given))
+        self.layers = ensure_layers(forward_func, layers, _embeddings)
 
     @_captum.log_usage(part_of_slo=True)
     def attribute(
@@ -124,24 +124,22 @@ class RISE(_captum.Attribution):
         check_count("seed", seed, least=0)
         if not 0 < probability < 1:
             raise ValueError(f"probability: expected a number between 0 and 1, got {probability!r}.")
-        tensors = format_inputs(inputs, None)
-        pairs = tensors[0].shape[0]
-        additional = format_additional(additional_forward_args, pairs)
-        forward, arguments = scorer(self.forward_func, tensors, additional, target)
+        given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args)
         pairs_at_once, masks_at_once = rows_at_once(internal_batch_size, n_masks)
-        at_once = min(pairs, pairs_at_once or pairs)
         maps = []
         with tqdm(
-            total=len(tensors) * pairs * n_masks, desc=self.get_name(), unit="mask", disable=not show_progress
+            total=len(given.inputs) * given.pairs * n_masks,
+            desc=self.get_name(),
+            unit="mask",
+            disable=not show_progress,
         ) as bar:
-            for index, tensor in enumerate(tensors):
+            for index, tensor in enumerate(given.inputs):
                 layer = self._layer(index, tensor)
                 layout = self.layouts[index] if index < len(self.layouts) else None
                 parts = []
                 with borrowing(*roots_of(self.forward_func, [layer])):
-                    for start in range(0, pairs, at_once):
-                        chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
-                        suffix = Suffix(forward, chunk, chunk[0].shape[0], [Tap(layer)])
+                    for start, chunk in given.parts(pairs_at_once):
+                        suffix = Suffix(given.forward, chunk, chunk[0].shape[0], [Tap(layer)])
                         check_finite("score of the untouched pairs", suffix.score, start)
                         axes = None if layer.argument is None else _grid_axes(layout, tensor)
                         generator = np.random.default_rng((seed, index))

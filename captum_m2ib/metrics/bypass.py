@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from captum_m2ib.attr._arguments import format_additional, format_inputs, scorer
-from captum_m2ib.attr.multi_modal_info_bottleneck import as_forward_func, roots_of
+from captum_m2ib.attr._arguments import Explained, format_additional, rows_at_once
+from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.towers import find_embeddings
 from captum_m2ib.engine.gates import slice_pairs
@@ -157,32 +157,27 @@ def measure_bypass(
     """
     check_count("n_draws", n_draws)
     check_count("seed", seed, 0)
-    if internal_batch_size is not None:
-        check_count("internal_batch_size", internal_batch_size)
     if measure not in ("embedding", "score"):
         raise ValueError(f"measure: expected 'embedding' or 'score', got {measure!r}.")
     forward_func = as_forward_func(forward_func)
-    tensors = format_inputs(inputs, None)
-    additional = format_additional(additional_forward_args, tensors[0].shape[0])
-    towers = _towers(forward_func, len(tensors), layers, layouts, statistics)
-    forward, arguments = scorer(forward_func, tensors, additional, None)
-    pairs = tensors[0].shape[0]
-    at_once = max(1, min(pairs, (internal_batch_size or 2 * n_draws * pairs) // (2 * n_draws)))
-    starts = range(0, pairs, at_once)
+    given = Explained.ensure(forward_func, inputs, None, additional_forward_args)
+    towers = _towers(forward_func, len(given.inputs), layers, layouts, statistics)
+    pairs_at_once, _ = rows_at_once(internal_batch_size, 2 * n_draws)
     parts = []
     with (
         borrowing(*roots_of(forward_func, [layer for tower in towers for layer in tower.layers])),
         torch.no_grad(),
         tqdm(
-            total=len(starts) * sum(len(tower.layers) for tower in towers),
+            total=given.count(pairs_at_once) * sum(len(tower.layers) for tower in towers),
             desc="Bypass",
             unit="layer",
             disable=not show_progress,
         ) as bar,
     ):
-        for start in starts:
-            chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
-            parts.append(NoisedPass(forward, chunk, towers, start).measured(n_draws, int(seed), measure, bar.update))
+        for start, chunk in given.parts(pairs_at_once):
+            parts.append(
+                NoisedPass(given.forward, chunk, towers, start).measured(n_draws, int(seed), measure, bar.update)
+            )
     joined = [[torch.cat(part, -1) for part in zip(*of_tower, strict=True)] for of_tower in zip(*parts, strict=True)]
     return tuple(
         TowerBypass(

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
-from captum_m2ib.attr._arguments import AT_INPUT
+from captum_m2ib.attr._priors import AT_INPUT
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import GateFilter, unit_positions
 from captum_m2ib.engine.layouts import Layout

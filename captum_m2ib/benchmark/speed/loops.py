@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from captum_m2ib.attr import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck
-from captum_m2ib.attr._arguments import PUBLISHED
+from captum_m2ib.attr._priors import PUBLISHED
 from captum_m2ib.benchmark.meters import count_flops, in_new_process, peak_of, seconds_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import noise
