@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -15,18 +16,20 @@ from captum_m2ib.engine.statistics import ChannelStatistics
 
 Statistics: TypeAlias = Mapping[str, ChannelStatistics] | Sequence[Prior]
 
-# The paper's, for its prior N(0, variance); 1 / (1 + exp(-5)) is where its gates start.
+# The paper's, with the score in its own unit; 1 / (1 + exp(-5)) is where its gates start.
 PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.exp(-5)), antithetic=False)
+# For the paper's prior N(0, variance), with the score as a share of what the pair stands to lose.
+AT_LAYER = replace(PUBLISHED, beta=0.25)
 # What measured best on validation scenes for the standardised prior.
-STANDARDISED = Defaults(beta=3.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
+STANDARDISED = Defaults(beta=8.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
 # The same where an input itself is gated.
-AT_INPUT = Defaults(beta=0.3, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
+AT_INPUT = Defaults(beta=1.2, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
 
 
 def defaults_of(layers: Sequence[Layer], priors: Sequence[Prior]) -> list[Defaults]:
     """What holds at each layer where nothing is asked for."""
     return [
-        AT_INPUT if layer.argument is not None else PUBLISHED if prior is None else STANDARDISED
+        AT_INPUT if layer.argument is not None else AT_LAYER if prior is None else STANDARDISED
         for layer, prior in zip(layers, priors, strict=True)
     ]
 

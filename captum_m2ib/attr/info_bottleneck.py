@@ -20,7 +20,7 @@ from captum_m2ib.encoders.towers import image_layout
 from captum_m2ib.engine.gates import GateFilter, Prior, optimise, unit_positions
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout, PatchLayout, channel_axis
-from captum_m2ib.engine.settings import PerModality, Settings
+from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import smooth_logits
 from captum_m2ib.engine.statistics import estimate_statistics
 from captum_m2ib.engine.suffix import Tap
@@ -110,7 +110,7 @@ class InfoBottleneck(_captum.Attribution):
         inputs: Tensor | tuple[Tensor, ...],
         target: Any = None,
         additional_forward_args: Any = None,
-        beta: PerModality = 10.0,
+        beta: PerModality | None = None,
         variance: PerModality = 1.0,
         n_steps: int = 10,
         n_samples: int = 10,
@@ -120,6 +120,7 @@ class InfoBottleneck(_captum.Attribution):
         internal_batch_size: int | None = None,
         attribute_to_layer_input: bool = False,
         show_progress: bool = False,
+        score_range: ScoreRange | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute the probability of a class to the inputs, in bits.
 
@@ -131,7 +132,7 @@ class InfoBottleneck(_captum.Attribution):
                         Default: None (``forward_func`` returns one score per example, which is kept as it is)
             additional_forward_args (Any, optional): Further positional arguments of ``forward_func``. Default: None
             beta (float or sequence, optional): Weight of the information per element against the cross entropy, the
-                        paper's beta / k. Default: 10.0
+                        paper's beta / k. Default: None (10.0; 8.0 without a target)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own. Default: 1.0
             n_steps (int, optional): Steps of the optimisation. Default: 10
@@ -146,6 +147,9 @@ class InfoBottleneck(_captum.Attribution):
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False
+            score_range (float or sequence, optional): As for :meth:`MultiModalInfoBottleneck.attribute`. Default: None
+                        (1.0 with a target, whose cross entropy is in nats; measured without, where the score may be in
+                        any unit)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -159,8 +163,11 @@ class InfoBottleneck(_captum.Attribution):
         """
         if smoothing is not None and not 0 <= smoothing < float("inf"):
             raise ValueError(f"smoothing: expected a finite number of at least 0 or None, got {smoothing!r}.")
+        if target is not None and score_range is None:
+            score_range = 1.0
         settings = Settings(
-            beta=beta,
+            beta=(8.0 if target is None else 10.0) if beta is None else beta,
+            score_range=score_range,
             variance=variance,
             lr=lr,
             n_steps=n_steps,

@@ -15,7 +15,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import optimise
 from captum_m2ib.engine.layers import Layer, resolve_for
 from captum_m2ib.engine.layouts import Layout
-from captum_m2ib.engine.settings import PerModality, Settings
+from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings
 from captum_m2ib.engine.suffix import Tap
 
 
@@ -71,6 +71,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         show_progress: bool = False,
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
+        score_range: ScoreRange | None = None,
     ) -> Tensor | list[Tensor]:
         r"""Bits per element of the layer's hidden state.
 
@@ -80,7 +81,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
             n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
             internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            show_progress: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            show_progress, score_range: As for :meth:`MultiModalInfoBottleneck.attribute`.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:
@@ -93,6 +94,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             lr=lr,
             initial_gate=initial_gate,
             antithetic=antithetic,
+            score_range=score_range,
             n_steps=n_steps,
             n_samples=n_samples,
             seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import Explained
 from captum_m2ib.attr._layers import check_entry, ensure_layers, ensure_layouts
-from captum_m2ib.attr._priors import Statistics, defaults_of, ensure_priors
+from captum_m2ib.attr._priors import PUBLISHED, Statistics, defaults_of, ensure_priors
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.attr._units import to_pixels_and_input, to_units_and_input
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import GateFilter, LayerRecord, Prior, optimise
 from captum_m2ib.engine.layers import Layer, LayerLike
 from captum_m2ib.engine.layouts import Layout
-from captum_m2ib.engine.settings import LayerSettings, PerModality, Settings
+from captum_m2ib.engine.settings import LayerSettings, PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.suffix import Tap
 
@@ -91,6 +91,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
     ) -> None:
         forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
+        self.is_published = False
         self.layers: tuple[Layer, ...] = ensure_layers(forward_func, layers)
         self.layouts: tuple[Layout | None, ...] = ensure_layouts(forward_func, self.layers, layouts)
         self.priors: tuple[Prior, ...] = ensure_priors(forward_func, self.layers, statistics)
@@ -119,7 +120,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                 f"forward_func: expected a DualEncoder or a model that it can wrap, got {type(forward_func).__name__}; "
                 "pass MultiModalInfoBottleneck(forward_func, layers=...) instead."
             )
-        return cls(forward_func, layers=forward_func.published_layers())
+        method = cls(forward_func, layers=forward_func.published_layers())
+        method.is_published = True
+        return method
 
     @_captum.log_usage(part_of_slo=True)
     def attribute(
@@ -140,6 +143,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
         smoothing: float = 1 / 14,
+        score_range: ScoreRange | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -153,9 +157,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             additional_forward_args (Any, optional): Further positional arguments of ``forward_func``: inputs that are
                         not explained, attention masks. Tensors whose first dimension is N are taken as one entry per
                         pair. Default: None
-            beta (float or sequence, optional): Weight of the information per element against the score; one number
-                        or one per modality. Larger keeps less. Default: None (0.1 as published for the prior
-                        N(0, variance), 3.0 for the standardised prior, 0.3 where an input itself is gated)
+            beta (float or sequence, optional): Weight of the information per element, in nats, against the share of
+                        the score that is kept; one number or one per modality. Larger keeps less. Default: None (0.25
+                        for the prior N(0, variance), 8.0 for the standardised prior, 1.2 where an input itself is
+                        gated; 0.1 for :meth:`published`)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
                         gated)
@@ -180,6 +185,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             smoothing (float, optional): Standard deviation of the Gaussian kernel by which the gates of a picture's
                         pixels are smoothed while they are optimised, as a share of the picture's shorter side; 0 for
                         none. Gates at layers are not smoothed. Default: 1 / 14
+            score_range (float or sequence, optional): What the score of a pair stands to lose, in the score's own unit,
+                        one number or one per pair, (N,): the objective takes the score as a share of it, so that the
+                        score's unit and zero do not matter. Default: None (measured for each pair with gates closed,
+                        see :mod:`captum_m2ib.engine.stakes`; 1.0 for :meth:`published`, the score as it is)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -191,6 +200,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             ValueError: if an argument is out of range, batch sizes differ, there are more inputs than layers, a
                 layout does not fit, or a score, hidden state or gradient is NaN or infinite.
             RuntimeError: if a layer is not reached, or the score does not depend on it.
+
+        Warns:
+            NothingToExplainWarning: if a pair's score is about as high with all gates closed.
 
         Examples::
 
@@ -211,6 +223,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             seed=seed,
             joint=joint,
             smoothing=smoothing,
+            score_range=score_range,
             internal_batch_size=internal_batch_size,
             show_progress=show_progress,
         )
@@ -272,7 +285,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         layers, priors = self.layers[:count], self.priors[:count]
         for layer, tensor in zip(layers, given.inputs, strict=True):
             check_entry(layer, tensor, "mixed with noise")
-        applied = settings.per_layer(defaults_of(layers, priors))
+        if self.is_published and settings.score_range is None:
+            settings = replace(settings, score_range=1.0)
+        defaults = [PUBLISHED] * count if self.is_published else defaults_of(layers, priors)
+        applied = settings.per_layer(defaults)
         gated = optimise(
             given.forward,
             given.arguments,

@@ -1,13 +1,15 @@
 """Optimise gates at tapped layers, one set per pair, until little but what the score needs gets through.
 
-Per pair the loss is ``beta * mean(information over the pair's real elements) - mean over noise draws(score)``. Losses
-are summed over pairs and Adam works element by element, so pairs never influence each other. Noise is common to all
-pairs and comes from a generator of the call's own.
+Per pair the loss is ``beta * mean(information over the pair's real elements) - mean over noise draws(score) / range``,
+where the range is what the pair's score stands to lose (:mod:`captum_m2ib.engine.stakes`), so that its unit does not
+matter. Losses are summed over pairs and Adam works element by element, so pairs never influence each other. Noise is
+common to all pairs and comes from a generator of the call's own.
 """
 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -18,16 +20,28 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib.engine.batch_axis import BatchAxis
-from captum_m2ib.engine.information import NATS_PER_BIT, information, mean_information, sample
+from captum_m2ib.engine.ground import ground_of
+from captum_m2ib.engine.information import NATS_PER_BIT, close_fully, information, mean_information, sample
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
 from captum_m2ib.engine.layouts import Layout, channel_axis, covered_elements, real_elements, to_units
 from captum_m2ib.engine.settings import LayerSettings
+from captum_m2ib.engine.stakes import (
+    CLOSED_DRAWS,
+    HALVES,
+    NothingToExplainWarning,
+    Stakes,
+    measured,
+    nothing_to_lose,
+)
 from captum_m2ib.engine.statistics import ChannelStatistics, floor_std
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 GateFilter: TypeAlias = Callable[[Tensor], Tensor]
+
+# Steps that no descent reaches, for draws of their own.
+_STAKES = 2**32
 
 
 @dataclass
@@ -42,6 +56,9 @@ class LayerRecord:
         bits (Tensor): The same for the final gates, (N,).
         score_before (Tensor): Score of the untouched pair, (N,).
         score_after (Tensor): Mean score through the final gates, over fresh noise draws, (N,).
+        score_range (Tensor): What the score is divided by in the objective: what the pair stands to lose, (N,); see
+            :mod:`captum_m2ib.engine.stakes`.
+        score_closed (Tensor or None): Mean score with all gates closed, (N,); None where ``score_range`` was given.
         units (Tensor or None): Bits per unit of the hidden state, before they are spread over the input: patches,
             (N, h, w), or tokens, (N, L).
     """
@@ -52,6 +69,8 @@ class LayerRecord:
     bits: Tensor
     score_before: Tensor
     score_after: Tensor
+    score_range: Tensor
+    score_closed: Tensor | None = None
     units: Tensor | None = None
 
 
@@ -106,6 +125,8 @@ class _Gates:
     dtype: torch.dtype
     shared: int | None = None
     filter: GateFilter | None = None
+    channels: int = -1
+    closes_fully: bool = False
     alpha: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,18 +137,22 @@ class _Gates:
     @property
     def logits(self) -> Tensor:
         """Logits of the gates that the hidden state passes through."""
-        return self.alpha if self.filter is None else self.filter(self.alpha)
+        found = self.alpha if self.filter is None else self.filter(self.alpha)
+        return close_fully(found) if self.closes_fully else found
 
     def information(self) -> Tensor:
         elements = information(self.logits, self.hidden, self.mean, self.std)
         return elements if self.real is None else torch.where(self.real, elements, 0.0)
 
-    def sample(self, drawn: Tensor) -> Tensor:
-        """Values for the suffix, (N * draws, ...); padding passes unchanged."""
+    def sample(self, drawn: Tensor, logits: Tensor | None = None) -> Tensor:
+        """Values for the suffix, (N * draws, ...); padding passes unchanged.
+
+        Logits of other gates than these may be given, one set per draw and the same for all pairs, (draws, ...).
+        """
         hidden = self.hidden.unsqueeze(1)
         mean, std = (part.unsqueeze(1) if isinstance(part, Tensor) else part for part in (self.mean, self.std))
         drawn = drawn.to(hidden.device, hidden.dtype).unsqueeze(0)
-        mixed = sample(self.logits.unsqueeze(1), hidden, drawn, mean, std)
+        mixed = sample(self.logits.unsqueeze(1) if logits is None else logits.unsqueeze(0), hidden, drawn, mean, std)
         if self.real is not None:
             mixed = torch.where(self.real.unsqueeze(1), mixed, hidden)
         return mixed.flatten(0, 1).to(self.dtype)
@@ -177,6 +202,7 @@ def optimise(
     explains = range(len(taps)) if modalities is None else modalities
     objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
     results: list[list[Gated]] = [[] for _ in taps]
+    hopeless: list[int] = []
     with (
         borrowing(*roots),
         tqdm(
@@ -197,10 +223,17 @@ def optimise(
                 gate.filter = make(gate.hidden, chunk[explains[gate.index]])
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
-                steps = _descend(suffix, chosen, settings, start, bar.update)
+                stakes = _stakes(suffix, chosen, settings, start)
+                hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
+                steps = _descend(suffix, chosen, settings, stakes.weight, start, bar.update)
+                for gate in chosen:
+                    # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
+                    gate.closes_fully = gate.shared is not None
                 after = _score_after(suffix, chosen, settings) if with_record else None
                 for gate in chosen:
-                    results[gate.index].append(_result(suffix, gate, taps[gate.index].layer, steps, after))
+                    results[gate.index].append(_result(suffix, gate, taps[gate.index].layer, steps, stakes, after))
+    if hopeless:
+        _warn_of(sorted(set(hopeless)))
     return [_join(parts_of) for parts_of in results]
 
 
@@ -220,16 +253,17 @@ def _gates(
     real = real_elements(layout, hidden, modality, arguments)
     inputs = arguments[modality] if isinstance(arguments[modality], Tensor) else None
     channels, shared = channel_axis(layout, hidden, inputs), None
-    if suffix.taps[index].layer.argument is not None:
+    is_input = suffix.taps[index].layer.argument is not None
+    if is_input:
         real = covered_elements(layout, hidden) if real is None else real
         shared = channels if hidden.ndim == 4 else None
-    mean, std = prior_of(prior, hidden, real, settings.variance[index], channels)
+    mean, std = prior_of(prior, hidden, real, settings.variance[index], channels, is_input)
     beta, start = settings.beta[index], settings.initial_gate[index]
-    return _Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared)
+    return _Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared, channels=channels)
 
 
 def prior_of(
-    prior: Prior, hidden: Tensor, real: Tensor | None, variance: float, channels: int
+    prior: Prior, hidden: Tensor, real: Tensor | None, variance: float, channels: int, is_input: bool = False
 ) -> tuple[Tensor | float, Tensor | float]:
     """Mean and standard deviation of the prior and of the noise, of shapes that broadcast with the hidden state."""
     scale = variance**0.5
@@ -237,7 +271,7 @@ def prior_of(
         return 0.0, scale
     if prior == "pair":
         mean, std = _own_statistics(hidden, real, channels)
-        return mean, std * scale
+        return ground_of(hidden, real, channels) if is_input else mean, std * scale
     if prior.mean.shape[0] != hidden.shape[channels]:
         raise ValueError(
             f"statistics: expected one value for each of the layer's {hidden.shape[channels]} channels, got "
@@ -290,8 +324,52 @@ def unit_positions(layout: Layout, hidden: Tensor, inputs: Tensor) -> Tensor:
     return to_units(layout, numbered, inputs[:1])[0].long()
 
 
+def _stakes(suffix: Suffix, gates: list[_Gates], settings: LayerSettings, start: int) -> Stakes:
+    """What the pairs of a suffix, from the pair ``start`` on, stand to lose when these gates close."""
+    pairs = len(suffix.score)
+    if settings.score_range is not None:
+        given = torch.as_tensor(settings.score_range, dtype=suffix.score.dtype, device=suffix.score.device)
+        return Stakes(given.expand(pairs) if given.ndim == 0 else given[start : start + pairs])
+    scores = []
+    with torch.no_grad():
+        for purpose, count in enumerate((CLOSED_DRAWS, HALVES)):
+            drawn = [_noise_of_stakes(gate, purpose, count) for gate in gates]
+            logits = [_half_open(gate) if purpose else _closed(gate, count) for gate in gates]
+            parts = _parts(settings, count)
+            through = [_through(suffix, gates, [d[part] for d in drawn], [z[part] for z in logits]) for part in parts]
+            scores.append(torch.cat(through, 1))
+    check_finite("score with closed gates", torch.cat(scores, 1), start)
+    return measured(suffix.score, *scores)
+
+
+def _noise_of_stakes(gate: _Gates, purpose: int, draws: int) -> Tensor:
+    """Noise that does not depend on the call's seed and is none of the descent's."""
+    return noise(0, gate.index, _STAKES + purpose, draws, gate.hidden.shape[1:], antithetic=True)
+
+
+def _closed(gate: _Gates, draws: int) -> Tensor:
+    """Logits of gates that are closed, (draws, ...)."""
+    return torch.full_like(gate.hidden[:1], -torch.inf).expand(draws, *gate.hidden.shape[1:])
+
+
+def _half_open(gate: _Gates) -> Tensor:
+    """Logits of gates that are open at half of the positions and closed at the others, (draws, ...)."""
+    positions = list(gate.hidden.shape[1:])
+    if len(positions) > 1:
+        positions[gate.channels - 1] = 1
+    drawn = noise(0, gate.index, _STAKES + 2, HALVES, positions, antithetic=True)
+    field = drawn.to(gate.hidden.device, gate.hidden.dtype)
+    is_open = (field if gate.filter is None else gate.filter(field.expand(-1, *gate.alpha.shape[1:]))) > 0
+    return torch.where(is_open, torch.inf, -torch.inf).to(field.dtype)
+
+
 def _descend(
-    suffix: Suffix, gates: list[_Gates], settings: LayerSettings, start: int, advance: Callable[[], Any]
+    suffix: Suffix,
+    gates: list[_Gates],
+    settings: LayerSettings,
+    weight: Tensor,
+    start: int,
+    advance: Callable[[], Any],
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """Adam on the gates; returns per step the mean scores and the total information per pair."""
     adam = torch.optim.Adam([{"params": [gate.alpha], "lr": settings.lr[gate.index]} for gate in gates])
@@ -301,9 +379,9 @@ def _descend(
         scores = []
         for gate in gates:
             gate.alpha.grad = torch.zeros_like(gate.alpha)
-        for part in _parts(settings):
+        for part in _parts(settings, settings.n_samples):
             score = _through(suffix, gates, [noise_[part] for noise_ in drawn])
-            _accumulate(gates, score, settings.n_samples)
+            _accumulate(gates, score, weight, settings.n_samples)
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]
         score = torch.cat(scores, 1).mean(1)
@@ -321,23 +399,24 @@ def _draw(gate: _Gates, settings: LayerSettings, step: int) -> Tensor:
     return noise(settings.seed, gate.index, step, settings.n_samples, shape, antithetic)
 
 
-def _parts(settings: LayerSettings) -> Iterator[slice]:
-    """Draws that go through the model together."""
+def _parts(settings: LayerSettings, count: int) -> Iterator[slice]:
+    """So many draws, cut into those that go through the model together."""
     at_once = min(settings.n_samples, settings.internal_batch_size or settings.n_samples)
-    return (slice(i, min(i + at_once, settings.n_samples)) for i in range(0, settings.n_samples, at_once))
+    return (slice(i, min(i + at_once, count)) for i in range(0, count, at_once))
 
 
-def _through(suffix: Suffix, gates: list[_Gates], drawn: list[Tensor]) -> Tensor:
-    """Scores through the gates for some draws, (N, draws)."""
+def _through(suffix: Suffix, gates: list[_Gates], drawn: list[Tensor], logits: list[Tensor] | None = None) -> Tensor:
+    """Scores for some draws, (N, draws): through the gates, or through gates of the given logits, one per draw."""
     draws = len(drawn[0])
-    values = {gate.index: gate.sample(part) for gate, part in zip(gates, drawn, strict=True)}
+    given = [None] * len(gates) if logits is None else logits
+    values = {g.index: g.sample(part, fixed) for g, part, fixed in zip(gates, drawn, given, strict=True)}
     return suffix.run(values, draws).unflatten(0, (-1, draws))
 
 
-def _accumulate(gates: list[_Gates], score: Tensor, n_samples: int) -> None:
+def _accumulate(gates: list[_Gates], score: Tensor, weight: Tensor, n_samples: int) -> None:
     # A gradient of 1e-5 per element has few digits left in half precision and none after another layer.
     scale = 2.0**12 if any(gate.dtype == torch.float16 for gate in gates) else 1.0
-    gradients = torch.autograd.grad(score.sum() * (scale / n_samples), [gate.alpha for gate in gates])
+    gradients = torch.autograd.grad((score.sum(1) * weight).sum() * (scale / n_samples), [gate.alpha for gate in gates])
     for gate, gradient in zip(gates, gradients, strict=True):
         gate.alpha.grad -= gradient / scale  # type: ignore[operator]
 
@@ -352,12 +431,19 @@ def _add_information(gate: _Gates) -> Tensor:
 @torch.no_grad()
 def _score_after(suffix: Suffix, gates: list[_Gates], settings: LayerSettings) -> Tensor:
     drawn = [_draw(gate, settings, settings.n_steps) for gate in gates]
-    scores = [_through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in _parts(settings)]
+    scores = [
+        _through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in _parts(settings, settings.n_samples)
+    ]
     return torch.cat(scores, 1).mean(1)
 
 
 def _result(
-    suffix: Suffix, gate: _Gates, layer: Layer, steps: list[tuple[Tensor, list[Tensor]]], after: Tensor | None
+    suffix: Suffix,
+    gate: _Gates,
+    layer: Layer,
+    steps: list[tuple[Tensor, list[Tensor]]],
+    stakes: Stakes,
+    after: Tensor | None,
 ) -> Gated:
     bits = (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
     result = Gated(bits, suffix.axes[gate.index], gate.real)
@@ -370,6 +456,8 @@ def _result(
             bits.flatten(1).sum(1),
             suffix.score,
             after,
+            stakes.range,
+            stakes.closed,
         )
     return result
 
@@ -381,14 +469,27 @@ def _join(parts: list[Gated]) -> Gated:
     records = [part.record for part in parts if part.record is not None]
     record = None
     if records:
+        per_pair = ("bits", "score_before", "score_after", "score_range")
+        closed = [r.score_closed for r in records if r.score_closed is not None]
         record = LayerRecord(
             records[0].layer,
             torch.cat([r.score for r in records], 1),
             torch.cat([r.information for r in records], 1),
-            *(torch.cat([getattr(r, name) for r in records]) for name in ("bits", "score_before", "score_after")),
+            **{name: torch.cat([getattr(r, name) for r in records]) for name in per_pair},
+            score_closed=torch.cat(closed) if closed else None,
         )
     real = None if first.real is None else torch.cat([part.real for part in parts if part.real is not None])
     return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
+
+
+def _warn_of(pairs: list[int]) -> None:
+    which = ", ".join(map(str, pairs[:5])) + (", ..." if len(pairs) > 5 else "")
+    warnings.warn(
+        f"inputs: the score of pair {which} is about as high with all gates closed, so there is little to explain: the "
+        "map shows what raises the score, not what it rests on. Look at score_before and score_closed of the record.",
+        NothingToExplainWarning,
+        stacklevel=4,
+    )
 
 
 def slice_pairs(argument: Any, pairs: int, start: int, count: int) -> Any:

@@ -69,6 +69,29 @@ def sample(
     return torch.sigmoid(alpha) * hidden + torch.sigmoid(-alpha) * (mean + std * noise)
 
 
+def close_fully(alpha: Tensor, least: float = 0.05) -> Tensor:
+    r"""Logits of gates that shut wherever they were nearly closed: ``g`` becomes ``max(0, (g - least) / (1 - least))``.
+
+    Args:
+
+        alpha (Tensor): Gate logits, any shape.
+        least (float, optional): Gates up to here let nothing through. Default: 0.05
+
+    Returns:
+        Tensor: logits, of the same shape; negative infinity where nothing passes, which carries no information.
+
+    Examples::
+
+        >>> torch.sigmoid(close_fully(torch.logit(torch.tensor([0.04, 0.05, 0.525, 1.0]))))
+        tensor([0.0000, 0.0000, 0.5000, 1.0000])
+    """
+    # (g - least) / (1 - g) from the logits, so that gates that are nearly open keep their digits.
+    opened = torch.sigmoid(alpha) - least
+    return torch.where(
+        opened > 0, opened.clamp(min=torch.finfo(alpha.dtype).tiny).log() + F.softplus(alpha), -torch.inf
+    )
+
+
 def mean_information(elements: Tensor, real: Tensor | None = None) -> Tensor:
     r"""Average the information of each pair over its real elements.
 

@@ -7,7 +7,11 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
+import torch
+from torch import Tensor
+
 PerModality: TypeAlias = float | Sequence[float]
+ScoreRange: TypeAlias = "float | Sequence[float] | Tensor"
 
 
 def check_count(name: str, number: Any, least: int = 1) -> int:
@@ -45,6 +49,7 @@ class Settings:
     seed: int = 0
     joint: bool = False
     smoothing: float = 0.0
+    score_range: ScoreRange | None = None
     internal_batch_size: int | None = None
     show_progress: bool = False
 
@@ -56,6 +61,7 @@ class Settings:
             "internal_batch_size": None if rows is None else check_count("internal_batch_size", rows),
             "seed": check_count("seed", self.seed, 0),
             "smoothing": _check_share("smoothing", self.smoothing),
+            "score_range": _check_range(self.score_range),
             "beta": _check_numbers("beta", self.beta, from_zero=True),
             "variance": _check_numbers("variance", self.variance),
             "lr": _check_numbers("lr", self.lr),
@@ -135,3 +141,13 @@ def _to_flags(value: bool | Sequence[bool] | None) -> bool | tuple[bool, ...] | 
     if value is None:
         return None
     return tuple(map(bool, value)) if isinstance(value, Sequence) else bool(value)
+
+
+def _check_range(value: ScoreRange | None) -> float | tuple[float, ...] | None:
+    """One number, or one per pair."""
+    if value is None:
+        return None
+    found = torch.as_tensor(value, dtype=torch.float64)
+    if found.ndim > 1 or not found.numel() or not bool((found.isfinite() & (found > 0)).all()):
+        raise ValueError(f"score_range: expected a finite number above 0, or one per pair, (N,), got {value!r}.")
+    return float(found) if found.ndim == 0 else tuple(found.tolist())

@@ -138,7 +138,9 @@ def run_published(encoder: DualEncoder, pairs: Inputs, layer: int = 9) -> list[T
 def run_ours(encoder: DualEncoder, pairs: Inputs, layer: int = 9, n_steps: int = 10) -> list[Tensor]:
     """Both maps of every pair by this library, in bits."""
     method = LayerMultiModalInfoBottleneck(encoder, list(blocks(encoder, layer)))
-    maps = method.attribute(pairs[:2], additional_forward_args=pairs[2], beta=PUBLISHED.beta, n_steps=n_steps)
+    maps = method.attribute(
+        pairs[:2], additional_forward_args=pairs[2], beta=PUBLISHED.beta, n_steps=n_steps, score_range=1.0
+    )
     return list(maps)
 
 

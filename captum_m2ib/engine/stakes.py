@@ -1,0 +1,84 @@
+r"""What a pair's score stands to lose: the unit in which the score is weighed against bits.
+
+A score may be a cosine, a logit or anything else; only its share of what closed gates would take counts. With
+:math:`s` the pair's score, :math:`c` its mean with all gates closed, and :math:`p` its scores with a random half of the
+positions closed::
+
+    range = max(s - c, 2 * standard deviation of p)
+
+The second term speaks where the first is silent: a pair whose score is as high, or higher, with everything closed
+still has positions that raise and lower it. Both grow with the score's unit and neither depends on its zero, so nothing
+in the optimisation does. The draws are the same for every pair and every seed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+CLOSED_DRAWS = 2
+HALVES = 6
+"""Draws with all gates closed, and with half of them closed; each comes with its opposite."""
+
+_ROUNDING = 16.0
+
+
+class NothingToExplainWarning(UserWarning):
+    """A pair whose score does not fall when all gates close."""
+
+
+@dataclass(frozen=True)
+class Stakes:
+    r"""What pairs stand to lose.
+
+    Attributes:
+
+        range (Tensor): The unit of the score, (N,); 0 where nothing that closes changes the score beyond rounding.
+        closed (Tensor or None): Mean score with all gates closed, (N,); None where the range was given.
+    """
+
+    range: Tensor
+    closed: Tensor | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """What scores are multiplied by, (N,); 0 for a pair that has nothing to lose."""
+        return torch.where(self.range > 0, 1 / self.range.clamp(min=torch.finfo(self.range.dtype).tiny), 0.0)
+
+
+def measured(score: Tensor, closed: Tensor, halves: Tensor) -> Stakes:
+    r"""The stakes of pairs from their scores.
+
+    Args:
+
+        score (Tensor): Scores of the untouched pairs, (N,).
+        closed (Tensor): Scores with all gates closed, (N, draws).
+        halves (Tensor): Scores with a random half of the positions closed, (N, draws).
+
+    Returns:
+        Stakes: in the scores' own unit.
+    """
+    mean = closed.mean(1)
+    found = torch.maximum(score - mean, 2 * halves.std(1))
+    largest = torch.cat([score.unsqueeze(1), closed, halves], 1).abs().amax(1)
+    least = _ROUNDING * torch.finfo(found.dtype).eps * largest
+    return Stakes(torch.where(found > least, found, 0.0), mean)
+
+
+def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = 0.1) -> Tensor:
+    r"""Which pairs score about as high with everything closed, (N,) boolean; none where that was not measured.
+
+    Args:
+
+        score (Tensor): Scores of the untouched pairs, (N,).
+        stakes (Stakes): What was measured.
+        share (float, optional): Of the range, the least that must be lost. Default: 0.1
+
+    Returns:
+        Tensor: on the CPU.
+    """
+    if stakes.closed is None:
+        return torch.zeros(len(score), dtype=torch.bool)
+    return ~(score - stakes.closed > share * stakes.range).cpu()
