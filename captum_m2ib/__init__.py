@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
+    from captum_m2ib.engine.stakes import NothingToExplainWarning
     from captum_m2ib.engine.statistics import (
         ChannelStatistics,
         estimate_statistics,
@@ -71,6 +72,7 @@ _HOMES = {
     "explanations.bypass_figure": ("plot_bypass",),
     "explanations.explain": ("explain",),
     "explanations.explanation": ("Explanation",),
+    "engine.stakes": ("NothingToExplainWarning",),
     "engine.layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
     "engine.statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
 }
