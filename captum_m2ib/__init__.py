@@ -92,6 +92,7 @@ __all__ = [
     "LeGrad",
     "MultiModalInfoBottleneck",
     "NarrowingInfoBottleneck",
+    "NothingToExplainWarning",
     "OptimizationRecord",
     "PackedLayout",
     "PairInteraction",
