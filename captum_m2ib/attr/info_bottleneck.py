@@ -17,7 +17,8 @@ from captum_m2ib.attr._priors import PUBLISHED, Statistics, ensure_priors
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.attr._units import to_units_and_input
 from captum_m2ib.encoders.towers import image_layout
-from captum_m2ib.engine.gates import GateFilter, Prior, optimise, unit_positions
+from captum_m2ib.engine.descent import optimise
+from captum_m2ib.engine.gates import GateFilter, Prior, unit_positions
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import Layout, PatchLayout, channel_axis
 from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings

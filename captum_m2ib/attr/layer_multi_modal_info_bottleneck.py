@@ -12,7 +12,7 @@ from captum_m2ib.attr._arguments import Explained
 from captum_m2ib.attr._priors import Statistics, defaults_of, ensure_priors
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.gates import optimise
+from captum_m2ib.engine.descent import optimise
 from captum_m2ib.engine.layers import Layer, resolve_for
 from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings

@@ -145,7 +145,7 @@ class Worker:
             raise ValueError("contrast: expected a caption with at least one word, got an empty one.")
         self.model, self.revision, self.device = model, revision, device
         self.layers, self.published = None if layers is None else list(layers), published
-        self.optimisation = {
+        self.optimisation: dict[str, Any] = {
             "beta": beta,
             "variance": variance,
             "n_steps": n_steps,

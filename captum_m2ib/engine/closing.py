@@ -1,0 +1,128 @@
+"""Scores with gates shut otherwise than by the descent: all of them, random halves, and the most relevant first.
+
+Noise and random orders are the same for every pair and every seed of a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from captum_m2ib.engine.check import FRACTIONS, ORDERS, Check
+from captum_m2ib.engine.gates import Gates, check_finite, noise
+from captum_m2ib.engine.settings import LayerSettings
+from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, Stakes, measured
+from captum_m2ib.engine.suffix import Suffix
+
+# Steps that no descent reaches, for draws of their own.
+_CLOSED, _HALVES, _FIELD, _CHECK, _ORDERS = (2**32 + purpose for purpose in range(5))
+
+
+def through(
+    suffix: Suffix, gates: Sequence[Gates], drawn: Sequence[Tensor], logits: Sequence[Tensor | None] = ()
+) -> Tensor:
+    """Scores for some draws, (N, draws): through the gates, or through gates of given logits, (N or 1, draws, ...)."""
+    draws = len(drawn[0])
+    given = logits or [None] * len(gates)
+    values = {gate.index: gate.sample(part, fixed) for gate, part, fixed in zip(gates, drawn, given, strict=True)}
+    return suffix.run(values, draws).unflatten(0, (-1, draws))
+
+
+def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
+    """So many draws, cut into those that go through the model together."""
+    at_once = min(settings.n_samples, settings.internal_batch_size or settings.n_samples)
+    return (slice(i, min(i + at_once, count)) for i in range(0, count, at_once))
+
+
+def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:
+    """What the pairs of a suffix, from the pair ``start`` on, stand to lose when these gates close."""
+    pairs = len(suffix.score)
+    if settings.score_range is not None:
+        given = torch.as_tensor(settings.score_range, dtype=suffix.score.dtype, device=suffix.score.device)
+        return Stakes(given.expand(pairs) if given.ndim == 0 else given[start : start + pairs])
+    shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
+    closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
+    half = [_open_where(_field(gate, _FIELD, HALVES) > 0).unsqueeze(0) for gate in gates]
+    halves = _scores(suffix, gates, settings, _HALVES, half)
+    check_finite("score with closed gates", torch.cat([closed, halves], 1), start)
+    return measured(suffix.score, closed, halves)
+
+
+def check_of(suffix: Suffix, gate: Gates, bits: Tensor, settings: LayerSettings, start: int) -> Check:
+    r"""The scores that are left when parts of one layer are shut: the most relevant first, and in random orders.
+
+    Args:
+
+        suffix (Suffix): The recorded pass.
+        gate (Gates): The layer's gates.
+        bits (Tensor): What the map says of each element, (N, ...) of the hidden state's shape.
+        settings (LayerSettings): How many rows go through the model together.
+        start (int): Position of the first of these pairs, for errors.
+
+    Returns:
+        Check: one score per pair and fraction.
+    """
+    relevance, there = _positions(bits, gate)
+    fields = _field(gate, _ORDERS, ORDERS)
+    if fields.shape[1:] != relevance.shape[1:]:
+        fields = fields.mean(gate.channels, keepdim=True)
+    counts = there.flatten(1).sum(1).view(-1, *[1] * (relevance.ndim - 1))
+    found = []
+    # Where a map says the same of many positions, they come in a random order, too.
+    for order in (relevance, *fields):
+        rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
+        logits = torch.stack([_open_where(rank >= fraction * counts) for fraction in FRACTIONS], 1)
+        found.append(_scores(suffix, [gate], settings, _CHECK, [logits]))
+    check_finite("score with closed gates", torch.cat(found, 1), start)
+    return Check(found[0], torch.stack(found[1:]).mean(0))
+
+
+def _positions(bits: Tensor, gate: Gates) -> tuple[Tensor, Tensor]:
+    """What a map says of each position, with one channel, and which positions are no padding."""
+    several = bits.ndim > 2
+    relevance = bits.sum(gate.channels, keepdim=True) if several else bits
+    there = torch.ones_like(relevance, dtype=torch.bool)
+    if gate.real is None:
+        return relevance, there
+    return relevance, there & (gate.real.any(gate.channels, keepdim=True) if several else gate.real)
+
+
+@torch.no_grad()
+def _scores(
+    suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, step: int, logits: Sequence[Tensor]
+) -> Tensor:
+    """Scores through gates of given logits, (N or 1, draws, ...), with the noise of a step that no descent reaches."""
+    draws = logits[0].shape[1]
+    drawn = [noise(0, gate.index, step, draws, gate.hidden.shape[1:], antithetic=True) for gate in gates]
+    found = [
+        through(suffix, gates, [one[part] for one in drawn], [one[:, part] for one in logits])
+        for part in parts_of(settings, draws)
+    ]
+    return torch.cat(found, 1)
+
+
+def _open_where(is_open: Tensor) -> Tensor:
+    """Logits of gates that are open or shut."""
+    return torch.where(is_open, torch.inf, -torch.inf)
+
+
+def _field(gate: Gates, step: int, draws: int) -> Tensor:
+    """A random value per position, as smooth as the gates are, (draws, ...)."""
+    positions = list(gate.hidden.shape[1:])
+    if len(positions) > 1:
+        positions[gate.channels - 1] = 1
+    drawn = noise(0, gate.index, step, draws, positions, antithetic=True)
+    field = drawn.to(gate.hidden.device, gate.hidden.dtype)
+    return field if gate.filter is None else gate.filter(field.expand(-1, *gate.alpha.shape[1:]))
+
+
+def _rank(relevance: Tensor, among_equals: Tensor, there: Tensor) -> Tensor:
+    """Places of each pair's positions, the most relevant first, those that are not there last."""
+    shape = relevance.shape
+    order = among_equals.flatten(1).argsort(dim=1, descending=True, stable=True)
+    value = torch.where(there, relevance, -torch.inf).flatten(1).gather(1, order)
+    order = order.gather(1, value.argsort(dim=1, descending=True, stable=True))
+    places = torch.arange(order.shape[1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(1, order, places).view(shape)

@@ -1,0 +1,276 @@
+"""Optimise gates at tapped layers, one set per pair, until little but what the score needs gets through.
+
+Per pair the loss is ``beta * mean(information over the pair's real elements) - mean over noise draws(score) / range``,
+where the range is what the pair's score stands to lose (:mod:`captum_m2ib.engine.stakes`), so that its unit does not
+matter. Losses are summed over pairs and Adam works element by element, so pairs never influence each other.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from captum_m2ib.engine.batch_axis import BatchAxis
+from captum_m2ib.engine.check import Check
+from captum_m2ib.engine.closing import check_of, parts_of, stakes_of, through
+from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise, slice_pairs
+from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
+from captum_m2ib.engine.interception import borrowing
+from captum_m2ib.engine.layers import Layer
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.settings import LayerSettings
+from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
+from captum_m2ib.engine.suffix import Suffix, Tap
+
+
+@dataclass
+class LayerRecord:
+    r"""What the optimisation of one layer's gates did.
+
+    Attributes:
+
+        layer (str): The layer's name.
+        score (Tensor): Mean score over the noise draws at each step, (n_steps, N).
+        information (Tensor): Total information over the pair's real elements at each step, in bits, (n_steps, N).
+        bits (Tensor): The same for the final gates, (N,).
+        score_before (Tensor): Score of the untouched pair, (N,).
+        score_after (Tensor): Mean score through the final gates, over fresh noise draws, (N,).
+        score_range (Tensor): What the score is divided by in the objective: what the pair stands to lose, (N,); see
+            :mod:`captum_m2ib.engine.stakes`.
+        score_closed (Tensor or None): Mean score with all gates closed, (N,); None where ``score_range`` was given.
+        check (Check or None): Scores with parts shut, where asked for; see :mod:`captum_m2ib.engine.check`.
+        units (Tensor or None): Bits per unit of the hidden state, before they are spread over the input: patches,
+            (N, h, w), or tokens, (N, L).
+    """
+
+    layer: str
+    score: Tensor
+    information: Tensor
+    bits: Tensor
+    score_before: Tensor
+    score_after: Tensor
+    score_range: Tensor
+    score_closed: Tensor | None = None
+    check: Check | None = None
+    units: Tensor | None = None
+
+
+@dataclass
+class Gated:
+    """The result at one layer: bits per element, pairs first, and how the model holds that tensor."""
+
+    bits: Tensor
+    axis: BatchAxis
+    real: Tensor | None
+    record: LayerRecord | None = None
+
+
+def optimise(
+    forward: Callable[[tuple[Any, ...]], Any],
+    arguments: tuple[Any, ...],
+    taps: Sequence[Tap],
+    priors: Sequence[Prior],
+    layouts: Sequence[Layout | None],
+    settings: LayerSettings,
+    roots: Sequence[Any] = (),
+    with_record: bool = False,
+    with_check: bool = False,
+    modalities: Sequence[int] | None = None,
+    filters: Sequence[Callable[[Tensor, Tensor], GateFilter | None]] | None = None,
+) -> list[Gated]:
+    r"""Optimise the gates of every tap for every pair.
+
+    Args:
+
+        forward (Callable): Maps the tuple of all arguments to scores, (N,).
+        arguments (tuple): All arguments; the first is a batch of N.
+        taps (sequence of Tap): The layers.
+        priors (sequence): Per tap its statistics, ``"pair"`` for those of the pair's own hidden state, or None for
+            N(0, variance).
+        layouts (sequence): Per tap its layout or None.
+        settings (LayerSettings): The optimisation's settings.
+        roots (sequence, optional): Modules known to be used. Default: ()
+        with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
+        with_check (bool, optional): Whether the record tells what is left of the score when parts are shut: 12 rows per
+            pair and tap. Default: False
+        modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
+            argument ``i``)
+        filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
+            function from gate logits to the logits of the gates that are applied, or None. Default: None (gates are
+            applied as they are)
+
+    Returns:
+        list[Gated]: one per tap.
+
+    Raises:
+        ValueError: if the score, a hidden state or a gradient is not finite.
+    """
+    pairs = arguments[0].shape[0]
+    rows = settings.internal_batch_size or pairs * settings.n_samples
+    at_once = max(1, min(pairs, rows // settings.n_samples))
+    parts = -(-pairs // at_once)
+    explains = range(len(taps)) if modalities is None else modalities
+    objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
+    results: list[list[Gated]] = [[] for _ in taps]
+    hopeless: list[int] = []
+    with (
+        borrowing(*roots),
+        tqdm(
+            total=parts * len(objectives) * settings.n_steps,
+            desc="Information bottleneck",
+            unit="step",
+            disable=not settings.show_progress,
+        ) as bar,
+    ):
+        for start in range(0, pairs, at_once):
+            chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
+            suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
+            check_finite("score of the untouched pairs", suffix.score, start)
+            for tap, hidden in zip(taps, suffix.hidden, strict=True):
+                check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
+            gates = [gates_of(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
+            for gate, make in zip(gates, filters or (), strict=False):
+                gate.filter = make(gate.hidden, chunk[explains[gate.index]])
+            for objective in objectives:
+                chosen = [gates[i] for i in objective]
+                stakes = stakes_of(suffix, chosen, settings, start)
+                hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
+                steps = _descend(suffix, chosen, settings, stakes.weight, start, bar.update)
+                for gate in chosen:
+                    # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
+                    gate.closes_fully = gate.shared is not None
+                after = _score_after(suffix, chosen, settings) if with_record else None
+                for gate in chosen:
+                    result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after)
+                    if result.record is not None and with_check:
+                        result.record.check = check_of(suffix, gate, result.bits, settings, start)
+                    results[gate.index].append(result)
+    if hopeless:
+        _warn_of(sorted(set(hopeless)))
+    return [_join(parts_of) for parts_of in results]
+
+
+def _descend(
+    suffix: Suffix,
+    gates: list[Gates],
+    settings: LayerSettings,
+    weight: Tensor,
+    start: int,
+    advance: Callable[[], Any],
+) -> list[tuple[Tensor, list[Tensor]]]:
+    """Adam on the gates; returns per step the mean scores and the total information per pair."""
+    adam = torch.optim.Adam([{"params": [gate.alpha], "lr": settings.lr[gate.index]} for gate in gates])
+    history = []
+    for step in range(settings.n_steps):
+        drawn = [_draw(gate, settings, step) for gate in gates]
+        scores = []
+        for gate in gates:
+            gate.alpha.grad = torch.zeros_like(gate.alpha)
+        for part in parts_of(settings, settings.n_samples):
+            score = through(suffix, gates, [noise_[part] for noise_ in drawn])
+            _accumulate(gates, score, weight, settings.n_samples)
+            scores.append(score.detach())
+        totals = [_add_information(gate) for gate in gates]
+        score = torch.cat(scores, 1).mean(1)
+        check_finite(f"score at step {step}", score, start)
+        for gate in gates:
+            check_finite(f"gradient at step {step}", gate.alpha.grad, start)
+        adam.step()
+        history.append((score, totals))
+        advance()
+    return history
+
+
+def _draw(gate: Gates, settings: LayerSettings, step: int) -> Tensor:
+    shape, antithetic = gate.hidden.shape[1:], settings.antithetic[gate.index]
+    return noise(settings.seed, gate.index, step, settings.n_samples, shape, antithetic)
+
+
+def _accumulate(gates: list[Gates], score: Tensor, weight: Tensor, n_samples: int) -> None:
+    # A gradient of 1e-5 per element has few digits left in half precision and none after another layer.
+    scale = 2.0**12 if any(gate.dtype == torch.float16 for gate in gates) else 1.0
+    gradients = torch.autograd.grad((score.sum(1) * weight).sum() * (scale / n_samples), [gate.alpha for gate in gates])
+    for gate, gradient in zip(gates, gradients, strict=True):
+        gate.alpha.grad -= gradient / scale  # type: ignore[operator]
+
+
+def _add_information(gate: Gates) -> Tensor:
+    elements = gate.information()
+    loss = gate.beta * mean_information(elements, gate.real).sum()
+    gate.alpha.grad += torch.autograd.grad(loss, gate.alpha)[0]  # type: ignore[operator]
+    return elements.detach().flatten(1).sum(1) / NATS_PER_BIT
+
+
+@torch.no_grad()
+def _score_after(suffix: Suffix, gates: list[Gates], settings: LayerSettings) -> Tensor:
+    drawn = [_draw(gate, settings, settings.n_steps) for gate in gates]
+    scores = [
+        through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in parts_of(settings, settings.n_samples)
+    ]
+    return torch.cat(scores, 1).mean(1)
+
+
+def _result(
+    suffix: Suffix,
+    gate: Gates,
+    layer: Layer,
+    steps: list[tuple[Tensor, list[Tensor]]],
+    stakes: Stakes,
+    after: Tensor | None,
+) -> Gated:
+    bits = (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
+    result = Gated(bits, suffix.axes[gate.index], gate.real)
+    if after is not None:
+        position = gate.index if len(steps[0][1]) > 1 else 0
+        result.record = LayerRecord(
+            layer.name,
+            torch.stack([score for score, _ in steps]),
+            torch.stack([totals[position] for _, totals in steps]),
+            bits.flatten(1).sum(1),
+            suffix.score,
+            after,
+            stakes.range,
+            stakes.closed,
+        )
+    return result
+
+
+def _join(parts: list[Gated]) -> Gated:
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    records = [part.record for part in parts if part.record is not None]
+    record = None
+    if records:
+        per_pair = ("bits", "score_before", "score_after", "score_range")
+        closed = [r.score_closed for r in records if r.score_closed is not None]
+        record = LayerRecord(
+            records[0].layer,
+            torch.cat([r.score for r in records], 1),
+            torch.cat([r.information for r in records], 1),
+            **{name: torch.cat([getattr(r, name) for r in records]) for name in per_pair},
+            score_closed=torch.cat(closed) if closed else None,
+            check=_join_checks([r.check for r in records if r.check is not None]),
+        )
+    real = None if first.real is None else torch.cat([part.real for part in parts if part.real is not None])
+    return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
+
+
+def _join_checks(parts: list[Check]) -> Check | None:
+    return Check(torch.cat([p.top for p in parts]), torch.cat([p.random for p in parts])) if parts else None
+
+
+def _warn_of(pairs: list[int]) -> None:
+    which = ", ".join(map(str, pairs[:5])) + (", ..." if len(pairs) > 5 else "")
+    warnings.warn(
+        f"inputs: the score of pair {which} is about as high with all gates closed, so there is little to explain: the "
+        "map shows what raises the score, not what it rests on. Look at score_before and score_closed of the record.",
+        NothingToExplainWarning,
+        stacklevel=4,
+    )
