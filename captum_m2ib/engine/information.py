@@ -69,27 +69,28 @@ def sample(
     return torch.sigmoid(alpha) * hidden + torch.sigmoid(-alpha) * (mean + std * noise)
 
 
-def close_fully(alpha: Tensor, least: float = 0.05) -> Tensor:
-    r"""Logits of gates that shut wherever they were nearly closed: ``g`` becomes ``max(0, (g - least) / (1 - least))``.
+def close_fully(alpha: Tensor, shut: float = 0.05, kept: float = 0.06) -> Tensor:
+    r"""Logits of gates that shut wherever they were nearly closed.
+
+    A gate ``g`` becomes ``g * min(1, max(0, (g - shut) / (kept - shut)))``: nothing jumps.
 
     Args:
 
         alpha (Tensor): Gate logits, any shape.
-        least (float, optional): Gates up to here let nothing through. Default: 0.05
+        shut (float, optional): Gates up to here let nothing through. Default: 0.05
+        kept (float, optional): Gates from here on stay as they are. Default: 0.06
 
     Returns:
         Tensor: logits, of the same shape; negative infinity where nothing passes, which carries no information.
 
     Examples::
 
-        >>> torch.sigmoid(close_fully(torch.logit(torch.tensor([0.04, 0.05, 0.525, 1.0]))))
-        tensor([0.0000, 0.0000, 0.5000, 1.0000])
+        >>> torch.sigmoid(close_fully(torch.logit(torch.tensor([0.04, 0.055, 0.06, 0.9]))))
+        tensor([0.0000, 0.0275, 0.0600, 0.9000])
     """
-    # (g - least) / (1 - g) from the logits, so that gates that are nearly open keep their digits.
-    opened = torch.sigmoid(alpha) - least
-    return torch.where(
-        opened > 0, opened.clamp(min=torch.finfo(alpha.dtype).tiny).log() + F.softplus(alpha), -torch.inf
-    )
+    gate = torch.sigmoid(alpha)
+    share = ((gate - shut) / (kept - shut)).clamp(0, 1)
+    return torch.where(share < 1, torch.logit(gate * share), alpha)
 
 
 def mean_information(elements: Tensor, real: Tensor | None = None) -> Tensor:
