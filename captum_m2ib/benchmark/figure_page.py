@@ -22,6 +22,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.explanations.lettering import INK, elide, text_width, write
 from captum_m2ib.explanations.visualization import at_display_size, overlay, token_colors
 from captum_m2ib.scenes import image_probes, token_probes
+from captum_m2ib.scenes.grounds import TEXTURED
 
 COLUMNS = 9
 _SIDE, _GAP, _MARGIN = 1.7, 0.14, 0.3
@@ -50,7 +51,9 @@ class Example:
     maps: Mapping[str, tuple[NDArray[np.float64], NDArray[np.float64]]]
 
 
-def make_examples(encoder: DualEncoder, methods: Sequence[Method], seed: int = 0, each: int = 2) -> list[Example]:
+def make_examples(
+    encoder: DualEncoder, methods: Sequence[Method], seed: int = 0, each: int = 2, ground: str = TEXTURED
+) -> list[Example]:
     r"""Explain some probes by every method.
 
     Args:
@@ -60,12 +63,13 @@ def make_examples(encoder: DualEncoder, methods: Sequence[Method], seed: int = 0
         seed (int, optional): Which probes. Default: 0
         each (int, optional): How many of each kind: captions of one object, and captions of one that is there and one
                     that is not. Default: 2
+        ground (str, optional): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``
 
     Returns:
         list[Example]: 2 * ``each`` of them.
     """
     side = encoder.prepare(image_probes(1, seed)[0].image, "a scene").inputs[0].shape[-1]
-    pictures, captions = image_probes(each, seed, side), token_probes(each, seed, side)
+    pictures, captions = image_probes(each, seed, side, ground), token_probes(each, seed, side, ground)
     probes: list[Any] = [*pictures, *captions]
     masks = [*(probe.mask for probe in pictures), *(probe.scene.masks[probe.target] for probe in captions)]
     pairs = encoder.prepare([probe.image for probe in probes], [probe.caption for probe in probes])

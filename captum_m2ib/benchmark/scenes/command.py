@@ -51,6 +51,11 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
     parser.add_argument("--split", choices=("test", "validation"), help="default: test; with --tune validation")
     parser.add_argument("--seed", type=int, default=0, help="which scenes of the split (default: %(default)s)")
     parser.add_argument(
+        "--ground",
+        default="textured",
+        help="what their objects lie on: textured, plain, white, black or grey (default: %(default)s)",
+    )
+    parser.add_argument(
         "--output", metavar="DIR", default="benchmark-scenes", help="resumed if it is there (default: %(default)s)"
     )
     parser.add_argument(
@@ -91,7 +96,7 @@ def _run(given: argparse.Namespace, load: Load) -> None:
 def _plan(given: argparse.Namespace) -> Plan:
     from captum_m2ib.benchmark.scenes.run import Plan
 
-    options: dict[str, Any] = {"seed": given.seed, "statistics": not given.without_statistics}
+    options: dict[str, Any] = {"seed": given.seed, "statistics": not given.without_statistics, "ground": given.ground}
     options["split"] = given.split or ("validation" if given.tune else "test")
     if given.tune:
         options["probes"] = _TUNING_PROBES
@@ -119,7 +124,7 @@ def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:
 
     values = measure_all(models, chosen, plan, store, show_progress=sys.stderr.isatty())
     print(terminal(write_tables(store.folder, models, chosen, values)))
-    examples = make_examples(models[0].encoder, chosen, plan.probes_seed)
+    examples = make_examples(models[0].encoder, chosen, plan.probes_seed, ground=plan.ground)
     write_page(store.folder / "examples.png", examples, f"{models[0].name}: example maps of every method")
     written = ("figures.csv", "summary.csv", "table.md", "examples.png")
     print(f"\nwritten  {', '.join(os.fspath(Path(store.folder) / name) for name in written)}")

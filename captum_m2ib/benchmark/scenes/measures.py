@@ -35,6 +35,7 @@ from captum_m2ib.metrics import (
     top_k,
 )
 from captum_m2ib.scenes import ImageProbe, TokenProbe, image_probes, token_probes
+from captum_m2ib.scenes.grounds import TEXTURED
 
 Found: TypeAlias = dict[str, list[float]]
 
@@ -394,12 +395,14 @@ def measure(explainer: Any, probes: int = 200, seed: int = 0) -> dict[str, Summa
     return {name: estimate(values) for name, values in found.items()}
 
 
-def draw_probes(encoder: Any, probes: int, seed: int) -> tuple[list[ImageProbe], list[TokenProbe]]:
+def draw_probes(
+    encoder: Any, probes: int, seed: int, ground: str = TEXTURED
+) -> tuple[list[ImageProbe], list[TokenProbe]]:
     """Probes of both kinds at the size that the encoder reads."""
     if probes < 1:
         raise ValueError(f"probes: expected at least 1, got {probes}.")
     side = encoder.prepare(image_probes(1, seed)[0].image, "a scene").inputs[0].shape[-1]
-    return image_probes(probes, seed, side), token_probes(probes, seed, side)
+    return image_probes(probes, seed, side, ground), token_probes(probes, seed, side, ground)
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,8 @@ from captum_m2ib.benchmark.tables import (
     summary_csv,
 )
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.scenes import CHECKPOINT
+from captum_m2ib.scenes import CHECKPOINT, GROUNDS
+from captum_m2ib.scenes.grounds import TEXTURED
 
 # No seed of the test split reaches the probes of the validation split.
 _VALIDATION = 1_000_000_000
@@ -57,6 +58,7 @@ class Plan:
         split (str): ``"test"`` or ``"validation"``.
         seed (int): Which probes of the split.
         statistics (bool): Whether a checkpoint's own statistics are used.
+        ground (str): What the objects of the probes lie on, one of ``captum_m2ib.scenes.GROUNDS``.
     """
 
     probes: int = 500
@@ -68,6 +70,7 @@ class Plan:
     split: str = "test"
     seed: int = 0
     statistics: bool = True
+    ground: str = TEXTURED
 
     @classmethod
     def quick(cls, **given: Any) -> Plan:
@@ -79,6 +82,8 @@ class Plan:
             raise ValueError(f"--probes: expected at least 1, got {self.probes}.")
         if not 0 <= self.seed < _VALIDATION:
             raise ValueError(f"--seed: expected a whole number of at least 0 and below {_VALIDATION}, got {self.seed}.")
+        if self.ground not in GROUNDS:
+            raise ValueError(f"--ground: expected one of {', '.join(GROUNDS)}, got {self.ground!r}.")
         if self.split not in ("test", "validation"):
             raise ValueError(f"--split: expected test or validation, got {self.split!r}.")
 
@@ -166,7 +171,7 @@ def measure_all(
     spans = _spans(plan.probes)
     with tqdm(total=len(models) * len(methods) * len(spans), unit="block", disable=not show_progress) as bar:
         for model in models:
-            probes = draw_probes(model.encoder, plan.probes, plan.probes_seed)
+            probes = draw_probes(model.encoder, plan.probes, plan.probes_seed, plan.ground)
             for method in methods:
                 bar.set_description(f"{model.name}, {method.name}")
                 part = _Part(store, model, method)
@@ -213,7 +218,7 @@ def tune(
         for modality in range(len(MODALITIES))
         if len(settings := family.settings(models[0].encoder, modality)) > 1
     ]
-    probes = {model.name: draw_probes(model.encoder, plan.probes, plan.probes_seed) for model in models}
+    probes = {model.name: draw_probes(model.encoder, plan.probes, plan.probes_seed, plan.ground) for model in models}
     chosen: dict[str, dict[str, Setting]] = {}
     lines = []
     total = len(models) * sum(len(settings) for _, _, settings in todo)

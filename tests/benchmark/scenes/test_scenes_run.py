@@ -13,6 +13,7 @@ import torch
 from captum_m2ib import DualEncoder
 from captum_m2ib.benchmark.methods import Family, Method
 from captum_m2ib.benchmark.scenes import run as scenes_run
+from captum_m2ib.benchmark.scenes.measures import draw_probes
 from captum_m2ib.benchmark.scenes.run import Plan, load_models, measure_all, run_settings, tune, write_tables
 from captum_m2ib.benchmark.store import Store
 from captum_m2ib.scenes import image_probes, token_probes
@@ -163,6 +164,14 @@ def test_the_published_setting_wins_ties(encoder: DualEncoder, tmp_path: Path):
     assert chosen == {"stub": {"image": {}, "text": {}}}
 
 
+def test_the_ground_reaches_the_probes(encoder: DualEncoder):
+    drawn = {ground: draw_probes(encoder, 2, 0, ground) for ground in ("textured", "white")}
+    for usual, white in zip(*(pictures + words for pictures, words in drawn.values()), strict=True):
+        assert usual.caption == white.caption
+        empty = ~white.scene.masks.any(0)
+        assert (white.image[empty] == 255).mean() > 0.8 > (usual.image[empty] == 255).mean()
+
+
 def test_the_validation_split_shares_no_scene_with_the_test_split():
     test, validation = Plan(seed=3), Plan(seed=3, split="validation")
     assert validation.probes_seed != test.probes_seed
@@ -185,6 +194,7 @@ def test_quick_is_less_of_the_same():
         ({"seed": -1}, "--seed: expected .* got -1"),
         ({"seed": 10**9}, "--seed: expected .* got 1000000000"),
         ({"split": "train"}, "--split: expected test or validation"),
+        ({"ground": "lawn"}, "--ground: expected one of textured, plain"),
     ],
 )
 def test_a_plan_that_cannot_be(given: Any, says: str):
