@@ -89,7 +89,7 @@ def ground(picture: Tensor) -> Tensor:
     places = [place(pixel) for pixel in pixels]
     counts = Counter(places)
     fullest = min(counts, key=lambda bin_: (-counts[bin_], bin_))
-    if counts[fullest] * 32 < len(pixels):
+    if counts[fullest] < max(2, len(pixels) / 32):
         return picture.new_tensor([sorted(values)[(len(values) - 1) // 2] for values in zip(*pixels, strict=True)])
     inside = [pixel for pixel, bin_ in zip(pixels, places, strict=True) if bin_ == fullest]
     return picture.new_tensor([sum(values) / len(inside) for values in zip(*inside, strict=True)])
