@@ -109,9 +109,12 @@ def optimise(
         list[Gated]: one per tap.
 
     Raises:
-        ValueError: if the score, a hidden state or a gradient is not finite.
+        ValueError: if the score, a hidden state or a gradient is not finite, or there is not one range per pair.
     """
     pairs = arguments[0].shape[0]
+    ranges = settings.score_range
+    if isinstance(ranges, tuple) and len(ranges) != pairs:
+        raise ValueError(f"score_range: expected one number or one per pair ({pairs}), got {len(ranges)}.")
     rows = settings.internal_batch_size or pairs * settings.n_samples
     at_once = max(1, min(pairs, rows // settings.n_samples))
     parts = -(-pairs // at_once)

@@ -43,6 +43,7 @@ def _ground(values: Tensor) -> Tensor:
     low, high = values.amin(0), values.amax(0)
     places = ((values - low) / (high - low).clamp(min=torch.finfo(values.dtype).tiny) * BINS).long().clamp(max=BINS - 1)
     _, bin_of, counts = torch.unique(places, dim=0, return_inverse=True, return_counts=True)
-    if int(counts.max()) < LEAST_SHARE * len(values):
+    # One position alone is no ground, however few there are.
+    if int(counts.max()) < max(2, LEAST_SHARE * len(values)):
         return values.median(0).values
     return values[bin_of == counts.argmax()].mean(0)

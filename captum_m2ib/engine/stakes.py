@@ -81,4 +81,5 @@ def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = 0.1) -> Tensor
     """
     if stakes.closed is None:
         return torch.zeros(len(score), dtype=torch.bool)
-    return ~(score - stakes.closed > share * stakes.range).cpu()
+    # Where the range is 0, what little the score falls by is rounding.
+    return ~((score - stakes.closed > share * stakes.range) & (stakes.range > 0)).cpu()

@@ -1,8 +1,11 @@
-"""Second implementations of the attention methods on transformers' CLIP: eager attention, full passes, autograd."""
+"""Second implementations, in float64 and in the open: the attention methods on transformers' CLIP, and what the
+information bottlenecks measure of a pair before they descend and do to its gates afterwards."""
 
 from __future__ import annotations
 
 import copy
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +14,85 @@ import torch.nn.functional as F
 from families import Case, family_named
 from torch import Tensor, nn
 
+from captum_m2ib.engine.gates import noise
 from captum_m2ib.engine.layouts import to_input
+
+CLOSED, HALVES, FIELDS = 2**32, 2**32 + 1, 2**32 + 2
+"""The steps whose noise fills closed gates, fills gates half of which are closed, and says which half."""
+
+
+def range_of(before: float, closed: Sequence[float], halves: Sequence[float]) -> float:
+    """What a pair stands to lose: its fall to all gates closed, or twice the spread over halves of them."""
+    mean = sum(halves) / len(halves)
+    spread = (sum((value - mean) ** 2 for value in halves) / (len(halves) - 1)) ** 0.5
+    return max(before - sum(closed) / len(closed), 2 * spread)
+
+
+def measure_range(
+    before: Tensor,
+    score: Callable[[list[Tensor], list[Tensor]], Tensor],
+    indices: Sequence[int],
+    shapes: Sequence[Sequence[int]],
+    channels: Sequence[int],
+    blur: Callable[[Tensor], Tensor] = lambda field: field,
+) -> Tensor:
+    r"""The range of every pair of a batch, (N,).
+
+    Args:
+
+        before (Tensor): Scores of the untouched pairs, (N,).
+        score (Callable): Scores through gates that are 0 or 1 given per layer, and noise given per layer.
+        indices (sequence of int): Positions of the layers that close together.
+        shapes (sequence): One pair's hidden state's shape per layer.
+        channels (sequence of int): The axis of that shape along which channels run.
+        blur (Callable, optional): What the fields go through that say which half is open. Default: nothing
+    """
+
+    def draws(step: int, count: int, one_channel: bool = False) -> list[Tensor]:
+        found = []
+        for index, shape, axis in zip(indices, shapes, channels, strict=True):
+            own = [1 if one_channel and dim == axis else size for dim, size in enumerate(shape)]
+            half = noise(0, index, step, count // 2, own).double()
+            found.append(torch.cat([half, -half]))
+        return found
+
+    def scores(step: int, gates: list[Tensor]) -> list[Tensor]:
+        drawn = draws(step, len(gates[0]))
+        return [score([g[d] for g in gates], [eps[d] for eps in drawn]).detach() for d in range(len(gates[0]))]
+
+    closed = scores(CLOSED, [torch.zeros(2, *shape).double() for shape in shapes])
+    is_open = [torch.stack([blur(one) for one in fields]) > 0 for fields in draws(FIELDS, 6, one_channel=True)]
+    halves = scores(HALVES, [given.double().expand(6, *s) for given, s in zip(is_open, shapes, strict=True)])
+    found = [
+        range_of(float(before[pair]), [float(s[pair]) for s in closed], [float(s[pair]) for s in halves])
+        for pair in range(len(before))
+    ]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def shut(gate: Tensor) -> Tensor:
+    """Gates of a picture after the descent: what lets less than a twentieth through lets nothing through."""
+    return ((gate - 0.05) / 0.95).clamp(min=0)
+
+
+def ground(picture: Tensor) -> Tensor:
+    """What fills most of a picture, (C, h, w): of 8 bins to the channel the fullest, or each channel's median."""
+    pixels = picture.flatten(1).T.tolist()
+    ends = [(min(values), max(values)) for values in zip(*pixels, strict=True)]
+
+    def place(pixel: list[float]) -> tuple[int, ...]:
+        return tuple(
+            min(int((value - low) / (high - low) * 8), 7) if high > low else 0
+            for value, (low, high) in zip(pixel, ends, strict=True)
+        )
+
+    places = [place(pixel) for pixel in pixels]
+    counts = Counter(places)
+    fullest = min(counts, key=lambda bin_: (-counts[bin_], bin_))
+    if counts[fullest] < max(2, len(pixels) / 32):
+        return picture.new_tensor([sorted(values)[(len(values) - 1) // 2] for values in zip(*pixels, strict=True)])
+    inside = [pixel for pixel, bin_ in zip(pixels, places, strict=True) if bin_ == fullest]
+    return picture.new_tensor([sum(values) / len(inside) for values in zip(*inside, strict=True)])
 
 
 @dataclass

@@ -112,8 +112,9 @@ def test_the_first_tower_runs_once_for_both_scores():
         additional_forward_args=(case.inputs[1], rival, case.additional[0], rival_mask),
         **FEW,
     )
-    # One recorded pass and three steps; the captions' tower runs for each caption of the recorded pass only.
-    assert counts == {"image": 4, "text": 2}
+    # One recorded pass, three steps, and eight draws of closed gates, at most three at a time; the captions' tower runs
+    # for each caption of the recorded pass only.
+    assert counts == {"image": 1 + 3 + 1 + 2, "text": 2}
 
 
 def test_the_published_settings_are_one_call_away():

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from attr_oracles import ground, measure_range, shut
 from families import family_named
 from torch import Tensor, nn
 
@@ -67,9 +68,22 @@ def second_implementation(
     n_samples: int,
 ) -> Tensor:
     """Bits per pixel of one picture, (h, w), in float64: one logit per pixel, divergences from torch.distributions."""
-    mean = pixels.mean((1, 2), keepdim=True)
-    std = (variance * (pixels - mean).square().mean((1, 2), keepdim=True)).sqrt()
+    center = pixels.mean((1, 2), keepdim=True)
+    mean = ground(pixels).view(-1, 1, 1)
+    std = (variance * (pixels - center).square().mean((1, 2), keepdim=True)).sqrt()
     logits = torch.full(pixels.shape[1:], math.log(start / (1 - start)), dtype=torch.float64, requires_grad=True)
+
+    def through(gate: Tensor, eps: Tensor) -> Tensor:
+        return score((gate * pixels + (1 - gate) * (mean + std * eps))[None])
+
+    range_ = measure_range(
+        score(pixels[None]).detach(),
+        lambda gates, drawn: through(gates[0], drawn[0]),
+        [0],
+        [pixels.shape],
+        [0],
+        (lambda field: mirrored(field[0], sigma)[None]) if sigma else (lambda field: field),
+    )[0]
 
     def nats(gate: Tensor) -> Tensor:
         passed = torch.distributions.Normal(gate * pixels + (1 - gate) * mean, (1 - gate) * std)
@@ -79,33 +93,42 @@ def second_implementation(
     for step in range(n_steps):
         gate = torch.sigmoid(mirrored(logits, sigma) if sigma else logits)
         drawn = noise(0, 0, step, n_samples, pixels.shape, antithetic=True).double()
-        values = torch.stack([score((gate * pixels + (1 - gate) * (mean + std * eps))[None])[0] for eps in drawn])
+        values = torch.stack([through(gate, eps)[0] for eps in drawn])
         adam.zero_grad()
-        (beta * nats(gate).mean() - values.mean()).backward()
+        (beta * nats(gate).mean() - values.mean() / range_).backward()
         adam.step()
-    gate = torch.sigmoid(mirrored(logits, sigma) if sigma else logits)
+    gate = shut(torch.sigmoid(mirrored(logits, sigma) if sigma else logits))
     return nats(gate).sum(0).detach() / math.log(2)
 
 
-@pytest.mark.parametrize(("smoothing", "variance"), [(0.0, 0.25), (1 / 14, 0.25), (0.2, 1.0)])
-def test_equals_a_second_implementation(smoothing: float, variance: float):
+@pytest.mark.parametrize(
+    ("smoothing", "variance", "beta", "lr", "closes"),
+    [(0.0, 0.25, 0.3, 0.2, False), (1 / 14, 0.25, 0.3, 0.2, False), (0.2, 1.0, 0.3, 0.2, False)]
+    + [(smoothing, 0.25, 1.2, 1.5, True) for smoothing in (0.0, 1 / 14)],
+)
+def test_equals_a_second_implementation(smoothing: float, variance: float, beta: float, lr: float, closes: bool):
     torch.manual_seed(0)
     score = reader(slice(2, 9), slice(3, 10)).double()
-    pixels = torch.randn(2, 3, 16, 20, dtype=torch.float64) * torch.tensor([0.5, 1.0, 2.0]).view(3, 1, 1) + 0.3
-    settings = {"beta": 0.3, "variance": variance, "lr": 0.2, "initial_gate": 0.6, **FEW}
+    pixels = (torch.rand(2, 3, 16, 20, dtype=torch.float64) - 0.4) * torch.tensor([1.5, 3.0, 6.0]).view(3, 1, 1)
+    # One picture lies on a ground, the other's values are spread.
+    pixels[1, :, 6:] = torch.tensor([0.9, -0.2, 0.4], dtype=torch.float64).view(3, 1, 1)
+    assert ground(pixels[1]).tolist() == pytest.approx([0.9, -0.2, 0.4])
+    assert torch.equal(ground(pixels[0]), pixels[0].flatten(1).median(1).values)
+    settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, **FEW}
     bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, smoothing=smoothing, **settings)
     for one, picture in zip(bits, pixels, strict=True):
-        expected = second_implementation(score, picture, 0.3, variance, 0.2, 0.6, 16 * smoothing, 3, 4)
+        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, 3, 4)
         torch.testing.assert_close(one.sum(0), expected, rtol=0, atol=1e-6 * float(expected.max()))
         for channel in one:
             torch.testing.assert_close(channel, one.mean(0))
+        assert bool((one == 0).any()) == closes and torch.equal(one.sum(0) == 0, expected == 0)
 
 
 def test_defaults_of_gated_inputs():
     score = reader(slice(2, 9), slice(3, 10))
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
-    told = {"beta": 0.3, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
+    told = {"beta": 1.2, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
     others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Normal, kl_divergence
 
-from captum_m2ib.engine.information import NATS_PER_BIT, information, mean_information, sample
+from captum_m2ib.engine.information import NATS_PER_BIT, close_fully, information, mean_information, sample
 
 
 def tensor(value: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -129,3 +129,45 @@ def test_padding_does_not_change_the_mean():
     padded = torch.cat([elements, torch.full((1, 5, 3), 9.0)], 1)
     mask = torch.cat([real, torch.zeros(1, 5, 1, dtype=torch.bool)], 1)
     torch.testing.assert_close(mean_information(padded, mask), mean_information(elements, real))
+
+
+LEAST = 0.05
+
+
+@pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+def test_gates_that_are_nearly_closed_shut(dtype, close):
+    gates = torch.tensor([0.0, 1e-9, 0.01, 0.049, 0.06, 0.2, 0.525, 0.9, 0.999, 1.0], dtype=torch.float64)
+    found = torch.sigmoid(close_fully(torch.logit(gates).to(dtype)))
+    expected = [0.0] * 4 + [(gate - LEAST) / (1 - LEAST) for gate in gates[4:].tolist()]
+    assert found.tolist() == pytest.approx(expected, abs=close) and found[:4].tolist() == [0.0] * 4
+    other = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), least=0.5))
+    assert other.tolist() == pytest.approx([0.0] * 6 + [0.05, 0.8, 0.998, 1.0], abs=close)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shutting_is_continuous_and_keeps_the_order(dtype):
+    alpha = torch.linspace(-12, 12, 4001, dtype=dtype)
+    found = close_fully(alpha)
+    gates = torch.sigmoid(found)
+    assert bool((gates.diff() >= 0).all()) and bool((gates <= torch.sigmoid(alpha)).all())
+    assert float(gates.diff().max()) < 1.2 * float(torch.sigmoid(alpha).diff().max()) and not found.isnan().any()
+    shut = torch.sigmoid(alpha) <= LEAST
+    assert bool(shut.any()) and bool((found[shut] == -math.inf).all()) and bool(found[~shut].isfinite().all())
+    # Far out, (g - least) / (1 - g) is (1 - least) exp(alpha): gates that are nearly open keep their digits.
+    far = torch.tensor([30.0, 60.0, 500.0], dtype=dtype)
+    torch.testing.assert_close(close_fully(far), far + math.log(1 - LEAST), rtol=1e-6, atol=0)
+    ends = close_fully(torch.tensor([-math.inf, math.inf, -1e4, 1e4], dtype=dtype))
+    assert ends[:3].tolist() == [-math.inf, math.inf, -math.inf] and bool(ends[3] > 9999)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_gate_that_is_shut_carries_nothing_and_shows_the_prior(dtype):
+    hidden = torch.tensor([-1e4, -2.0, 0.0, 0.3, 50.0], dtype=dtype)
+    noise = torch.tensor([0.0, 1.0, -1.5, 0.25, 2.0], dtype=dtype)
+    shut = torch.full_like(hidden, -math.inf)
+    for mean, std in ((0.0, 1.0), (0.5, 2.0), (torch.full_like(hidden, -3.0), torch.full_like(hidden, 0.5))):
+        assert information(shut, hidden, mean, std).tolist() == [0.0] * 5
+        assert torch.equal(sample(shut, hidden, noise, mean, std), mean + std * noise)
+    opened = torch.full_like(hidden, math.inf)
+    assert torch.equal(sample(opened, hidden, noise, 0.5, 2.0), hidden)
+    assert torch.equal(close_fully(shut), shut)
