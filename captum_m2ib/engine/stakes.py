@@ -22,6 +22,9 @@ CLOSED_DRAWS = 2
 HALVES = 6
 """Draws with all gates closed, and with half of them closed; each comes with its opposite."""
 
+LEAST_SHARE = 0.1
+"""Of the range, the least that closed gates must take of a score that has something to lose."""
+
 _ROUNDING = 16.0
 
 
@@ -67,7 +70,7 @@ def measured(score: Tensor, closed: Tensor, halves: Tensor) -> Stakes:
     return Stakes(torch.where(found > least, found, 0.0), mean)
 
 
-def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = 0.1) -> Tensor:
+def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = LEAST_SHARE) -> Tensor:
     r"""Which pairs score about as high with everything closed, (N,) boolean; none where that was not measured.
 
     Args:
