@@ -12,31 +12,20 @@ Where the pair has nothing to lose, as ``s - c`` is a tenth of the range or less
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
 from captum_m2ib.engine.stakes import Stakes, nothing_to_lose
+from captum_m2ib.engine.verdict import FAILING_MARGIN, HOLDING_KEPT, HOLDING_MARGIN, VERDICTS
 
 FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
 """Shares of the positions that are shut."""
 
 ORDERS = 2
-"""Random orders, one the other's opposite."""
-
-VERDICTS = ("holds", "weak", "fails")
-"""From the best to the worst."""
-
-HOLDING_MARGIN = 0.35
-"""The least margin of a map that holds."""
-
-FAILING_MARGIN = 0.15
-"""A map of a smaller margin fails: it says no more than chance."""
-
-HOLDING_KEPT = 0.5
-"""The least share of the range that the gates of a map that holds keep."""
+"""Random orders for each share, one the other's opposite."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +75,7 @@ class Check:
         return nothing_to_lose(self.score, Stakes(self.range, self.closed))
 
     def verdicts(self) -> list[str]:
-        """One of :data:`VERDICTS` per pair."""
+        """One of :data:`captum_m2ib.engine.verdict.VERDICTS` per pair."""
         return verdicts(self.margin, self.kept, self.is_idle)
 
     def _lost(self, left: Tensor) -> Tensor:
@@ -119,19 +108,6 @@ def verdicts(margin: Tensor, kept: Tensor, is_idle: Tensor) -> list[str]:
     holds = ((margin >= HOLDING_MARGIN) & (kept >= HOLDING_KEPT)).cpu()
     places = torch.where(fails, 2, torch.where(holds, 0, 1))
     return [VERDICTS[place] for place in places.tolist()]
-
-
-def worst(found: Iterable[str]) -> str:
-    r"""The verdict on a pair: its modalities' worst, for a wrong map beside a right one is still wrong.
-
-    Args:
-
-        found (iterable of str): Verdicts, at least one.
-
-    Returns:
-        str: one of them.
-    """
-    return max(found, key=VERDICTS.index)
 
 
 def joined(parts: Sequence[Check]) -> Check | None:

@@ -79,16 +79,19 @@ def check_of(
     if stakes.closed is None:
         raise ValueError("stakes: expected measured ones, got a given range.")
     relevance, there = _positions(bits, gate)
-    fields = _field(gate, _ORDERS, ORDERS)
+    fields = _field(gate, _ORDERS, ORDERS * len(FRACTIONS))
     if fields.shape[1:] != relevance.shape[1:]:
         fields = fields.mean(gate.channels, keepdim=True)
     counts = there.flatten(1).sum(1).view(-1, *[1] * (relevance.ndim - 1))
     found = []
-    # Where a map says the same of many positions, they come in a random order, too.
-    for order in (relevance, *fields):
-        rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
-        logits = torch.stack([_open_where(rank >= fraction * counts) for fraction in FRACTIONS], 1)
-        found.append(_scores(suffix, [gate], settings, _CHECK, [logits]))
+    # Each fraction has random orders of its own: an order that begins with what matters would spoil all of them.
+    for orders in ([relevance] * len(FRACTIONS), *fields.unflatten(0, (ORDERS, len(FRACTIONS)))):
+        open_ = []
+        for order, fraction in zip(orders, FRACTIONS, strict=True):
+            # Where a map says the same of many positions, they come in a random order, too.
+            rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
+            open_.append(_open_where(rank >= fraction * counts))
+        found.append(_scores(suffix, [gate], settings, _CHECK, [torch.stack(open_, 1)]))
     check_finite("score with closed gates", torch.cat(found, 1), start)
     return Check(found[0], torch.stack(found[1:]).mean(0), suffix.score, after, stakes.closed, stakes.range)
 

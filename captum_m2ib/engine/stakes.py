@@ -18,12 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_m2ib.engine.verdict import LEAST_SHARE
+
 CLOSED_DRAWS = 2
 HALVES = 6
 """Draws with all gates closed, and with half of them closed; each comes with its opposite."""
-
-LEAST_SHARE = 0.1
-"""Of the range, the least that closed gates must take of a score that has something to lose."""
 
 _ROUNDING = 16.0
 

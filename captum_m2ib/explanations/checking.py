@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from captum_m2ib.engine.check import HOLDING_KEPT, VERDICTS, Check, worst
-from captum_m2ib.engine.stakes import LEAST_SHARE
+from captum_m2ib.engine.verdict import HOLDING_KEPT, LEAST_SHARE, VERDICTS, worst
+
+if TYPE_CHECKING:
+    from captum_m2ib.engine.check import Check
 
 MODALITIES = ("image", "text")
 """What is checked of a pair."""

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, NothingToExplainWarning, explain
 from captum_m2ib.benchmark.scenes.verdicts import check_maps
-from captum_m2ib.engine.check import FRACTIONS, Check, joined, verdicts, worst
+from captum_m2ib.engine.check import FRACTIONS, Check, joined, verdicts
 from captum_m2ib.engine.suffix import Suffix
+from captum_m2ib.engine.verdict import worst
 from captum_m2ib.explanations.checking import FIGURES, ensure_check, pair_checks, told
 
 FEW: dict[str, Any] = {"n_steps": 8, "n_samples": 4}

@@ -27,7 +27,7 @@ from captum_m2ib.benchmark.compare import estimate
 from captum_m2ib.benchmark.scenes.measures import BLOCK
 from captum_m2ib.benchmark.scenes.run import Plan
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.check import VERDICTS, Check, verdicts
+from captum_m2ib.engine.check import Check, verdicts
 from captum_m2ib.engine.closing import check_of, measured_stakes
 from captum_m2ib.engine.gates import gates_of
 from captum_m2ib.engine.interception import borrowing
@@ -35,6 +35,7 @@ from captum_m2ib.engine.settings import Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.stakes import NothingToExplainWarning
 from captum_m2ib.engine.suffix import Suffix, Tap
+from captum_m2ib.engine.verdict import VERDICTS
 from captum_m2ib.metrics import relevance_mass
 from captum_m2ib.scenes import ImageProbe, TokenProbe, build_model, image_probes, token_probes
 
@@ -60,7 +61,7 @@ class Checked:
         ground (str): One of :data:`GROUNDS`.
         modality (str): ``"image"`` or ``"text"``.
         source (str): One of :data:`MAPS`.
-        verdict (str): One of :data:`captum_m2ib.engine.check.VERDICTS`.
+        verdict (str): One of :data:`captum_m2ib.engine.verdict.VERDICTS`.
         margin (float): How much more the map's order takes than a random one.
         kept (float): Share of the range that the map's gates keep; 1 for a map that is not the pair's own, whose
             gates do not belong to this pair.
