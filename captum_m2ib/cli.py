@@ -95,6 +95,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--samples", type=int, default=10, help="noise draws per step (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
+    parser.add_argument("--no-check", action="store_true", help="leave out the map's check of itself")
     parser.set_defaults(run=_explain)
 
 
@@ -134,18 +135,23 @@ def _explain(given: argparse.Namespace) -> None:
 
         image = load_picture(given.image, "IMAGE")
     encoder = _load(given)
-    explanation = explain(
-        encoder,
-        image,
-        text,
-        method=_method(encoder, given),
-        beta=given.beta,
-        n_steps=given.steps,
-        n_samples=given.samples,
-        seed=given.seed,
-        joint=given.joint,
-        show_progress=sys.stderr.isatty(),
-    )[0]
+    with warnings.catch_warnings():
+        if not given.no_check:
+            # The check says so.
+            warnings.simplefilter("ignore", captum_m2ib.NothingToExplainWarning)
+        explanation = explain(
+            encoder,
+            image,
+            text,
+            method=_method(encoder, given),
+            beta=given.beta,
+            n_steps=given.steps,
+            n_samples=given.samples,
+            seed=given.seed,
+            joint=given.joint,
+            check=not given.no_check,
+            show_progress=sys.stderr.isatty(),
+        )[0]
     explanation.save(output)
     print(_summary(explanation))
     print(f"picture  {os.fspath(output)}" if output.suffix.lower() == ".png" else f"written  {os.fspath(output)}")
@@ -213,6 +219,7 @@ def _summary(explanation: Explanation) -> str:
         f"score    {explanation.score:.3f} (cosine similarity)\n"
         f"image    {explanation.image_total_bits:.1f} bits\n"
         f"text     {explanation.token_total_bits:.1f} bits; most in: {top}"
+        + "".join(f"\n{'check' if not i else '':9}{line}" for i, line in enumerate(explanation.check_lines))
     )
 
 

@@ -79,12 +79,14 @@ class TestExplain:
         assert set(files_in(tmp_path)) == {"explanation.png"}
         with Image.open(tmp_path / "explanation.png") as written:
             assert written.format == "PNG" and min(written.size) > 100
-        caption, score, image, text, path = out.splitlines()
+        caption, score, image, text, check, second, path = out.splitlines()
         assert caption.startswith("caption  ") and path == "picture  explanation.png"
         assert -1 <= float(re.fullmatch(r"score +(-?\d\.\d{3}) \(cosine similarity\)", score)[1]) <= 1
         assert float(re.fullmatch(r"image +(\d+\.\d) bits", image)[1]) > 0
         tokens = re.fullmatch(r"text +(\d+\.\d) bits; most in: (.*)", text)[2].split(", ")
         assert 1 <= len(tokens) <= 5
+        verdict = r" map (holds|is weak|fails): .*(what the score can lose|nothing to explain).*"
+        assert re.fullmatch("check    image" + verdict, check) and re.fullmatch("         text" + verdict, second)
         words = caption.removeprefix("caption").split()
         for token in tokens:
             word, bits = token.rsplit(" ", 1)
@@ -102,14 +104,27 @@ class TestExplain:
             with Image.open(target) as written:
                 written.load()
         elif suffix == ".html":
-            assert CAPTION in target.read_text(encoding="utf-8")
+            page = target.read_text(encoding="utf-8")
+            assert CAPTION in page and "check: text map" in page
         else:
             loaded = Explanation.load(target)
+            assert loaded.check_lines == [line[9:] for line in out.splitlines()[4:6]]
             assert loaded.caption == CAPTION and loaded.image_bits.shape == (64, 64)
             assert f"score    {loaded.score:.3f} " in out
             assert f"image    {loaded.image_total_bits:.1f} bits" in out
             assert f"text     {loaded.token_total_bits:.1f} bits" in out
             assert ", ".join(f"{token} {bits:.2f}" for token, bits in loaded.top_tokens(5)) in out
+
+    @pytest.mark.filterwarnings("always::captum_m2ib.NothingToExplainWarning")
+    def test_the_check_can_be_left_out(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
+        target = tmp_path / "result.json"
+        given = ("explain", picture, "red circle " * 8, "--model", checkpoint, "--output", target, *QUICK)
+        status, out, err = run(*given)
+        assert (status, err) == (0, "") and "fails: the score is about as high" in out
+        status, out, err = run(*given, "--no-check")
+        # What the check would have said is a warning then.
+        assert status == 0 and "little to explain" in err and "check  " not in out and len(out.splitlines()) == 5
+        assert Explanation.load(target).check is None
 
     @pytest.mark.filterwarnings("ignore::captum_m2ib.metrics.bypass.BypassWarning")
     def test_options_reach_the_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
@@ -490,7 +505,7 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["nothing"], ["benchmark"], ["explain", "--steps", "x"], ["explain", "--no"]]
+    "arguments", [[], ["nothing"], ["benchmark"], ["explain", "--steps", "x"], ["explain", "--nothing"]]
 )
 def test_wrong_usage(capsys: pytest.CaptureFixture[str], arguments: list[str]):
     with pytest.raises(SystemExit) as stop:

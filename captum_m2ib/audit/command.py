@@ -56,6 +56,7 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
     parser.add_argument("--contrast", metavar="CAPTION", help="compare each map with the one for this caption")
     parser.add_argument("--halves", action="store_true", help="score each picture's best half and other half, too")
+    parser.add_argument("--no-check", action="store_true", help="leave out the maps' check of themselves")
     parser.add_argument("--cut-captions", action="store_true", help="explain the beginning of captions too long")
     parser.add_argument("--thumbnail", type=int, default=128, help="side kept of each picture (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="pairs explained at once (default: %(default)s)")
@@ -119,6 +120,7 @@ def _audit(given: argparse.Namespace) -> None:
             joint=given.joint,
             contrast=given.contrast,
             halves=given.halves,
+            check=not given.no_check,
             cut_captions=given.cut_captions,
             thumbnail=given.thumbnail,
             batch_size=given.batch,
@@ -153,6 +155,9 @@ def _how_to_resume() -> str:
     return f"to go on from here: {shlex.join(['captum-m2ib', *sys.argv[1:]])}"
 
 
+_PLURALS = {"holds": "hold", "fails": "fail"}
+
+
 def _told(summary: Summary) -> str:
     failed = sum(summary.errors.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in summary.errors.items())
@@ -160,6 +165,9 @@ def _told(summary: Summary) -> str:
         f"explained  {summary.finished - failed:,} of {summary.rows:,} pairs",
         f"errors     {failed:,}{f' ({kinds})' if kinds else ''}",
     ]
+    for name, counts in summary.checks.items():
+        told = ", ".join(f"{count:,} {_PLURALS.get(verdict, verdict)}" for verdict, count in counts.items())
+        lines.append(f"{f'{name} maps':10} {told}")
     if summary.explained_now:
         rate = summary.explained_now / max(summary.seconds, 1e-9)
         lines.append(f"rate       {rate:.2f} pairs/s ({summary.explained_now:,} in {summary.seconds:.1f} s)")

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from captum_m2ib.audit.writer import (
     read_run,
     remove_unfinished,
     shards,
+    verdict_counts,
     write_run,
 )
 
@@ -52,6 +53,8 @@ class Summary:
         seconds (float): How long that took, loading the model not included.
         size (int): Bytes of all finished shards.
         interrupted (bool): Whether the run was asked to stop before the end.
+        checks (dict): Number of each verdict on the pictures' and on the captions' maps, in all finished shards; empty
+            where none was checked.
     """
 
     output: Path
@@ -62,6 +65,7 @@ class Summary:
     seconds: float
     size: int
     interrupted: bool
+    checks: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 def run_audit(
@@ -154,10 +158,12 @@ def run_audit(
         seconds = time.monotonic() - began
         explained = sum(piece.rows for piece in pending if is_finished(folder, piece.index, piece.rows))
         finished, errors = error_counts(folder)
-        write_run(folder, {**run, "finished": finished, "errors": errors, "complete": finished == run["rows"]})
+        checks = verdict_counts(folder)
+        ended = {"finished": finished, "errors": errors, "checks": checks, "complete": finished == run["rows"]}
+        write_run(folder, {**run, **ended})
     size = sum(path.stat().st_size for path in shards(folder))
     stopped = explained < sum(piece.rows for piece in pending)
-    return Summary(folder, run["rows"], finished, errors, explained, seconds, size, stopped)
+    return Summary(folder, run["rows"], finished, errors, explained, seconds, size, stopped, checks)
 
 
 def _description(manifest: Manifest, pieces: list[Piece], shard_size: int, worker: Any) -> dict[str, Any]:

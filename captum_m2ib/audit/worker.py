@@ -35,14 +35,20 @@ FIGURES = (
     "text_bits",
     "image_score",
     "text_score",
+    "image_margin",
+    "text_margin",
+    "image_kept",
+    "text_kept",
     "best_half_score",
     "other_half_score",
     "inside_share",
     "inside_area",
     "contrast_similarity",
 )
+CHECKS = ("image_check", "text_check")
 RESULTS = (
     *FIGURES,
+    *CHECKS,
     "map",
     "tokens",
     "special",
@@ -89,6 +95,8 @@ class Worker:
             takes half as long again. Default: None
         halves (bool, optional): Also score the picture with only the half of its pixels that holds the most bits, and
             with only the other half. Default: False
+        check (bool, optional): Also look at what the score loses where the maps' top positions are hidden; see
+            :mod:`captum_m2ib.engine.check`. Default: True
         cut_captions (bool, optional): Explain the beginning of captions that the model cannot read to their end.
             Default: False (such a row is an error)
         thumbnail (int, optional): Longer side of the picture kept for looking at, in pixels; 0 for none. Default: 128
@@ -124,6 +132,7 @@ class Worker:
         joint: bool = False,
         contrast: str | None = None,
         halves: bool = False,
+        check: bool = True,
         cut_captions: bool = False,
         thumbnail: int = 128,
         batch_size: int = 8,
@@ -155,6 +164,7 @@ class Worker:
             "joint": joint,
         }
         self.contrast, self.halves, self.cut_captions, self.thumbnail = contrast, halves, cut_captions, thumbnail
+        self.check = check
         self.batch_size, self.internal_batch_size = batch_size, internal_batch_size
         self._method: MultiModalInfoBottleneck | None = None
 
@@ -179,6 +189,7 @@ class Worker:
             **self.optimisation,
             "contrast": self.contrast,
             "halves": self.halves,
+            "check": self.check,
             "cut_captions": self.cut_captions,
             "thumbnail": self.thumbnail,
         }
@@ -311,9 +322,13 @@ class Worker:
     def _explain_pairs(self, ready: list[_Ready], pairs: Pairs | None = None) -> None:
         if not ready:
             return
+        from captum_m2ib.engine.stakes import NothingToExplainWarning
+
         try:
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="captions:")
+                # The row's verdict says so.
+                warnings.filterwarnings("ignore", category=NothingToExplainWarning)
                 found = self._attribute(ready, self._inputs(ready) if pairs is None else pairs)
         except Exception as error:
             # A worker must outlive whatever one pair does to the model; halving finds that pair.
@@ -343,6 +358,7 @@ class Worker:
             pairs.inputs,
             additional_forward_args=pairs.additional_forward_args,
             internal_batch_size=self.internal_batch_size,
+            check=self.check,
             **self.optimisation,
         )
         image, text = record.modalities
@@ -365,6 +381,11 @@ class Worker:
             }
             for i, pair in enumerate(ready)
         ]
+        for name, part in zip(("image", "text"), record.modalities, strict=True):
+            if part.check is not None:
+                columns = zip(part.check.verdicts(), part.check.margin.tolist(), part.check.kept.tolist(), strict=True)
+                for result, (verdict, margin, kept) in zip(results, columns, strict=True):
+                    result.update({f"{name}_check": verdict, f"{name}_margin": margin, f"{name}_kept": kept})
         if self.halves and pairs.inputs[0].ndim == 4:
             for result, figures in zip(results, half_scores(encoder, pairs, image_bits), strict=True):
                 result.update(figures)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from captum_m2ib.audit.tables import import_pyarrow
+from captum_m2ib.engine.verdict import VERDICTS
 
 RUN_FILE = "run.json"
 _FORMAT, _VERSION = "captum_m2ib.audit", 1
@@ -35,6 +36,12 @@ def schema() -> Any:
             ("text_bits", number),
             ("image_score", number),
             ("text_score", number),
+            ("image_check", text),
+            ("text_check", text),
+            ("image_margin", number),
+            ("text_margin", number),
+            ("image_kept", number),
+            ("text_kept", number),
             ("best_half_score", number),
             ("other_half_score", number),
             ("inside_share", number),
@@ -118,12 +125,17 @@ def is_finished(folder: Path, index: int, rows: int) -> bool:
 
 
 def read_shard(path: Path, columns: Sequence[str]) -> Any:
-    """Some columns of a shard, as a ``pyarrow.Table``."""
-    import_pyarrow()
+    """Some columns of a shard, as a ``pyarrow.Table``; those that an older release did not write are null."""
+    pa = import_pyarrow()
     from pyarrow.parquet import ParquetFile
 
     with ParquetFile(path) as opened:
-        return opened.read(columns=list(columns))
+        there = opened.read(columns=list(columns))
+    types = schema()
+    for name in columns:
+        if name not in there.column_names:
+            there = there.append_column(types.field(name), pa.nulls(len(there), types.field(name).type))
+    return there
 
 
 def error_counts(folder: Path) -> tuple[int, dict[str, int]]:
@@ -135,6 +147,18 @@ def error_counts(folder: Path) -> tuple[int, dict[str, int]]:
         for pair in kinds.drop_null().value_counts().to_pylist():
             counts[pair["values"]] = counts.get(pair["values"], 0) + pair["counts"]
     return rows, dict(sorted(counts.items()))
+
+
+def verdict_counts(folder: Path) -> dict[str, dict[str, int]]:
+    """How many maps of the finished shards got each verdict, ``image`` and ``text``; empty where none was checked."""
+    found: dict[str, dict[str, int]] = {}
+    for path in shards(folder):
+        table = read_shard(path, ["image_check", "text_check"])
+        for name in ("image", "text"):
+            for pair in table[f"{name}_check"].drop_null().value_counts().to_pylist():
+                counts = found.setdefault(name, dict.fromkeys(VERDICTS, 0))
+                counts[pair["values"]] += pair["counts"]
+    return found
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:

@@ -42,6 +42,11 @@ def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, s
     if settings.score_range is not None:
         given = torch.as_tensor(settings.score_range, dtype=suffix.score.dtype, device=suffix.score.device)
         return Stakes(given.expand(pairs) if given.ndim == 0 else given[start : start + pairs])
+    return measured_stakes(suffix, gates, settings, start)
+
+
+def measured_stakes(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:
+    """The same where the range was given: what :func:`stakes_of` would have measured."""
     shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
     closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
     half = [_open_where(_field(gate, _FIELD, HALVES) > 0).unsqueeze(0) for gate in gates]
@@ -50,7 +55,9 @@ def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, s
     return measured(suffix.score, closed, halves)
 
 
-def check_of(suffix: Suffix, gate: Gates, bits: Tensor, settings: LayerSettings, start: int) -> Check:
+def check_of(
+    suffix: Suffix, gate: Gates, bits: Tensor, settings: LayerSettings, start: int, stakes: Stakes, after: Tensor
+) -> Check:
     r"""The scores that are left when parts of one layer are shut: the most relevant first, and in random orders.
 
     Args:
@@ -60,23 +67,33 @@ def check_of(suffix: Suffix, gate: Gates, bits: Tensor, settings: LayerSettings,
         bits (Tensor): What the map says of each element, (N, ...) of the hidden state's shape.
         settings (LayerSettings): How many rows go through the model together.
         start (int): Position of the first of these pairs, for errors.
+        stakes (Stakes): What these pairs stand to lose, measured.
+        after (Tensor): Mean scores through the map's own gates, (N,).
 
     Returns:
         Check: one score per pair and fraction.
+
+    Raises:
+        ValueError: if a score is not finite, or the stakes were not measured.
     """
+    if stakes.closed is None:
+        raise ValueError("stakes: expected measured ones, got a given range.")
     relevance, there = _positions(bits, gate)
-    fields = _field(gate, _ORDERS, ORDERS)
+    fields = _field(gate, _ORDERS, ORDERS * len(FRACTIONS))
     if fields.shape[1:] != relevance.shape[1:]:
         fields = fields.mean(gate.channels, keepdim=True)
     counts = there.flatten(1).sum(1).view(-1, *[1] * (relevance.ndim - 1))
     found = []
-    # Where a map says the same of many positions, they come in a random order, too.
-    for order in (relevance, *fields):
-        rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
-        logits = torch.stack([_open_where(rank >= fraction * counts) for fraction in FRACTIONS], 1)
-        found.append(_scores(suffix, [gate], settings, _CHECK, [logits]))
+    # Each fraction has random orders of its own: an order that begins with what matters would spoil all of them.
+    for orders in ([relevance] * len(FRACTIONS), *fields.unflatten(0, (ORDERS, len(FRACTIONS)))):
+        open_ = []
+        for order, fraction in zip(orders, FRACTIONS, strict=True):
+            # Where a map says the same of many positions, they come in a random order, too.
+            rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
+            open_.append(_open_where(rank >= fraction * counts))
+        found.append(_scores(suffix, [gate], settings, _CHECK, [torch.stack(open_, 1)]))
     check_finite("score with closed gates", torch.cat(found, 1), start)
-    return Check(found[0], torch.stack(found[1:]).mean(0))
+    return Check(found[0], torch.stack(found[1:]).mean(0), suffix.score, after, stakes.closed, stakes.range)
 
 
 def _positions(bits: Tensor, gate: Gates) -> tuple[Tensor, Tensor]:

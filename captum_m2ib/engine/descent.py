@@ -17,8 +17,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib.engine.batch_axis import BatchAxis
-from captum_m2ib.engine.check import Check
-from captum_m2ib.engine.closing import check_of, parts_of, stakes_of, through
+from captum_m2ib.engine.check import Check, joined
+from captum_m2ib.engine.closing import check_of, measured_stakes, parts_of, stakes_of, through
 from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise, slice_pairs
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
@@ -98,7 +98,7 @@ def optimise(
         roots (sequence, optional): Modules known to be used. Default: ()
         with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
         with_check (bool, optional): Whether the record tells what is left of the score when parts are shut: 12 rows per
-            pair and tap. Default: False
+            pair and tap, and 8 where the range was given. Default: False
         modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
             argument ``i``)
         filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
@@ -149,10 +149,13 @@ def optimise(
                     # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
                     gate.closes_fully = gate.shared is not None
                 after = _score_after(suffix, chosen, settings) if with_record else None
+                # A range that was given is the objective's own; the check needs what closed gates really take.
+                given = with_check and stakes.closed is None
+                found = measured_stakes(suffix, chosen, settings, start) if given else stakes
                 for gate in chosen:
                     result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after)
-                    if result.record is not None and with_check:
-                        result.record.check = check_of(suffix, gate, result.bits, settings, start)
+                    if result.record is not None and after is not None and with_check:
+                        result.record.check = check_of(suffix, gate, result.bits, settings, start, found, after)
                     results[gate.index].append(result)
     if hopeless:
         _warn_of(sorted(set(hopeless)))
@@ -259,14 +262,10 @@ def _join(parts: list[Gated]) -> Gated:
             torch.cat([r.information for r in records], 1),
             **{name: torch.cat([getattr(r, name) for r in records]) for name in per_pair},
             score_closed=torch.cat(closed) if closed else None,
-            check=_join_checks([r.check for r in records if r.check is not None]),
+            check=joined([r.check for r in records if r.check is not None]),
         )
     real = None if first.real is None else torch.cat([part.real for part in parts if part.real is not None])
     return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
-
-
-def _join_checks(parts: list[Check]) -> Check | None:
-    return Check(torch.cat([p.top for p in parts]), torch.cat([p.random for p in parts])) if parts else None
 
 
 def _warn_of(pairs: list[int]) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from captum_m2ib.engine.verdict import LEAST_SHARE
+
 CLOSED_DRAWS = 2
 HALVES = 6
 """Draws with all gates closed, and with half of them closed; each comes with its opposite."""
@@ -67,7 +69,7 @@ def measured(score: Tensor, closed: Tensor, halves: Tensor) -> Stakes:
     return Stakes(torch.where(found > least, found, 0.0), mean)
 
 
-def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = 0.1) -> Tensor:
+def nothing_to_lose(score: Tensor, stakes: Stakes, share: float = LEAST_SHARE) -> Tensor:
     r"""Which pairs score about as high with everything closed, (N,) boolean; none where that was not measured.
 
     Args:

@@ -12,6 +12,7 @@ from captum_m2ib.attr import LayerRecord, MultiModalInfoBottleneck
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, packed_grid, per_patch, to_input
+from captum_m2ib.explanations.checking import pair_checks
 from captum_m2ib.explanations.explanation import Explanation
 from captum_m2ib.explanations.visualization import clean_token
 from captum_m2ib.metrics.bypass import has_chosen_layers, warn_of_bypass
@@ -26,6 +27,7 @@ def explain(
     *,
     method: MultiModalInfoBottleneck | None = None,
     internal_batch_size: int | None = 80,
+    check: bool = True,
     **settings: Any,
 ) -> list[Explanation]:
     r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
@@ -40,6 +42,8 @@ def explain(
             (``MultiModalInfoBottleneck(encoder)``)
         internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; None for all at
             once. Default: 80
+        check (bool, optional): Whether to look at what the score loses where the maps' top positions are hidden, and so
+            many at random: 12 forward passes per pair and modality, without gradients. Default: True
         **settings: Further arguments of :meth:`MultiModalInfoBottleneck.attribute`, such as ``beta`` or ``seed``.
 
     Returns:
@@ -66,9 +70,12 @@ def explain(
         pairs.inputs,
         additional_forward_args=pairs.additional_forward_args,
         internal_batch_size=internal_batch_size,
+        check=check,
         **settings,
     )
     image, text = record.modalities
+    found = [part.check for part in record.modalities if part.check is not None]
+    checks = pair_checks(found) if found else None
     real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
     layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
     units = image.units
@@ -96,6 +103,7 @@ def explain(
                 **asdict(record.settings),
             },
             record={"image": _course(image, i), "text": _course(text, i)},
+            check=None if checks is None else checks[i],
         )
         for i in range(len(pairs))
     ]

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
 from captum_m2ib.explanations.visualization import (
     format_bits,
@@ -50,6 +51,10 @@ class Explanation:
         token_bits (numpy.ndarray): Bits per token, float32, (tokens,).
         settings (dict): What the explanation was computed with.
         record (dict, optional): The optimisation's course, such as score and information per step. Default: None
+        check (dict, optional): Whether the maps name what the score rests on: of ``"image"`` and of ``"text"`` the
+            figures of :mod:`captum_m2ib.engine.check` (``score``, ``closed``, ``range``, ``kept``, ``lost_top``,
+            ``lost_random``) and a ``verdict``, ``"holds"``, ``"weak"`` or ``"fails"``; and the worse of the two as the
+            pair's ``verdict``. Default: None (not checked)
 
     Raises:
         ValueError: for shapes or lengths that do not fit, values with NaN or infinity, or settings or a record that
@@ -74,6 +79,7 @@ class Explanation:
     token_bits: NDArray[np.float32]
     settings: dict[str, Any]
     record: dict[str, Any] | None = None
+    check: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         image = np.array(self.image)
@@ -99,6 +105,7 @@ class Explanation:
             "token_bits": token_bits,
             "settings": _json_copy(self.settings, "settings"),
             "record": None if self.record is None else _json_copy(self.record, "record"),
+            "check": None if self.check is None else ensure_check(self.check),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -106,10 +113,11 @@ class Explanation:
     def __repr__(self) -> str:
         caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
         rows, columns = self.image_bits.shape
+        check = "" if self.check is None else f", check: {self.check['verdict']}"
         return (
             f"Explanation({caption!r}, score={self.score:.4g}, "
             f"image: {format_bits(self.image_total_bits)} bits over {rows} x {columns} pixels, "
-            f"text: {format_bits(self.token_total_bits)} bits over {len(self.tokens)} tokens)"
+            f"text: {format_bits(self.token_total_bits)} bits over {len(self.tokens)} tokens{check})"
         )
 
     @property
@@ -142,6 +150,11 @@ class Explanation:
         kept = [(token, bits) for token, bits, special in rows if include_special or not special]
         return sorted(kept, key=lambda row: -row[1])[:k]
 
+    @property
+    def check_lines(self) -> list[str]:
+        """The check in words, one line per modality; none where it was left out."""
+        return [] if self.check is None else told(self.check)
+
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         return to_png(self)
@@ -160,6 +173,7 @@ class Explanation:
             score=self.score,
             caption=self.caption,
             special=self.special,
+            notes=[f"check: {line}" for line in self.check_lines],
         )
 
     def save(self, path: str | os.PathLike[str]) -> Path:

@@ -23,7 +23,8 @@ from captum_m2ib.explanations.visualization import at_display_size, format_bits,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMAT, _VERSION = "captum_m2ib.explanation", 1
+_FORMAT, _VERSION = "captum_m2ib.explanation", 2
+_READ = (1, 2)
 _MAX_PIXELS = 128_000_000
 
 
@@ -50,6 +51,10 @@ class Explained(Protocol):
     def settings(self) -> dict[str, Any]: ...
     @property
     def record(self) -> dict[str, Any] | None: ...
+    @property
+    def check(self) -> dict[str, Any] | None: ...
+    @property
+    def check_lines(self) -> list[str]: ...
     @property
     def image_total_bits(self) -> float: ...
     @property
@@ -90,6 +95,7 @@ def _header(explanation: Explained) -> dict[str, Any]:
         "score": explanation.score,
         "settings": explanation.settings,
         "record": explanation.record,
+        "check": explanation.check,
     }
 
 
@@ -97,9 +103,12 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an Explanation that a header holds."""
     if header.get("format") != _FORMAT:
         raise ValueError(f"its format is {header.get('format')!r}, not {_FORMAT!r}")
-    if header.get("version") != _VERSION:
-        raise ValueError(f"its version is {header.get('version')!r}; this release reads version {_VERSION}")
-    return {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
+    if header.get("version") not in _READ:
+        known = ", ".join(map(str, _READ))
+        raise ValueError(f"its version is {header.get('version')!r}; this release reads versions {known}")
+    fields = {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
+    # Version 1 knew no checks.
+    return {**fields, "check": header.get("check")}
 
 
 def _to_npz(explanation: Explained) -> bytes:
@@ -168,6 +177,7 @@ body{margin:0 auto;max-width:60rem;padding:1.25rem;background:#fff;color:#1b1b1f
 h1{font-size:1.35rem;line-height:1.35;margin:0 0 .4rem;overflow-wrap:anywhere}
 h2{font-size:1rem;margin:1.6rem 0 .5rem}
 .totals{color:#5c5c66;margin:0 0 1rem}
+.check{color:#5c5c66;margin:0 0 1rem;padding-left:1.2rem;font-size:.875rem}
 .pictures{display:flex;flex-wrap:wrap;gap:1rem}
 figure{flex:1 1 17rem;min-width:0;max-width:100%;margin:0}
 figure img{display:block;width:100%;max-height:75vh;object-fit:contain;object-position:left top}
@@ -199,6 +209,10 @@ def _to_html(explanation: Explained) -> bytes:
     details = [("settings", explanation.settings)]
     if explanation.record is not None:
         details.append(("record of the optimisation", explanation.record))
+    if explanation.check is not None:
+        details.append(("figures of the check", explanation.check))
+    check = "".join(f"<li>check: {html.escape(line)}</li>\n" for line in explanation.check_lines)
+    check = check and f'<ul class="check">\n{check}</ul>\n'
     details_html = "\n".join(
         f"<details><summary>{name}</summary><pre>{html.escape(json.dumps(value, indent=2))}</pre></details>"
         for name, value in details
@@ -221,7 +235,7 @@ def _to_html(explanation: Explained) -> bytes:
 <h1><bdi>{caption}</bdi></h1>
 <p class="totals">cosine similarity {explanation.score:.3f} · image {_bits(explanation.image_total_bits)} ·
 text {_bits(explanation.token_total_bits)}</p>
-<div class="pictures">
+{check}<div class="pictures">
 {figures}
 </div>
 <div class="bar" style="background:linear-gradient(to right,{stops})"></div>

@@ -233,6 +233,7 @@ def pair_figure(
     special: Sequence[bool] | None = None,
     patch_bits: ArrayLike | None = None,
     score_name: str = "cosine similarity",
+    notes: Sequence[str] = (),
 ) -> Figure:
     r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
 
@@ -249,6 +250,7 @@ def pair_figure(
         patch_bits (array, optional): Bits per patch, (gh, gw). When given, heat and colour bar show these. Default:
             None
         score_name (str, optional): What the score is called in the title. Default: "cosine similarity"
+        notes (sequence of str, optional): Lines below the title. Default: ()
 
     Returns:
         matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
@@ -276,7 +278,7 @@ def pair_figure(
     panel_height = panel_width * aspect
     bar_height = max(panel_height, 1.5)
     left = (width - (2 * panel_width + 2 * gap + bar_width + bar_room)) / 2
-    top = 1.12
+    top = 1.12 + (0.06 + 0.22 * len(notes) if notes else 0.0)
     heading = [] if caption is None else _caption_lines(caption, room)
     caption_top = top + bar_height + 0.42
     tokens_top = caption_top + 0.3 + 0.24 * len(heading)
@@ -296,6 +298,8 @@ def pair_figure(
     totals = f"image {format_bits(pixels.sum())} bits   ·   text {format_bits(values.sum())} bits"
     write(page, width - margin, 0.36, totals, size=11.5, ha="right")
     page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
+    for line, note in enumerate(notes):
+        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=_QUIET)
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2

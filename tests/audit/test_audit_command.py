@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def test_from_pairs_to_a_page(run: Run, tmp_path: Path, checkpoint: Path, capsys
     run("audit", manifest, "--output", tmp_path / "out", *arguments)
     out = capsys.readouterr().out
     assert "explained  5 of 6 pairs" in out and "errors     1 (1 image)" in out
+    assert re.search(r"^image maps \d hold, \d weak, \d fail$", out, re.M), out
+    assert re.search(r"^text maps  \d hold, \d weak, \d fail$", out, re.M), out
     assert "pairs/s (6 in" in out and "GB per million pairs" in out
     assert out.rstrip().endswith(f"captum-m2ib report {tmp_path / 'out'}")
     assert [row["id"] for row in rows_of(tmp_path / "out")] == [*(f"scene-{index}" for index in range(5)), "bad"]
@@ -67,7 +70,7 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
         "audit pairs.csv --output out --columns image=path caption=title --images pictures --model m --revision r "
         "--device cuda --layers a b --beta 2 --steps 3 --samples 4 --seed 5 --joint --contrast other --halves "
         "--cut-captions --thumbnail 6 --batch 7 --shard-size 8 --engine ray --workers 9 --gpus 0.5 --address auto "
-        "--decode-workers 2"
+        "--decode-workers 2 --no-check"
     )
     run(*options.split())
     assert given == {
@@ -87,6 +90,7 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
         "joint": True,
         "contrast": "other",
         "halves": True,
+        "check": False,
         "cut_captions": True,
         "thumbnail": 6,
         "batch_size": 7,

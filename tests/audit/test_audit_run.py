@@ -64,6 +64,7 @@ class TestComplete:
         assert len(shards(tmp_path / "out")) == 4
         run = read_run(tmp_path / "out")
         assert run["complete"] and run["finished"] == 38 and run["errors"] == {"caption": 1}
+        assert run["checks"] == summary.checks == {}
         assert run["model"] == "stub" and run["seed"] == 0 and run["versions"]["pyarrow"]
         assert {row["settings"] for row in rows} == {'{"seed": 0}'}
 

@@ -16,7 +16,7 @@ from audit_cases import QUICK, png
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
 from captum_m2ib.audit import Worker
 from captum_m2ib.audit.measures import half_scores
-from captum_m2ib.audit.worker import FIGURES
+from captum_m2ib.audit.worker import CHECKS, FIGURES
 from captum_m2ib.engine.layouts import per_patch
 from captum_m2ib.scenes import CHECKPOINT, draw_scene
 
@@ -34,6 +34,8 @@ def part(batch: dict[str, list[Any]], indices: list[int]) -> dict[str, list[Any]
 
 def assert_rows_equal(found: dict[str, list[Any]], i: int, expected: dict[str, list[Any]], j: int) -> None:
     assert found["tokens"][i] == expected["tokens"][j] and found["error"][i] == expected["error"][j]
+    for name in CHECKS:
+        assert found[name][i] == expected[name][j]
     for name in FIGURES:
         one, other = found[name][i], expected[name][j]
         assert (one is None) == (other is None), name
@@ -53,7 +55,7 @@ def test_results_are_those_of_the_method(checkpoint: Path, whole: dict[str, list
     encoder = DualEncoder.from_pretrained(checkpoint)
     pairs = encoder.prepare(SCENES[2].image, SCENES[2].caption)
     (image_bits, token_bits), record = MultiModalInfoBottleneck(encoder).attribute_with_record(
-        pairs.inputs, additional_forward_args=pairs.additional_forward_args, **QUICK
+        pairs.inputs, additional_forward_args=pairs.additional_forward_args, check=True, **QUICK
     )
     units = record.modalities[0].units
     assert units is not None
@@ -64,8 +66,27 @@ def test_results_are_those_of_the_method(checkpoint: Path, whole: dict[str, list
     assert np.allclose(whole["token_bits"][2], token_bits[0].numpy(), atol=2e-3 * token_bits.max().item())
     assert np.isclose(whole["score"][2], encoder(*pairs.inputs, *pairs.additional_forward_args).item(), atol=1e-5)
     assert np.isclose(whole["text_score"][2], record.modalities[1].score_after.item(), atol=1e-4)
+    for name, one in zip(("image", "text"), record.modalities, strict=True):
+        assert one.check is not None and whole[f"{name}_check"][2] == one.check.verdicts()[0]
+        assert np.isclose(whole[f"{name}_margin"][2], one.check.margin.item(), rtol=1e-3, atol=1e-3)
+        assert np.isclose(whole[f"{name}_kept"][2], one.check.kept.item(), rtol=1e-3, atol=1e-3)
     assert whole["map"][2].dtype == np.float16
     assert " ".join(whole["tokens"][2][1:-1]) == SCENES[2].caption
+
+
+@pytest.mark.filterwarnings("error::captum_m2ib.NothingToExplainWarning")
+def test_the_check_is_told_by_verdicts_and_can_be_left_out(checkpoint: Path, whole: dict[str, list[Any]]):
+    # An untrained model has little to lose: what else is a warning is a verdict here.
+    again = Worker(str(checkpoint), **QUICK)(part(BATCH, [0, 1]))
+    assert [again["image_check"], again["text_check"]] == [whole["image_check"][:2], whole["text_check"][:2]]
+    assert set(whole["image_check"] + whole["text_check"]) <= {"holds", "weak", "fails"}
+    worker = Worker(str(checkpoint), check=False, **QUICK)
+    found = worker(part(BATCH, [0, 1]))
+    assert worker.settings["check"] is False
+    for name in ("image", "text"):
+        for figure in ("check", "margin", "kept"):
+            assert found[f"{name}_{figure}"] == [None, None]
+    assert np.allclose(found["score"], whole["score"][:2]) and found["error"] == [None, None]
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])

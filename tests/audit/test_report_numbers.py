@@ -12,10 +12,19 @@ import numpy as np
 import pytest
 
 from captum_m2ib.audit import write_report
-from captum_m2ib.audit.report.figures import choose, compare, find, histogram, quiet_tokens, ranks, read_figures
+from captum_m2ib.audit.report.figures import (
+    choose,
+    compare,
+    find,
+    histogram,
+    quiet_tokens,
+    ranks,
+    read_figures,
+    verdict_table,
+)
 from captum_m2ib.audit.report.pairs import agreement, as_data, read_pairs
 from captum_m2ib.audit.worker import RESULTS
-from captum_m2ib.audit.writer import shard_path, write_run, write_shard
+from captum_m2ib.audit.writer import read_shard, schema, shard_path, shards, verdict_counts, write_run, write_shard
 
 Row = dict[str, Any]
 
@@ -88,6 +97,48 @@ def test_a_word_is_silent_below_a_twentieth_of_an_even_share(audit: Callable[...
     bits = np.array([500, 0.99, 1.01, 38, 40], dtype=np.float32)
     figures = read_figures(audit([make_row(0, **tokens, token_bits=bits)]))
     assert figures.silent.tolist() == [0.25] and figures.tokens["w"][2] == 1 and figures.tokens["x"][2] == 0
+
+
+VERDICTS = [("holds", 0.9, "holds", 0.8), ("fails", 0.1, "weak", 0.2), ("weak", 0.2, "fails", -0.4), (None,) * 4]
+
+
+def checked_rows() -> list[Row]:
+    names = ("image_check", "image_margin", "text_check", "text_margin")
+    return [make_row(i, **dict(zip(names, values, strict=True))) for i, values in enumerate(VERDICTS)]
+
+
+def test_verdicts_are_counted_and_failing_maps_come_first(audit: Callable[..., Path]):
+    folder = audit(checked_rows(), per_shard=2)
+    assert verdict_counts(folder) == {
+        "image": {"holds": 1, "weak": 1, "fails": 1},
+        "text": {"holds": 1, "weak": 1, "fails": 1},
+    }
+    figures = read_figures(folder)
+    # By the difference from random positions of the map that fails, the worst first.
+    assert names_of(folder)["failing"] == ["pair-2", "pair-1"]
+    assert verdict_table(figures) == [
+        {"what": "pictures", "counts": [1, 1, 1]},
+        {"what": "captions", "counts": [1, 1, 1]},
+        {"what": "pairs", "counts": [1, 0, 2]},
+    ]
+    pairs = [as_data(pair, {}) for pair in read_pairs(folder, [0, 1, 2, 3])]
+    assert [pair["check"] for pair in pairs] == ["holds", "fails", "fails", None]
+    page = write_report(folder).read_text()
+    assert "<h3>Checks</h3>" in page and '<option value="check fails">' in page
+
+
+def test_audits_without_checks_are_reported_on(audit: Callable[..., Path]):
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    folder = audit([make_row(0), make_row(1)])
+    (path,) = shards(folder)
+    older = [name for name in schema().names if not re.search("_(check|margin|kept)$", name)]
+    parquet.write_table(parquet.read_table(path, columns=older), path)
+    assert read_shard(path, ["id", "image_check"])["image_check"].type == pa.string()
+    assert verdict_counts(folder) == {} and verdict_table(read_figures(folder)) == []
+    page = write_report(folder).read_text()
+    assert "<h3>Checks</h3>" not in page and "The audit was run without its check." in page
 
 
 def test_high_scores_from_few_bits_come_first(audit: Callable[..., Path]):

@@ -42,6 +42,10 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for index in range(60)
     ]
     rows[5].update(inside_share=0.1, inside_area=0.5, contrast_similarity=0.99, warning="unknown word")
+    for index in range(0, 60, 3):
+        rows[index].update(image_check="holds", image_margin=0.9, text_check="holds", text_margin=0.5, image_kept=1.0)
+    rows[9].update(image_check="fails", image_margin=0.1)
+    rows[12].update(text_check="fails", text_margin=-0.2, text_kept=0.5)
     rows[6] = {"row": 6, "id": "bad", "caption": HOSTILE, "error_kind": "image", "error": HOSTILE}
     folder = tmp_path_factory.mktemp("audits")
     other = [make_row(index, score=(index * 37 % 60) / 100 + (0.2 if index == 9 else 0)) for index in range(60)]
@@ -71,6 +75,18 @@ def test_pairs_are_sorted_and_missing_values_come_last(opened: Page):
     opened.run("document.getElementById('next').click()")
     opened.expect(IDS, [*expected[::-1][48:], 6])
     opened.expect(STATUS, "49–60 of 60 pairs, page 3 of 3")
+
+
+def test_pairs_are_filtered_and_sorted_by_their_checks(opened: Page):
+    opened.choose("filter", "check fails")
+    opened.expect(IDS, [9, 12])
+    opened.choose("sort", "text_margin")
+    opened.expect(IDS, [12, 9])
+    opened.run("document.querySelector('#cards .card').click()")
+    told = "document.getElementById('detail-body').textContent.includes('fails: hiding what it marks takes −20 % more')"
+    opened.expect(told, True)
+    opened.choose("filter", "check weak")
+    opened.expect(STATUS, "no pair matches")
 
 
 def test_pairs_are_filtered(opened: Page):

@@ -11,6 +11,13 @@ from PIL import Image
 
 from captum_m2ib.explanations.explanation import Explanation
 
+MEASURED = {"score": 0.3, "closed": 0.1, "range": 0.2, "kept": 1 / 3, "lost_top": 1.1, "lost_random": -1e-17}
+CHECK = {
+    "image": {**MEASURED, "verdict": "weak"},
+    "text": {**MEASURED, "kept": 1.0, "verdict": "holds"},
+    "verdict": "weak",
+}
+
 
 def make(**changes):
     rng = np.random.default_rng(0)
@@ -25,6 +32,7 @@ def make(**changes):
         "token_bits": np.array([0, 1 / 3, 2.5, 1e-30, 7], np.float32),
         "settings": {"beta": (0.1, 0.2), "model": "é</pre><b>", "seed": None},
         "record": {"score": [0.1, 0.2], "score_after": 1e-17},
+        "check": CHECK,
     }
     return Explanation(**{**fields, **changes})
 
@@ -41,11 +49,31 @@ def assert_equal(first, second):
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
-@pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None}, {"caption": "\ud800 lone"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"patch_bits": None, "record": None, "check": None}, {"caption": "\ud800 lone"}]
+)
 def test_round_trip_is_exact(tmp_path, suffix, changes):
     explanation = make(**changes)
     path = explanation.save(tmp_path / f"pair{suffix}")
     assert_equal(Explanation.load(str(path)), explanation)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".json"])
+def test_files_of_the_first_version_are_read(tmp_path, suffix):
+    path = make().save(tmp_path / f"pair{suffix}")
+    if suffix == ".json":
+        header = json.loads(path.read_text())
+    else:
+        with np.load(path) as stored:
+            arrays = dict(stored)
+        header = json.loads(str(arrays["header"]))
+    assert header["version"] == 2 and header.pop("check") == CHECK
+    header["version"] = 1
+    if suffix == ".json":
+        path.write_text(json.dumps(header))
+    else:
+        np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
+    assert_equal(Explanation.load(path), make(check=None))
 
 
 def test_files_hold_no_pickles(tmp_path):
@@ -91,6 +119,7 @@ def test_is_a_copy_that_cannot_change():
         ({"score": float("nan")}, "score must be finite"),
         ({"settings": {"model": object()}}, "settings must hold only what JSON can"),
         ({"settings": None}, "settings must be a dict"),
+        ({"check": {"verdict": "holds"}}, "check: expected figures and a verdict of the image"),
         ({"record": {"loss": float("inf")}}, "record must hold only what JSON can"),
     ],
 )
@@ -113,7 +142,14 @@ def test_png_is_a_picture(tmp_path, changes):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-@pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None}, {"caption": ""}])
+def test_the_page_tells_the_check(tmp_path):
+    page = make().save(tmp_path / "pair.html").read_text(encoding="utf-8")
+    assert "<li>check: image map is weak: hiding what it marks takes 110 % of what the score can lose" in page
+    assert "<li>check: text map holds: " in page and "figures of the check" in page
+    assert "check:" not in make(check=None).save(tmp_path / "pair.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None, "check": None}, {"caption": ""}])
 def test_html_is_one_safe_page(tmp_path, changes):
     page = make(**changes).save(tmp_path / "pair.html").read_text(encoding="utf-8")
     assert "<script" not in page and "</pre><b>" not in page

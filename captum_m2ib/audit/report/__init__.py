@@ -18,6 +18,7 @@ from captum_m2ib.audit.report.figures import (
     histogram,
     quiet_tokens,
     read_figures,
+    verdict_table,
 )
 from captum_m2ib.audit.report.figures import (
     compare as compare_figures,
@@ -33,6 +34,7 @@ from captum_m2ib.audit.report.pairs import (
 )
 from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.writer import read_run
+from captum_m2ib.engine.verdict import VERDICTS
 from captum_m2ib.explanations.visualization import format_bits
 
 __all__ = ["write_report"]
@@ -107,6 +109,8 @@ def write_report(
         tiles=_tiles([figures] if other is None else [figures, other]),
         distributions=_distributions([figures] if other is None else [figures, other]),
         errors=_errors(figures),
+        verdicts=VERDICTS,
+        checks=verdict_table(figures),
         findings=findings,
         tokens=quiet_tokens(figures),
         comparison=None if other is None or matched is None else _comparison(figures, other, matched, shown),

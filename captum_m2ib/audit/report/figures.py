@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from captum_m2ib.audit.writer import read_shard, shards
+from captum_m2ib.engine.verdict import VERDICTS, worst
 
 NUMBERS = (
     "score",
@@ -18,12 +19,18 @@ NUMBERS = (
     "text_bits",
     "image_score",
     "text_score",
+    "image_margin",
+    "text_margin",
+    "image_kept",
+    "text_kept",
     "best_half_score",
     "other_half_score",
     "inside_share",
     "inside_area",
     "contrast_similarity",
 )
+
+CHECKS = ("image_check", "text_check")
 
 # A word carries nothing if it has less than this share of what it would have were all words alike.
 SILENT = 0.05
@@ -46,6 +53,7 @@ class Figures:
         kinds (list): Kind of error, or None.
         tokens (dict): Per token: occurrences, bits in all, and in how many it carried nothing.
         examples (dict): Per kind of error, its commonest reasons with their numbers.
+        checks (dict): Per name in :data:`CHECKS` the verdicts, None where there is none.
     """
 
     ids: list[str]
@@ -55,6 +63,7 @@ class Figures:
     kinds: list[str | None]
     tokens: dict[str, list[float]]
     examples: dict[str, dict[str, int]]
+    checks: dict[str, list[str | None]]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -67,12 +76,15 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
     parts: list[dict[str, np.ndarray]] = []
     tokens: dict[str, list[float]] = {}
     examples: dict[str, dict[str, int]] = {}
-    wanted = ["id", "row", *NUMBERS, "tokens", "special", "token_bits", "error_kind", "error"]
+    checks: dict[str, list[str | None]] = {name: [] for name in CHECKS}
+    wanted = ["id", "row", *NUMBERS, *CHECKS, "tokens", "special", "token_bits", "error_kind", "error"]
     for path in shards(folder):
         table = read_shard(path, wanted)
         ids += table["id"].to_pylist()
         found = table["error_kind"].to_pylist()
         kinds += found
+        for name, verdicts in checks.items():
+            verdicts += table[name].to_pylist()
         numbers = {
             name: np.asarray(table[name].to_numpy(zero_copy_only=False), dtype=np.float64) for name in ("row", *NUMBERS)
         }
@@ -85,7 +97,7 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
         for name in ("row", "silent", *NUMBERS)
     }
     rows, silent = joined.pop("row").astype(np.int64), joined.pop("silent")
-    return Figures(ids, rows, joined, silent, kinds, tokens, examples)
+    return Figures(ids, rows, joined, silent, kinds, tokens, examples, checks)
 
 
 def _count(counts: dict[str, int], name: str, most: int = 200) -> None:
@@ -156,6 +168,14 @@ def find(figures: Figures) -> list[Finding]:
         lift = numbers["inside_share"] / numbers["inside_area"]
     return [
         Finding(
+            "failing",
+            "Maps that fail their check",
+            "Hiding what the map marks takes about as little of the score as hiding so much at random, or the score is "
+            "as high with everything hidden: smallest difference first.",
+            _top(_failing(figures)),
+            "" if any(map(any, figures.checks.values())) else "The audit was run without its check.",
+        ),
+        Finding(
             "cheap",
             "High score, few bits",
             "The model is sure and needs almost nothing of the pair for it: rank of the score less rank of the bits.",
@@ -184,6 +204,34 @@ def find(figures: Figures) -> list[Finding]:
             _top(np.where(figures.silent > 0, figures.silent, np.nan)),
         ),
     ]
+
+
+def _failing(figures: Figures) -> np.ndarray:
+    """How far below random positions the failing maps of each pair are; NaN where none fails."""
+    found = np.full(len(figures), np.nan)
+    for name, verdicts in figures.checks.items():
+        fails = np.array([verdict == VERDICTS[-1] for verdict in verdicts], dtype=bool)
+        margin = figures.numbers[name.replace("check", "margin")]
+        found = np.fmax(found, np.where(fails, -margin, np.nan))
+    return found
+
+
+def verdict_table(figures: Figures) -> list[dict[str, Any]]:
+    """How many maps of pictures and of captions, and how many pairs, got each verdict; empty where none was checked."""
+    of_pairs = [pair_verdict(pair) for pair in zip(*figures.checks.values(), strict=True)]
+    rows = {"pictures": figures.checks["image_check"], "captions": figures.checks["text_check"], "pairs": of_pairs}
+    if not any(of_pairs):
+        return []
+    return [
+        {"what": what, "counts": [sum(verdict == one for verdict in verdicts) for one in VERDICTS]}
+        for what, verdicts in rows.items()
+    ]
+
+
+def pair_verdict(verdicts: Sequence[str | None]) -> str | None:
+    """A pair's verdict: the worse one of its maps; None where none was checked."""
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return worst(known) if known else None
 
 
 def compare(figures: Figures, other: Figures) -> tuple[list[Finding], np.ndarray]:

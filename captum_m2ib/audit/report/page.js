@@ -122,6 +122,7 @@
     } else if (!pair.error) {
       line.append(fact("score", number(pair.score, 3)), fact("bits", `${bits(pair.image_bits)} + ${bits(pair.text_bits)}`));
     }
+    if (pair.check === "fails") line.append(element("b", "bad", "check fails"));
     made.append(line);
     made.addEventListener("click", () => showDetail(list(), index));
     return made;
@@ -132,7 +133,9 @@
     if (filter === "explained" && pair.error) return false;
     if (filter === "error" && !pair.error) return false;
     if (filter === "warning" && !pair.warning) return false;
-    if (filter && !["explained", "error", "warning"].includes(filter) && !(filter in pair.found)) return false;
+    const verdict = filter.startsWith("check ") ? filter.slice(6) : null;
+    if (verdict && pair.check !== verdict) return false;
+    if (filter && !verdict && !["explained", "error", "warning"].includes(filter) && !(filter in pair.found)) return false;
     const least = byId("least").value;
     const most = byId("most").value;
     if (least !== "" && !(pair.score !== null && pair.score >= Number(least))) return false;
@@ -222,6 +225,14 @@
     return line;
   }
 
+  function verdictOf(side, name) {
+    const verdict = side[`${name}_check`];
+    if (!verdict) return null;
+    const share = (value) => `${number(100 * value, 0)} %`;
+    const told = `takes ${share(side[`${name}_margin`])} more than hiding as much at random`;
+    return `${verdict}: hiding what it marks ${told}; it keeps ${share(side[`${name}_kept`])}`;
+  }
+
   function sideDetail(side, label) {
     const box = element("div", "side");
     if (label) box.append(element("b", `series series-${label === "A" ? 0 : 1}`, label));
@@ -246,6 +257,8 @@
       ["bits of the text", side.text_bits === null ? null : bits(side.text_bits)],
       ["score through the image's gates", side.image_score === null ? null : number(side.image_score, 4)],
       ["score through the text's gates", side.text_score === null ? null : number(side.text_score, 4)],
+      ["check of the image's map", verdictOf(side, "image")],
+      ["check of the text's map", verdictOf(side, "text")],
       ["score of the best half", side.best_half_score === null ? null : number(side.best_half_score, 4)],
       ["score of the other half", side.other_half_score === null ? null : number(side.other_half_score, 4)],
       ["share of the bits inside", side.inside_share === null ? null : number(side.inside_share, 3)],

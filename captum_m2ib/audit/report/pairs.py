@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_m2ib.audit.report.figures import NUMBERS, Finding
+from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
 from captum_m2ib.audit.writer import read_shard, shards
 from captum_m2ib.explanations.lettering import visible
 from captum_m2ib.explanations.visualization import heat_ramp, token_colors
@@ -20,6 +20,7 @@ _COLUMNS = (
     "row",
     "caption",
     *NUMBERS,
+    *CHECKS,
     "map",
     "tokens",
     "special",
@@ -61,6 +62,8 @@ def as_data(pair: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]
         "caption": caption if len(caption) <= _LONGEST_CAPTION else caption[: _LONGEST_CAPTION - 1] + "…",
         "found": dict(found),
         **{name: _rounded(pair[name]) for name in NUMBERS},
+        **{name: pair[name] for name in CHECKS},
+        "check": pair_verdict([pair[name] for name in CHECKS]),
         **explanation_data(pair),
     }
     for name in ("contrast", "warning", "error_kind", "error"):
