@@ -72,7 +72,7 @@ def measure_range(
 
 def shut(gate: Tensor) -> Tensor:
     """Gates of a picture after the descent: what lets less than a twentieth through lets nothing through."""
-    return ((gate - 0.05) / 0.95).clamp(min=0)
+    return gate * ((gate - 0.05) / 0.01).clamp(0, 1)
 
 
 def ground(picture: Tensor) -> Tensor:

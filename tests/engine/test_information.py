@@ -131,33 +131,32 @@ def test_padding_does_not_change_the_mean():
     torch.testing.assert_close(mean_information(padded, mask), mean_information(elements, real))
 
 
-LEAST = 0.05
+SHUT, KEPT = 0.05, 0.06
 
 
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 def test_gates_that_are_nearly_closed_shut(dtype, close):
-    gates = torch.tensor([0.0, 1e-9, 0.01, 0.049, 0.06, 0.2, 0.525, 0.9, 0.999, 1.0], dtype=torch.float64)
+    gates = torch.tensor([0.0, 1e-9, 0.01, 0.049, 0.0525, 0.057, 0.2, 0.525, 0.999, 1.0], dtype=torch.float64)
     found = torch.sigmoid(close_fully(torch.logit(gates).to(dtype)))
-    expected = [0.0] * 4 + [(gate - LEAST) / (1 - LEAST) for gate in gates[4:].tolist()]
+    expected = [0.0] * 4 + [0.0525 * 0.25, 0.057 * 0.7, 0.2, 0.525, 0.999, 1.0]
     assert found.tolist() == pytest.approx(expected, abs=close) and found[:4].tolist() == [0.0] * 4
-    other = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), least=0.5))
-    assert other.tolist() == pytest.approx([0.0] * 6 + [0.05, 0.8, 0.998, 1.0], abs=close)
+    other = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), shut=0.2, kept=0.85))
+    assert other.tolist() == pytest.approx([0.0] * 7 + [0.525 * 0.5, 0.999, 1.0], abs=close)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_shutting_is_continuous_and_keeps_the_order(dtype):
-    alpha = torch.linspace(-12, 12, 4001, dtype=dtype)
+def test_shutting_is_continuous_keeps_the_order_and_touches_no_open_gate(dtype):
+    alpha = torch.linspace(-12, 12, 40001, dtype=dtype)
     found = close_fully(alpha)
-    gates = torch.sigmoid(found)
-    assert bool((gates.diff() >= 0).all()) and bool((gates <= torch.sigmoid(alpha)).all())
-    assert float(gates.diff().max()) < 1.2 * float(torch.sigmoid(alpha).diff().max()) and not found.isnan().any()
-    shut = torch.sigmoid(alpha) <= LEAST
+    gates, before = torch.sigmoid(found), torch.sigmoid(alpha)
+    assert bool((gates.diff() >= 0).all()) and bool((gates <= before).all()) and not found.isnan().any()
+    # From 0 to 0.06 over 0.01: seven times as steep at most.
+    assert float(gates.diff().max()) < 7.1 * float(before[(before > SHUT) & (before < KEPT)].diff().max())
+    shut, open_ = before <= SHUT, before >= KEPT
     assert bool(shut.any()) and bool((found[shut] == -math.inf).all()) and bool(found[~shut].isfinite().all())
-    # Far out, (g - least) / (1 - g) is (1 - least) exp(alpha): gates that are nearly open keep their digits.
-    far = torch.tensor([30.0, 60.0, 500.0], dtype=dtype)
-    torch.testing.assert_close(close_fully(far), far + math.log(1 - LEAST), rtol=1e-6, atol=0)
-    ends = close_fully(torch.tensor([-math.inf, math.inf, -1e4, 1e4], dtype=dtype))
-    assert ends[:3].tolist() == [-math.inf, math.inf, -math.inf] and bool(ends[3] > 9999)
+    assert torch.equal(found[open_], alpha[open_])
+    ends = torch.tensor([-math.inf, math.inf, -1e4, 1e4], dtype=dtype)
+    assert close_fully(ends).tolist() == [-math.inf, math.inf, -math.inf, 1e4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
