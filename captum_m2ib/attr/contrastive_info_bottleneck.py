@@ -60,6 +60,8 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         (torch.Size([1, 3, 64, 64]), torch.Size([1, 5]), torch.Size([1, 5]))
     """
 
+    _may_rise = (2,)
+
     def __init__(
         self,
         forward_func: Callable[..., Any],

@@ -125,6 +125,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         method.is_published = True
         return method
 
+    # Inputs that speak against the score, so that it rises where they close.
+    _may_rise: tuple[int, ...] = ()
+
     @_captum.log_usage(part_of_slo=True)
     def attribute(
         self,
@@ -304,6 +307,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             roots_of(self._objective, layers),
             with_record,
             with_check,
+            may_rise=self._may_rise,
             filters=[self._gate_filter(index, applied.smoothing) for index in range(count)],
         )
         attributions = []

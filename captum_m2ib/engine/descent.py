@@ -82,6 +82,7 @@ def optimise(
     with_record: bool = False,
     with_check: bool = False,
     modalities: Sequence[int] | None = None,
+    may_rise: Sequence[int] = (),
     filters: Sequence[Callable[[Tensor, Tensor], GateFilter | None]] | None = None,
 ) -> list[Gated]:
     r"""Optimise the gates of every tap for every pair.
@@ -101,6 +102,8 @@ def optimise(
             pair and tap, and 8 where the range was given. Default: False
         modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
             argument ``i``)
+        may_rise (sequence of int, optional): Taps that may raise the score by closing, and are not warned of.
+            Default: ()
         filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
             function from gate logits to the logits of the gates that are applied, or None. Default: None (gates are
             applied as they are)
@@ -143,7 +146,8 @@ def optimise(
             for objective in objectives:
                 chosen = [gates[i] for i in objective]
                 stakes = stakes_of(suffix, chosen, settings, start)
-                hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
+                if not set(objective) <= set(may_rise):
+                    hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
                 steps = _descend(suffix, chosen, settings, stakes.weight, start, bar.update)
                 for gate in chosen:
                     # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.

@@ -13,6 +13,7 @@ function of two batches of maps, (N, ...), that returns (N,), such as those of :
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.layers import resolve_for
+from captum_m2ib.engine.stakes import NothingToExplainWarning
 from captum_m2ib.metrics._examples import NanPolicy, join_arguments, settle
 from captum_m2ib.metrics.similarity import spearman
 
@@ -111,7 +113,9 @@ def randomisation(
     table: list[tuple[Tensor, ...]] = []
     generator = torch.Generator().manual_seed(seed)
     done: set[int] = set()
-    with _left_as_found(model) as restore:
+    with _left_as_found(model) as restore, warnings.catch_warnings():
+        # Models with random weights are here to have nothing to lose.
+        warnings.simplefilter("ignore", NothingToExplainWarning)
         for _, modules in tqdm(stages, desc="Randomisation", disable=not show_progress):
             if not cascading:
                 restore()
