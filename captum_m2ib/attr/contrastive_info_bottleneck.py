@@ -51,7 +51,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
 
     Examples::
 
-        >>> right, wrong = encoder.prepare(images[0], "a red star"), encoder.prepare(images[0], "a blue star")
+        >>> right, wrong = encoder.prepare(images[0], captions[0]), encoder.prepare(images[0], captions[1])
         >>> contrast = ContrastiveInfoBottleneck(encoder)
         >>> image_bits, token_bits, rival_bits = contrast.attribute(
         ...     (*right.inputs, wrong.inputs[1]),
