@@ -24,6 +24,9 @@ Inputs = Tensor | tuple[Tensor, ...]
 
 _ROWS = 128
 
+# What stands for a patch where a tower has none: the cells in which audits keep the maps of such towers.
+_CELL = 16
+
 
 class OnEmbeddings:
     r"""A gradient method of Captum, on pixels and on the embeddings of tokens.
@@ -116,12 +119,14 @@ class Ablation:
     Args:
 
         encoder (DualEncoder): The encoder.
-        cell (int, optional): Side of what is taken out of a picture, in pixels. Default: None (a patch)
+        cell (int, optional): Side of what is taken out of a picture, in pixels. Default: None (a patch; 16 for towers
+            that halve their grid)
         smooth (bool, optional): Spread each patch's loss linearly, as maps from layers are. Default: False
     """
 
     def __init__(self, encoder: DualEncoder, cell: int | None = None, smooth: bool = False) -> None:
         self.forward_func, self.smooth = encoder, smooth
+        cell = _CELL if cell is None and _halves(encoder) else cell
         self.cell = None if cell is None else (cell, cell)
 
     def attribute(self, inputs: Inputs, additional_forward_args: Any = None) -> Inputs:
@@ -145,7 +150,8 @@ class OcclusionWindow:
     Args:
 
         encoder (DualEncoder): The encoder.
-        window (int, optional): Side of the window in patches. Default: 2
+        window (int, optional): Side of the window in patches, or in cells of 16 pixels for towers that halve their
+            grid. Default: 2
         smooth (bool, optional): Spread the mean loss of each patch linearly. Default: False
     """
 
@@ -223,12 +229,20 @@ def _centred(tensor: Tensor) -> Tensor:
 
 def _patch(encoder: DualEncoder) -> tuple[int, ...]:
     layout = encoder.layouts[0]
+    if _halves(encoder):
+        return _CELL, _CELL
     if not isinstance(layout, PatchLayout) or len(layout.patch_size) != 2 or max(layout.patch_size) == 1:
         raise ValueError(
             "encoder: expected an image tower whose layout tells the size of patches, got "
             f"{type(layout).__name__}; choose another method."
         )
     return layout.patch_size
+
+
+def _halves(encoder: DualEncoder) -> bool:
+    """Whether the image tower is one that cuts no patches and halves its grid as it goes."""
+    layout = encoder.layouts[0]
+    return isinstance(layout, PatchLayout) and layout.patch_size == (1, 1) and _CELL in layout.coarser
 
 
 def _nothing(encoder: DualEncoder, inputs: Inputs) -> Any:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 
 from captum_m2ib.benchmark.faithfulness import maskable_tokens
 from captum_m2ib.benchmark.methods import Method
+from captum_m2ib.benchmark.truth import grids_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.pairs import Pairs
 from captum_m2ib.explanations.lettering import INK, elide, text_width, write
 from captum_m2ib.explanations.visualization import at_display_size, overlay, token_colors
 from captum_m2ib.scenes import image_probes, token_probes
@@ -73,20 +75,44 @@ def make_examples(
     probes: list[Any] = [*pictures, *captions]
     masks = [*(probe.mask for probe in pictures), *(probe.scene.masks[probe.target] for probe in captions)]
     pairs = encoder.prepare([probe.image for probe in probes], [probe.caption for probe in probes])
+    return explained(encoder, methods, pairs, [probe.image for probe in probes], masks)
+
+
+def explained(
+    encoder: DualEncoder,
+    methods: Sequence[Method],
+    pairs: Pairs,
+    pictures: Sequence[NDArray[np.uint8]],
+    masks: Sequence[NDArray[np.bool_]],
+) -> list[Example]:
+    r"""Explain given pairs by every method.
+
+    Args:
+
+        encoder (DualEncoder): The encoder.
+        methods (sequence of Method): The methods.
+        pairs (Pairs): What is explained.
+        pictures (sequence of numpy.ndarray): What is shown of each pair, uint8 (H, W, 3).
+        masks (sequence of numpy.ndarray): The truth of each pair, bool, over the same part of the picture.
+
+    Returns:
+        list[Example]: one per pair.
+    """
     found = []
     for method in methods:
         image, text = method(encoder).attribute(pairs.inputs, pairs.additional_forward_args)
-        found.append((method.name, image.sum(1).double().cpu().numpy(), text.double().cpu().numpy()))
+        maps = [grid.double().numpy() for grid in grids_of(encoder, pairs, image.detach())]
+        found.append((method.name, maps, text.detach().double().cpu().numpy()))
     words = maskable_tokens(pairs).numpy()
     return [
         Example(
-            probe.image,
-            probe.caption,
+            picture,
+            pairs.captions[i],
             mask,
             tuple(token for token, is_word in zip(pairs.tokens[i], words[i], strict=True) if is_word),
             {name: (image[i], text[i][words[i]]) for name, image, text in found},
         )
-        for i, (probe, mask) in enumerate(zip(probes, masks, strict=True))
+        for i, (picture, mask) in enumerate(zip(pictures, masks, strict=True))
     ]
 
 

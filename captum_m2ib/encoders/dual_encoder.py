@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -243,6 +243,38 @@ class DualEncoder(nn.Module):
                     f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
                     "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
                 )
+        return _similarity(*self._joined(*self._outputs(first, second, additional)))
+
+    def similarities(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
+        r"""Cosine similarity of every first input with every second one; each tower runs once.
+
+        Args:
+
+            first (Tensor): What the first tower reads, M examples.
+            second (Tensor): What the second tower reads, N examples.
+            *additional: As for :meth:`forward`, each as many as what it belongs to.
+
+        Returns:
+            Tensor: (M, N).
+
+        Raises:
+            ValueError: if one side of the model reads what the other returns.
+
+        Examples::
+
+            >>> pictures, captions = pairs.inputs
+            >>> encoder.similarities(pictures[:1], captions, *pairs.additional_forward_args).shape
+            torch.Size([1, 2])
+        """
+        if self._join is not None:
+            raise ValueError(
+                f"similarities: in {type(self.model).__name__} one side reads what the other returns, so that no "
+                "embedding serves several pairs; score the pairs one by one."
+            )
+        one, other = self._joined(*self._outputs(first, second, additional))
+        return _similarity(one.unsqueeze(1), other.unsqueeze(0))
+
+    def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
         given = dict(zip(self._slots[2:], additional, strict=False))
         beyond = additional[len(self._slots) - 2 :]
         if beyond and self.sides[1].named:
@@ -257,12 +289,17 @@ class DualEncoder(nn.Module):
             while extras and extras[-1] is None:
                 extras.pop()
             outputs.append(tower(inputs, *extras, *(beyond if index else ())))
-        return _similarity(*self._joined(*outputs))
+        return outputs
+
+    @property
+    def _join(self) -> Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None:
+        """How the two outputs become embeddings where one side reads the other's."""
+        return self._family.join if self.sides == self._family.sides else None
 
     def _joined(self, first: Any, second: Any) -> tuple[Tensor, Tensor]:
         names = [type(tower.model).__name__ for tower in self._towers]
-        if self._family.join is not None and self.sides == self._family.sides:
-            return self._family.join(self.model, first, _embedding(second, names[1]))
+        if self._join is not None:
+            return self._join(self.model, first, _embedding(second, names[1]))
         return _embedding(first, names[0]), _embedding(second, names[1])
 
     @property

@@ -5,13 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
-    from captum_m2ib.benchmark.methods import Method
-    from captum_m2ib.encoders.dual_encoder import DualEncoder
 
 DEFAULT = ("m2ib", "m2ib-published", "nib", "grad-eclip", "relevance", "legrad", "saliency", "centre", "random")
 """Methods that are compared where none is named."""
@@ -68,18 +65,17 @@ def run(given: argparse.Namespace, load: Load) -> None:
     """
     from captum_m2ib.audit.command import parse_columns
     from captum_m2ib.audit.manifest import Manifest
+    from captum_m2ib.benchmark.choice import named, usable
     from captum_m2ib.benchmark.methods import METHODS
     from captum_m2ib.benchmark.pairs.measures import Plan, measure, run_settings, write_tables
     from captum_m2ib.benchmark.store import Store
     from captum_m2ib.benchmark.tables import terminal
 
-    names = list(dict.fromkeys(given.method or DEFAULT))
-    if unknown := [name for name in names if name not in METHODS]:
-        raise ValueError(f"--method: expected some of {', '.join(METHODS)}, got {', '.join(unknown)}.")
+    asked = named(given.method or DEFAULT, METHODS)
     plan = Plan(given.steps, not given.without_faithfulness, not given.without_stability, given.limit)
     manifest = Manifest(given.file, parse_columns(given.columns), given.images)
     encoder = load(given)
-    chosen = _usable([METHODS[name] for name in names], encoder)
+    chosen = usable(asked, encoder)
     store = Store(given.output, run_settings(manifest, encoder, plan))
     try:
         found = measure(manifest, encoder, chosen, store, plan, show_progress=sys.stderr.isatty())
@@ -96,21 +92,3 @@ def run(given: argparse.Namespace, load: Load) -> None:
             print(f"{name}: {len(kinds)} of {rows} rows are errors ({told}), see rows.csv")
     written = (os.fspath(store.folder / name) for name in ("rows.csv", "summary.csv", "table.md"))
     print(f"\nwritten  {', '.join(written)}")
-
-
-def _usable(chosen: Sequence[Method], encoder: DualEncoder) -> list[Method]:
-    """The methods that this model has what they need for; the others are told of."""
-    from captum_m2ib.benchmark.pairs.measures import short
-
-    usable, reasons = [], []
-    for method in chosen:
-        try:
-            method(encoder)
-            usable.append(method)
-        except (ValueError, TypeError, RuntimeError) as error:
-            reasons.append(f"{method.name}: {short(error)}")
-    if not usable:
-        raise ValueError(f"--method: none of them works on this model ({'; '.join(reasons)}).")
-    for reason in reasons:
-        print(f"left out  {reason}", file=sys.stderr)
-    return usable

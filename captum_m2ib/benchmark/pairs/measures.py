@@ -21,15 +21,16 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from captum_m2ib.audit.decode import RowError, cover_of, read_caption, read_picture, read_region
+from captum_m2ib.audit.decode import RowError, read_caption, read_picture, read_region
 from captum_m2ib.audit.manifest import Manifest
 from captum_m2ib.audit.rows import Piece, Row
 from captum_m2ib.benchmark import faithfulness as faith
+from captum_m2ib.benchmark.choice import short
 from captum_m2ib.benchmark.methods import OURS, Method
-from captum_m2ib.benchmark.scenes.run import Model
+from captum_m2ib.benchmark.parts import Model
 from captum_m2ib.benchmark.store import Store, write_atomically
 from captum_m2ib.benchmark.tables import Comparison, Figure, compare, csv_text, markdown, summary_csv
-from captum_m2ib.engine.layouts import PackedLayout, packed_grid
+from captum_m2ib.benchmark.truth import grids_of, truth_of
 from captum_m2ib.metrics import auroc, best_iou, iou, pearson, pointing_game, relevance_mass
 
 if TYPE_CHECKING:
@@ -215,23 +216,6 @@ def write_tables(folder: Path, found: Mapping[str, Outcome], floors: Sequence[st
     return compared
 
 
-def truth_of(encoder: DualEncoder, region: Any, caption: str, grid: Sequence[int]) -> Tensor:
-    r"""A region of the original picture as the model sees it.
-
-    Args:
-
-        encoder (DualEncoder): With the processor that crops and resizes.
-        region (PIL.Image.Image): As large as the picture, white inside.
-        caption (str): The pair's caption.
-        grid (sequence of int): Height and width of the map.
-
-    Returns:
-        Tensor: boolean, (1, height, width): cells of which at least half lies inside.
-    """
-    seen = encoder.prepare(region, caption).pictures[0]
-    return torch.from_numpy(cover_of(seen, grid) >= 0.5).unsqueeze(0)
-
-
 def _written(value: float) -> str:
     return repr(value) if math.isfinite(value) else ""
 
@@ -333,7 +317,7 @@ def _figures(method: Method, encoder: DualEncoder, ready: list[_Ready], plan: Pl
     with torch.no_grad():
         found: dict[str, Sequence[float]] = {"score": encoder(*pairs.inputs, *additional).tolist()}
     found["seconds per pair"] = [seconds] * len(ready)
-    grids = _grids(encoder, pairs, image_map)
+    grids = grids_of(encoder, pairs, image_map)
     if plan.stability:
         found |= _stability(method, explainer, encoder, pairs, grids, token_map)
     if plan.faithfulness:
@@ -349,15 +333,6 @@ def _figures(method: Method, encoder: DualEncoder, ready: list[_Ready], plan: Pl
     return found | _localisation(encoder, ready, grids)
 
 
-def _grids(encoder: DualEncoder, pairs: Pairs, maps: Tensor) -> list[Tensor]:
-    """Each picture's map, (height, width): of pixels, or of the patches that a packed picture consists of."""
-    layout = encoder.layouts[0]
-    if isinstance(layout, PackedLayout):
-        arguments = (*pairs.inputs, *pairs.additional_forward_args)
-        return [packed_grid(layout, maps.sum(2), arguments, index).cpu() for index in range(len(maps))]
-    return list(maps.sum(1).cpu())
-
-
 def _stability(
     method: Method, explainer: Any, encoder: DualEncoder, pairs: Pairs, grids: list[Tensor], tokens: Tensor
 ) -> dict[str, Sequence[float]]:
@@ -369,7 +344,7 @@ def _stability(
     return {
         "image seeds": [
             float(pearson(one[None], other[None]))
-            for one, other in zip(grids, _grids(encoder, pairs, again.detach()), strict=True)
+            for one, other in zip(grids, grids_of(encoder, pairs, again.detach()), strict=True)
         ],
         "text seeds": [
             float(pearson(one[counted][None], other[counted][None])) if bool(counted.any()) else math.nan
@@ -393,9 +368,3 @@ def _localisation(encoder: DualEncoder, ready: list[_Ready], grids: list[Tensor]
         for name, value in zip(found, values, strict=True):
             found[name].append(value)
     return dict(found)
-
-
-def short(reason: object) -> str:
-    """A reason on one line of at most 500 characters that any file can hold."""
-    text = " ".join(str(reason).split()) or type(reason).__name__
-    return text.encode("utf-8", "replace").decode("utf-8")[:500]

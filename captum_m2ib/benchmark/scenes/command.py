@@ -108,13 +108,11 @@ def _plan(given: argparse.Namespace) -> Plan:
 
 
 def _chosen(given: argparse.Namespace) -> list[Method]:
+    from captum_m2ib.benchmark.choice import named
     from captum_m2ib.benchmark.methods import SETTINGS_FILE, SLOW, methods
 
     known = methods(given.settings or SETTINGS_FILE)
-    names = list(dict.fromkeys(given.method or [name for name in known if name not in SLOW]))
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--method: expected some of {', '.join(known)}, got {', '.join(unknown)}.")
-    return [known[name] for name in names]
+    return named(given.method or [name for name in known if name not in SLOW], known)
 
 
 def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from captum.metrics import infidelity, sensitivity_max
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from captum_m2ib.benchmark import faithfulness as faith
 from captum_m2ib.benchmark.compare import estimate
+from captum_m2ib.benchmark.parts import Found
 from captum_m2ib.benchmark.tables import Figure
+from captum_m2ib.benchmark.truth import lists_of, on_truth
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pairs import Pairs
 from captum_m2ib.metrics import (
@@ -36,8 +38,6 @@ from captum_m2ib.metrics import (
 )
 from captum_m2ib.scenes import ImageProbe, TokenProbe, image_probes, token_probes
 from captum_m2ib.scenes.grounds import TEXTURED
-
-Found: TypeAlias = dict[str, list[float]]
 
 BLOCK = 25
 """Probes whose maps are made at once."""
@@ -187,14 +187,7 @@ class Block:
 
 def pictures_on_truth(block: Block) -> Found:
     """Do pictures' maps fall on the object that the caption names?"""
-    masks, maps = _masks(probe.mask for probe in block.pictures), block.right_maps.cpu()
-    return _lists(
-        {
-            "image pointing": pointing_game(maps, masks),
-            "image mass": relevance_mass(maps, masks),
-            "image auroc": auroc(maps, masks),
-        }
-    )
+    return lists_of(on_truth(block.right_maps.cpu(), _masks(probe.mask for probe in block.pictures)))
 
 
 def words_on_truth(block: Block) -> Found:
@@ -205,7 +198,7 @@ def words_on_truth(block: Block) -> Found:
     """
     maps = block.token_maps.cpu()
     present, named, words = _word_flags(block.captions, maps.shape[1])
-    return _lists(
+    return lists_of(
         {
             "text auroc": auroc(maps, present, valid=named),
             "text top-1": top_k(maps, present, 1, valid=named),
@@ -226,7 +219,7 @@ def localisation(block: Block) -> Found:
         "image pointing, other caption": pointing_game(wrong, others),
         "image mass moved": relevance_mass(wrong, others) - relevance_mass(right, others),
     }
-    return {**pictures_on_truth(block), **_lists(moved), **words_on_truth(block)}
+    return {**pictures_on_truth(block), **lists_of(moved), **words_on_truth(block)}
 
 
 def faithfulness(block: Block) -> Found:
@@ -273,7 +266,7 @@ def sanity(block: Block) -> Found:
                 additional_forward_args=pairs.additional_forward_args,
             )
         found[f"{name} random model"] = changed.similarities[0][:, 0].abs()
-    return _lists(found)
+    return lists_of(found)
 
 
 def stability(block: Block) -> Found:
@@ -286,7 +279,7 @@ def stability(block: Block) -> Found:
 def stability_of_pictures(block: Block) -> Found:
     """Pearson's correlation of pictures' maps made with two seeds."""
     again = block.image_maps(block.right, seed=1)
-    return _lists({"image seeds": pearson(block.right_maps.sum(1), again.sum(1))})
+    return lists_of({"image seeds": pearson(block.right_maps.sum(1), again.sum(1))})
 
 
 def stability_of_words(block: Block) -> Found:
@@ -294,7 +287,7 @@ def stability_of_words(block: Block) -> Found:
     tokens = block.caption_maps(block.worded, seed=1)
     words = faith.maskable_tokens(block.worded)
     rows = zip(block.token_maps, tokens, words.to(tokens.device), strict=True)
-    return _lists({"text seeds": torch.cat([pearson(a[counted][None], b[counted][None]) for a, b, counted in rows])})
+    return lists_of({"text seeds": torch.cat([pearson(a[counted][None], b[counted][None]) for a, b, counted in rows])})
 
 
 def robustness(block: Block) -> Found:
@@ -329,7 +322,7 @@ def robustness(block: Block) -> Found:
     )
     options: dict[str, Any] = {"n_perturb_samples": 32, "normalize": True}
     shaken: dict[str, Any] = {"perturb_radius": 0.02, "n_perturb_samples": 2}
-    return _lists(
+    return lists_of(
         {
             "image infidelity": infidelity(
                 encoder,
@@ -445,7 +438,3 @@ def _word_flags(probes: Sequence[TokenProbe], length: int) -> tuple[Tensor, Tens
         named[row, [word + 1 for word in (*probe.present_words, *probe.absent_words)]] = True
         words[row, 1 : 1 + len(probe.scene.words)] = True
     return present, named, words
-
-
-def _lists(found: dict[str, Tensor]) -> Found:
-    return {name: values.detach().double().cpu().tolist() for name, values in found.items()}

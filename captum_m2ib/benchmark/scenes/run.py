@@ -6,32 +6,24 @@ What is measured stands in :mod:`captum_m2ib.benchmark.scenes.measures`; here it
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from captum_m2ib.benchmark.compare import estimate
-from captum_m2ib.benchmark.methods import MODALITIES, OURS, Family, Method, Setting
+from captum_m2ib.benchmark.methods import MODALITIES, Family, Method, Setting
+from captum_m2ib.benchmark.parts import Found, Model, Part, spans_of, write_comparison
 from captum_m2ib.benchmark.scenes import measures as scenes
 from captum_m2ib.benchmark.scenes.cost import cost
-from captum_m2ib.benchmark.scenes.measures import BLOCK, FIGURES, GROUPS, Block, Found, draw_probes
+from captum_m2ib.benchmark.scenes.measures import BLOCK, FIGURES, GROUPS, Block, draw_probes
 from captum_m2ib.benchmark.store import Store, write_atomically
-from captum_m2ib.benchmark.tables import (
-    Comparison,
-    Values,
-    compare,
-    csv_text,
-    figures_csv,
-    markdown,
-    summary_csv,
-)
+from captum_m2ib.benchmark.tables import Comparison, Values, csv_text
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.scenes import CHECKPOINT, GROUNDS
 from captum_m2ib.scenes.grounds import TEXTURED
@@ -105,25 +97,6 @@ def run_settings(plan: Plan, purpose: str) -> dict[str, Any]:
     return {"purpose": purpose, "block": BLOCK, **asdict(plan)}
 
 
-@dataclass(frozen=True)
-class Model:
-    """A checkpoint, by the name under which its parts lie."""
-
-    name: str
-    path: str
-    encoder: DualEncoder
-
-    @cached_property
-    def digest(self) -> str:
-        """What tells its weights and statistics from others'."""
-        seen = hashlib.sha256()
-        for name, tensor in sorted(self.encoder.state_dict().items()):
-            seen.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-        for name, channels in sorted(self.encoder.statistics.items()):
-            seen.update(name.encode() + channels.mean.numpy().tobytes() + channels.std.numpy().tobytes())
-        return seen.hexdigest()[:16]
-
-
 def load_models(paths: Sequence[str | os.PathLike[str]], load: Callable[[str], DualEncoder], plan: Plan) -> list[Model]:
     r"""Load checkpoints and name them after their folders.
 
@@ -168,13 +141,13 @@ def measure_all(
     from tqdm.auto import tqdm
 
     values: dict[str, dict[str, list[list[float]]]] = {method.name: {} for method in methods}
-    spans = _spans(plan.probes)
+    spans = spans_of(plan.probes, BLOCK)
     with tqdm(total=len(models) * len(methods) * len(spans), unit="block", disable=not show_progress) as bar:
         for model in models:
             probes = draw_probes(model.encoder, plan.probes, plan.probes_seed, plan.ground)
             for method in methods:
                 bar.set_description(f"{model.name}, {method.name}")
-                part = _Part(store, model, method)
+                part = Part(store, model, method)
                 found: Found = {}
                 for number, span in enumerate(spans):
                     block = _block(model, method, probes, span)
@@ -231,8 +204,8 @@ def tune(
                 method = Method(f"{family.name}-{kind}-{index}", family, (setting, setting))
                 rows = []
                 for model in models:
-                    part, found = _Part(store, model, method), Found()
-                    for number, span in enumerate(_spans(plan.probes)):
+                    part, found = Part(store, model, method), Found()
+                    for number, span in enumerate(spans_of(plan.probes, BLOCK)):
                         run = partial(measures[modality], _block(model, method, probes[model.name], span))
                         part.add(found, "tuning", number, {"probes": [span.start, span.stop]}, run)
                     rows.append(np.sum([found[name] for name in CRITERIA[kind]], axis=0).tolist())
@@ -259,40 +232,7 @@ def write_tables(folder: Path, models: Sequence[Model], methods: Sequence[Method
     Returns:
         Comparison: of ours with every other method.
     """
-    rivals = [method.name for method in methods if not method.is_floor and not method.family.name.startswith(OURS)]
-    compared = compare(values, FIGURES, OURS, rivals)
-    write_atomically(folder / "figures.csv", figures_csv(values, [model.name for model in models], FIGURES))
-    write_atomically(folder / "summary.csv", summary_csv(compared))
-    write_atomically(folder / "table.md", markdown(compared))
-    return compared
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What is kept of one method on one model."""
-
-    store: Store
-    model: Model
-    method: Method
-
-    def add(self, found: Found, group: str, number: int, told: Mapping[str, Any], run: Callable[[], Found]) -> None:
-        """Append a group's figures of one block, measured now or before."""
-        given = {
-            "model": self.model.digest,
-            "family": self.method.family.name,
-            "settings": list(self.method.settings),
-            **told,
-        }
-        kept = self.store.read(self.model.name, self.method.name, group, number, given)
-        if kept is None:
-            kept = run()
-            self.store.write(self.model.name, self.method.name, group, number, given, kept)
-        for name, values in kept.items():
-            found.setdefault(name, []).extend(values)
-
-
-def _spans(probes: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, probes)) for start in range(0, probes, BLOCK)]
+    return write_comparison(folder, [model.name for model in models], methods, values, FIGURES)
 
 
 def _block(model: Model, method: Method, probes: tuple[Sequence[Any], Sequence[Any]], span: slice) -> Block:

@@ -20,8 +20,9 @@ from captum_m2ib.benchmark.faithfulness import blank_token, faithfulness, maskab
 from captum_m2ib.benchmark.methods import METHODS
 from captum_m2ib.benchmark.pairs import measures as benchmark
 from captum_m2ib.benchmark.pairs.command import add_pairs
-from captum_m2ib.benchmark.pairs.measures import FIGURES, Plan, measure, run_settings, truth_of, write_tables
+from captum_m2ib.benchmark.pairs.measures import FIGURES, Plan, measure, run_settings, write_tables
 from captum_m2ib.benchmark.store import Store
+from captum_m2ib.benchmark.truth import grids_of, truth_of
 from captum_m2ib.metrics import auroc, pointing_game, relevance_mass
 from captum_m2ib.scenes import draw_scene
 
@@ -264,7 +265,7 @@ def test_packed_pictures_are_measured_by_their_patches():
     pairs = SimpleNamespace(
         inputs=(maps, torch.zeros(1, 3)), additional_forward_args=(torch.ones(1, 8), torch.tensor([[2, 3]]))
     )
-    (grid,) = benchmark._grids(SimpleNamespace(layouts=(layout,)), pairs, maps)
+    (grid,) = grids_of(SimpleNamespace(layouts=(layout,)), pairs, maps)
     torch.testing.assert_close(grid, torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]]))
 
 

@@ -1,0 +1,1 @@
+"""The benchmark on photographs in COCO's format (``captum-m2ib benchmark photos``)."""

@@ -1,0 +1,148 @@
+"""The sub-command ``captum-m2ib benchmark photos``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from captum_m2ib.benchmark.loading import CheckDevice, Load
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
+
+
+def add_photos(benchmarks: Any, load: Load, check_device: CheckDevice) -> None:
+    r"""Add ``captum-m2ib benchmark photos`` to the command line.
+
+    Args:
+
+        benchmarks: What ``ArgumentParser.add_subparsers`` returned for ``benchmark``.
+        load (Callable): From arguments with ``model``, ``revision`` and ``device`` to an encoder.
+        check_device (Callable): Refuses a device that is not there.
+    """
+    parser = benchmarks.add_parser(
+        "photos",
+        help="methods on photographs with masks",
+        description="Image localisation against the masks of a data set in COCO's format, alone and in mosaics of four "
+        "photographs, and faithfulness of every method. The same command again goes on where an interrupted one "
+        "stopped. --output receives figures.csv, summary.csv, table.md, names.csv and examples.png.",
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="where the pictures lie, or the folder above their folder images"
+    )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        default="instances.json",
+        help="in COCO's format: a path, or a name in DIR (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="ID_OR_DIR",
+        required=True,
+        help="hub id, checkpoint directory, or module:function that returns a DualEncoder with a processor",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--device", help="for example cuda (default: cpu)")
+    parser.add_argument(
+        "--method",
+        action="extend",
+        nargs="+",
+        metavar="NAME",
+        help="m2ib, m2ib-published, each rival as published, centre and random (default: all but rise)",
+    )
+    parser.add_argument("--settings", metavar="FILE", help="a settings.json for -tuned (default: the package's)")
+    parser.add_argument(
+        "--split", choices=("test", "validation"), default="test", help="odd or even picture ids (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=5, help="ask about what is among so many first names (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, help="the first so many photographs of the split (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="which mosaics (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=50, help="of insertion and deletion (default: %(default)s)")
+    parser.add_argument("--without-faithfulness", action="store_true", help="leave out what masks and asks again")
+    parser.add_argument(
+        "--output", metavar="DIR", default="benchmark-photos", help="resumed if it is there (default: %(default)s)"
+    )
+    parser.set_defaults(run=lambda given: run(given, load, check_device))
+
+
+def run(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> None:
+    r"""Run the command.
+
+    Args:
+
+        given (argparse.Namespace): What :func:`add_photos` parsed.
+        load, check_device (Callable): As for :func:`add_photos`.
+
+    Raises:
+        ValueError: if an option or the data cannot be used, or no method works on the model.
+        ImportError: if what masks or the model need is not installed.
+    """
+    from captum_m2ib.benchmark.choice import named, usable
+    from captum_m2ib.benchmark.figure_page import write_page
+    from captum_m2ib.benchmark.methods import FAMILIES, SETTINGS_FILE, SLOW, methods
+    from captum_m2ib.benchmark.parts import Model, write_comparison
+    from captum_m2ib.benchmark.photos.coco import read_photos
+    from captum_m2ib.benchmark.photos.measures import FIGURES
+    from captum_m2ib.benchmark.photos.probes import name_photos
+    from captum_m2ib.benchmark.photos.run import (
+        Plan,
+        choose_probes,
+        examples_of,
+        measure_all,
+        run_settings,
+        write_names,
+    )
+    from captum_m2ib.benchmark.store import Store
+    from captum_m2ib.benchmark.tables import terminal
+
+    known = methods(given.settings or SETTINGS_FILE)
+    asked = named(given.method or [name for name in FAMILIES if name not in SLOW], known)
+    plan = Plan(given.split, given.rank, given.limit, given.seed, given.steps, not given.without_faithfulness)
+    photos = read_photos(given.data, given.annotations, plan.split, plan.limit)
+    encoder = _load(given, load, check_device)
+    model = Model(_called(given.model), given.model, encoder)
+    chosen = usable(asked, encoder)
+    probes = choose_probes(name_photos(encoder, photos, plan.rank), plan)
+    store = Store(given.output, run_settings(photos, model, plan))
+    print(probes)
+    try:
+        values = measure_all(model, chosen, probes, plan, store, show_progress=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        print(f"to go on from here, give the same command again: {given.output} keeps what is done", file=sys.stderr)
+        raise
+    measured = [method for method in chosen if method.name in values]
+    write_names(store.folder, probes)
+    print(f"\n{terminal(write_comparison(store.folder, [model.name], measured, values, FIGURES))}")
+    examples = examples_of(encoder, measured, probes)
+    write_page(store.folder / "examples.png", examples, f"{model.name}: example maps of every method")
+    written = ("figures.csv", "summary.csv", "table.md", "names.csv", "examples.png")
+    print(f"\nwritten  {', '.join(os.fspath(store.folder / name) for name in written)}")
+
+
+def _load(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> DualEncoder:
+    from transformers.utils import logging
+
+    from captum_m2ib.encoders.checkpoints import call_factory, is_factory
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
+
+    if not is_factory(given.model):
+        return load(given)
+    device = check_device(given.device)
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    made = call_factory(given.model)
+    if not isinstance(made, DualEncoder) or made.processor is None:
+        got = "one without" if isinstance(made, DualEncoder) else type(made).__name__
+        raise ValueError(f"--model: expected {given.model} to return a DualEncoder with a processor, got {got}.")
+    return made if device is None else made.to(device)
+
+
+def _called(model: str) -> str:
+    """A name for a model that a folder may have."""
+    last = re.split(r"[\\/:]+", os.fspath(model).rstrip("\\/"))[-1]
+    return re.sub(r"[^\w.-]", "_", last).strip(".") or "model"
