@@ -57,7 +57,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         ...     (*right.inputs, wrong.inputs[1]),
         ...     additional_forward_args=(*right.additional_forward_args, *wrong.additional_forward_args), n_steps=2)
         >>> image_bits.shape, token_bits.shape, rival_bits.shape
-        (torch.Size([1, 3, 64, 64]), torch.Size([1, 5]), torch.Size([1, 5]))
+        (torch.Size([1, 3, 64, 64]), torch.Size([1, 5]), torch.Size([1, 7]))
     """
 
     _may_rise = (2,)
