@@ -244,7 +244,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             inputs (Tensor or tuple[Tensor, ...]): As for :meth:`attribute`.
             *args: As for :meth:`attribute`.
             check (bool, optional): Whether the record also tells what is left of the score when parts of the input are
-                        shut (:mod:`captum_m2ib.engine.check`), at the cost of 12 rows per pair and modality, without
+                        shut (:mod:`captum_m2ib.engine.check`), at the cost of 9 rows per pair and modality, without
                         gradients. Default: False
             **kwargs: As for :meth:`attribute`.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from captum_m2ib.engine.stakes import Stakes, nothing_to_lose
 from captum_m2ib.engine.verdict import FAILING_MARGIN, HOLDING_KEPT, HOLDING_MARGIN, VERDICTS
 
-FRACTIONS = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+FRACTIONS = (1 / 32, 1 / 8, 1 / 2)
 """Shares of the positions that are shut."""
 
 ORDERS = 2

@@ -10,7 +10,7 @@ VERDICTS = ("holds", "weak", "fails")
 HOLDING_MARGIN = 0.35
 """The least margin of a map that holds."""
 
-FAILING_MARGIN = 0.15
+FAILING_MARGIN = 0.2
 """A map of a smaller margin fails: it says no more than chance."""
 
 HOLDING_KEPT = 0.5

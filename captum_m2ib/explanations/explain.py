@@ -43,7 +43,7 @@ def explain(
         internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; None for all at
             once. Default: 80
         check (bool, optional): Whether to look at what the score loses where the maps' top positions are hidden, and so
-            many at random: 12 forward passes per pair and modality, without gradients. Default: True
+            many at random: 9 forward passes per pair and modality, without gradients. Default: True
         **settings: Further arguments of :meth:`MultiModalInfoBottleneck.attribute`, such as ``beta`` or ``seed``.
 
     Returns:

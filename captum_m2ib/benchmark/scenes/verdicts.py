@@ -37,7 +37,7 @@ from captum_m2ib.engine.stakes import NothingToExplainWarning
 from captum_m2ib.engine.suffix import Suffix, Tap
 from captum_m2ib.engine.verdict import VERDICTS
 from captum_m2ib.metrics import relevance_mass
-from captum_m2ib.scenes import ImageProbe, TokenProbe, build_model, image_probes, token_probes
+from captum_m2ib.scenes import ImageProbe, TokenProbe, image_probes, token_probes
 
 MAPS = ("its own", "another pair's", "a random model's")
 """The maps that are checked."""
@@ -63,8 +63,8 @@ class Checked:
         source (str): One of :data:`MAPS`.
         verdict (str): One of :data:`captum_m2ib.engine.verdict.VERDICTS`.
         margin (float): How much more the map's order takes than a random one.
-        kept (float): Share of the range that the map's gates keep; 1 for a map that is not the pair's own, whose
-            gates do not belong to this pair.
+        kept (float): Share of the range that the map's gates keep; 1 for a map that is not the pair's own: it has no
+            gates here, so that its verdict is that of its margin alone, if anything too good.
         on_truth (float): Way from an even map's share of the truth to all; 0 for an even map, 1 at best.
     """
 
@@ -104,9 +104,12 @@ def measure(encoder: DualEncoder, probes: int = 100, seed: int = 0) -> list[Chec
 
 
 def _randomised(encoder: DualEncoder) -> DualEncoder:
-    """The encoder with the weights that its training began with, or others like them."""
+    """The same encoder before any training."""
     random = copy.deepcopy(encoder)
-    random.model.load_state_dict(build_model(seed=_RANDOM_SEED).state_dict())
+    model: Any = random.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_RANDOM_SEED)
+        model.load_state_dict(type(model)(model.config).state_dict())
     # They describe the trained model's embeddings.
     random.statistics.clear()
     return random
@@ -118,7 +121,7 @@ def _of_block(
     probes: Sequence[Any],
     modality: int,
 ) -> Iterator[Checked]:
-    """The maps of some probes; of one probe alone another pair's is left out."""
+    """The maps of some probes."""
     encoder = methods[0].forward_func
     pairs = encoder.prepare([probe.image for probe in probes], [probe.caption for probe in probes])
     given = [*pairs.inputs, *pairs.additional_forward_args]
