@@ -46,7 +46,7 @@ class Case:
 
     def attribute(self, method: Any = None, **settings: Any) -> Any:
         """Few steps and draws; a model in training mode is explained with a warning."""
-        settings = {"n_steps": 3, "n_samples": 3, **settings}
+        settings = {"n_steps": 2, "n_samples": 3, **settings}
         method = method or self.method()
         # Filters of warnings are global, so they are left alone where threads may run.
         with warnings.catch_warnings() if self.training else contextlib.nullcontext():

@@ -140,7 +140,7 @@ _SENT = "Network.requestWillBeSent"
 @contextmanager
 def browse(profile: Path) -> Iterator[Page]:
     """A browser with a fresh profile, ended afterwards."""
-    assert CHROMIUM is not None
+    assert CHROMIUM is not None, "there is no Chromium on this machine"
     command_read, command_write = os.pipe()
     answer_read, answer_write = os.pipe()
     # Chromium reads commands at 3 and writes answers at 4; none of the pipes may lie there itself.

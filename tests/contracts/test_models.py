@@ -11,9 +11,9 @@ import zoo
 from contracts_state import assert_as_found, disturb, snapshot
 from families import Case, captions, model_case
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib import MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
+from captum_m2ib.benchmark.meters import Flops, count_flops
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import resolve_at
 from captum_m2ib.engine.layouts import real_elements, to_input, to_units
@@ -98,8 +98,7 @@ def planted(case: Case, modality: int, seed: int) -> tuple[tuple, Tensor]:
 
 def hidden_at(case: Case, layer, arguments: tuple) -> Tensor:
     with borrowing(*case.roots):
-        tap = Tap(layer)
-        return Suffix(lambda given: case.forward(*given), arguments, 3, [tap]).hidden[0]
+        return Suffix(lambda given: case.forward(*given), arguments, len(arguments[0]), [Tap(layer)]).hidden[0]
 
 
 @pytest.mark.parametrize("modality", [0, 1])
@@ -109,12 +108,14 @@ def test_a_changed_place_is_found_where_it_is(model: zoo.Model, modality: int):
     for choice in (recommended, case.layers[modality][0]):
         layer = resolve_at(case.forward, modality, choice)
         layout, inputs = case.forward.layout_at(layer, modality), case.inputs[modality]
-        before = hidden_at(case, layer, (*case.inputs, *case.additional))
-        total: Tensor = torch.zeros(())
-        for seed in (1, 2, 3, 4):
-            arguments, place = planted(case, modality, seed)
-            change = (hidden_at(case, layer, arguments) - before).square()
-            real = real_elements(layout, change, modality, arguments)
+        variants, places = zip(*(planted(case, modality, seed) for seed in (1, 2, 3, 4)), strict=True)
+        # One pass over the pairs as they are and in all their variants.
+        arguments = tuple(map(torch.cat, zip((*case.inputs, *case.additional), *variants, strict=True)))
+        before, *after = hidden_at(case, layer, arguments).split(3)
+        place, total = places[0], torch.zeros(())
+        for hidden, given in zip(after, variants, strict=True):
+            change = (hidden - before).square()
+            real = real_elements(layout, change, modality, given)
             total = total + to_input(layout, to_units(layout, change, inputs, real), inputs).mean(0)
         inside, share = float(total[place[0]].sum() / total.sum()), float(place[0].float().mean())
         # Attention and convolutions spread a change, but its own place keeps the most of it.
@@ -150,12 +151,6 @@ def test_bits_are_conserved_from_the_layer_to_the_input(model: zoo.Model):
         assert bool((modality.units.flatten(1).sum(1) <= modality.bits * (1 + 1e-5)).all())
 
 
-def flops(function) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
-
-
 class Reached(Exception):
     pass
 
@@ -167,10 +162,10 @@ def prefix_flops(case: Case, layer: nn.Module, tower) -> int:
         raise Reached
 
     handle = layer.register_forward_hook(stop)
-    with FlopCounterMode(display=False) as counter, contextlib.suppress(Reached):
+    with Flops() as counter, contextlib.suppress(Reached):
         tower()
     handle.remove()
-    return counter.get_total_flops()
+    return counter.total
 
 
 def backward_flops(case: Case, layer: nn.Module) -> int:
@@ -187,32 +182,33 @@ def backward_flops(case: Case, layer: nn.Module) -> int:
     with torch.enable_grad():
         score = case.forward(*case.inputs, *case.additional).sum()
         handle.remove()
-        return flops(lambda: torch.autograd.grad(score, taken[0]))
+        return count_flops(lambda: torch.autograd.grad(score, taken[0]))
 
 
 @pytest.mark.parametrize("choice", [0, 1])
 def test_no_work_is_done_twice(model: zoo.Model, choice: int, monkeypatch: pytest.MonkeyPatch):
     case = model_case(model)
-    pairs, steps, draws = 3, 4, 5
+    pairs, steps, draws = 3, 2, 5
     layers = [choices[choice] for choices in case.layers]
     arguments = (*case.inputs, *case.additional)
     case.roots[0].requires_grad_(False)
     # The fused path of torch's own attention is not counted.
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
     with torch.no_grad():
-        whole = flops(lambda: case.forward(*arguments))
+        whole = count_flops(lambda: case.forward(*arguments))
         towers = []
         for tower, inputs in zip(case.forward._towers, case.inputs, strict=True):
             extras = [
                 dict(zip(case.forward.argument_names, arguments, strict=True))[n] for n in tower.side.arguments[1:]
             ]
             towers.append(lambda tower=tower, inputs=inputs, extras=extras: tower(inputs, *extras))
+        work = [count_flops(tower) for tower in towers]
+        joined = whole - sum(work)
         expected = whole * (pairs + 1) / pairs
-        for layer, tower in zip(layers, towers, strict=True):
-            joined = whole - sum(map(flops, towers))
-            forward = flops(tower) - prefix_flops(case, layer, tower) + joined
+        for layer, tower, of_tower in zip(layers, towers, work, strict=True):
+            forward = of_tower - prefix_flops(case, layer, tower) + joined
             expected += steps * draws * (forward + backward_flops(case, layer))
-    found = flops(
+    found = count_flops(
         lambda: case.attribute(MultiModalInfoBottleneck(case.forward, layers), n_steps=steps, n_samples=draws)
     )
     assert found <= 1.1 * expected, (found, expected)

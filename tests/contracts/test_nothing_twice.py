@@ -9,15 +9,9 @@ import torch
 import torch.nn.functional as F
 from families import Block, Case, Family, family_named
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from captum_m2ib import MultiModalInfoBottleneck
-
-
-def flops(function) -> int:
-    with FlopCounterMode(display=False) as counter:
-        function()
-    return counter.get_total_flops()
+from captum_m2ib.benchmark.meters import count_flops
 
 
 def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
@@ -26,12 +20,15 @@ def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
     planted = [torch.cat([a, a[:1]]) for a in (*case.inputs, *case.additional)]
     for root in case.roots:
         root.requires_grad_(False)
-    total = flops(lambda: case.forward(*planted))
+    total = count_flops(lambda: case.forward(*planted))
     mask = case.additional[0].repeat_interleave(n_samples, 0) if case.additional else None
     for suffix, shape in suffixes:
         hidden = torch.randn(pairs * n_samples, *shape, requires_grad=True)
-        step = flops(lambda suffix=suffix, hidden=hidden: torch.autograd.grad(suffix(hidden * 1.0, mask).sum(), hidden))
-        total += n_steps * step
+
+        def step(suffix=suffix, hidden=hidden):
+            return torch.autograd.grad(suffix(hidden * 1.0, mask).sum(), hidden)
+
+        total += n_steps * count_flops(step)
     return total
 
 
@@ -71,7 +68,7 @@ def test_work_of_towers(after: int):
         case, [(tower_suffix(image, after, False), (17, 16)), (tower_suffix(text, after, True), (6, 16))], 10, 5
     )
     method = MultiModalInfoBottleneck(case.forward, [image.blocks[after], text.blocks[after]], case.layouts)
-    counted = flops(lambda: case.attribute(method, n_steps=10, n_samples=5))
+    counted = count_flops(lambda: case.attribute(method, n_steps=10, n_samples=5))
     assert 0.9 * expected <= counted <= 1.1 * expected
 
 
@@ -83,7 +80,8 @@ def test_work_of_clip(after: int):
         case, [(clip_suffix(model, after, True), (17, 32)), (clip_suffix(model, after, False), (6, 32))], 8, 4
     )
     layers = [model.vision_model.encoder.layers[after], model.text_model.encoder.layers[after]]
-    counted = flops(lambda: case.attribute(MultiModalInfoBottleneck(case.forward, layers), n_steps=8, n_samples=4))
+    method = MultiModalInfoBottleneck(case.forward, layers)
+    counted = count_flops(lambda: case.attribute(method, n_steps=8, n_samples=4))
     assert 0.9 * expected <= counted <= 1.1 * expected
 
 

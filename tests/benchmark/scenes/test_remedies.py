@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,20 +56,33 @@ def test_closed_tokens_carry_nothing_of_the_score(encoder: DualEncoder, pairs: P
         assert float(whole.max()) < 1e-5 and bool((closed > 0.001).all())
 
 
+@pytest.fixture(scope="module")
+def alone(encoder: DualEncoder, pairs: Pairs) -> Callable[[int, float], tuple[torch.Tensor, Any]]:
+    """Maps of one pair with one beta, and the record of its picture; each is computed once."""
+
+    @functools.cache
+    def run(index: int, beta: float) -> tuple[torch.Tensor, Any]:
+        pixels, *rest = (tensor[index : index + 1] for tensor in (*pairs.inputs, *pairs.additional_forward_args))
+        bits, record = MultiModalInfoBottleneck(encoder).attribute_with_record(
+            pixels, additional_forward_args=tuple(rest), beta=beta, seed=3
+        )
+        return bits[0], record.modalities[0]
+
+    return run
+
+
 @pytest.mark.parametrize("share", [0.0, 0.9, 1.05, 10.0])
-def test_each_pair_gets_the_largest_beta_that_keeps_the_share(encoder: DualEncoder, pairs: Pairs, share: float):
+def test_each_pair_gets_the_largest_beta_that_keeps_the_share(
+    encoder: DualEncoder, pairs: Pairs, alone: Callable[[int, float], tuple[torch.Tensor, Any]], share: float
+):
     pixels, *rest = (*pairs.inputs, *pairs.additional_forward_args)
     found = BetaOfEachPair(encoder, share).attribute(pixels, tuple(rest), seed=3)
     for index in range(3):
-        one = tuple(tensor[index : index + 1] for tensor in rest)
         for beta in BETAS:
-            bits, record = MultiModalInfoBottleneck(encoder).attribute_with_record(
-                pixels[index : index + 1], additional_forward_args=one, beta=beta, seed=3
-            )
-            (picture,) = record.modalities
+            bits, picture = alone(index, beta)
             if float(picture.score_after[0]) >= share * float(picture.score_before[0]):
                 break
-        torch.testing.assert_close(found[index], bits[0], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(found[index], bits, rtol=1e-3, atol=1e-4)
 
 
 def test_the_score_is_beyond_the_other_captions(encoder: DualEncoder, pairs: Pairs):
