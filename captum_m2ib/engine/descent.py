@@ -205,9 +205,11 @@ def _draw(gate: Gates, settings: LayerSettings, step: int) -> Tensor:
 def _accumulate(gates: list[Gates], score: Tensor, weight: Tensor, n_samples: int) -> None:
     # A gradient of 1e-5 per element has few digits left in half precision and none after another layer.
     scale = 2.0**12 if any(gate.dtype == torch.float16 for gate in gates) else 1.0
-    gradients = torch.autograd.grad((score.sum(1) * weight).sum() * (scale / n_samples), [gate.alpha for gate in gates])
-    for gate, gradient in zip(gates, gradients, strict=True):
-        gate.alpha.grad -= gradient / scale  # type: ignore[operator]
+    # Small weights go in before the model's own gradient and large ones after it, or half precision overflows within.
+    loss = (score.sum(1) * weight.clamp(max=1)).sum() * (scale / n_samples)
+    for gate, gradient in zip(gates, torch.autograd.grad(loss, [gate.alpha for gate in gates]), strict=True):
+        late = weight.clamp(min=1).to(gradient).view(-1, *[1] * (gradient.ndim - 1))
+        gate.alpha.grad -= gradient * (late / scale)  # type: ignore[operator]
 
 
 def _add_information(gate: Gates) -> Tensor:

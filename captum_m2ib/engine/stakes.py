@@ -46,8 +46,9 @@ class Stakes:
 
     @property
     def weight(self) -> Tensor:
-        """What scores are multiplied by, (N,); 0 for a pair that has nothing to lose."""
-        return torch.where(self.range > 0, 1 / self.range.clamp(min=torch.finfo(self.range.dtype).tiny), 0.0)
+        """What scores are multiplied by, (N,), in float32 at least; 0 for a pair that has nothing to lose."""
+        own = self.range.to(torch.promote_types(self.range.dtype, torch.float32))
+        return torch.where(own > 0, 1 / own.clamp(min=torch.finfo(own.dtype).tiny), 0.0)
 
 
 def measured(score: Tensor, closed: Tensor, halves: Tensor) -> Stakes:

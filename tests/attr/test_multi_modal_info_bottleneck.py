@@ -365,6 +365,26 @@ def test_half_precision_survives_small_gradients_and_long_runs():
     assert all(bool(tensor.isfinite().all()) for tensor in bits)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_survives_scores_of_any_unit(dtype):
+    case = family_named("clip").build()
+    case.roots[0].to(dtype)
+    half = case.with_inputs((case.inputs[0].to(dtype), case.inputs[1]), case.additional)
+    layers = [model.encoder.layers[1] for model in (case.roots[0].vision_model, case.roots[0].text_model)]
+
+    def bits(unit: float) -> tuple[Tensor, Tensor]:
+        def score(*arguments):
+            return unit * case.forward(*arguments).to(dtype)
+
+        return half.attribute(MultiModalInfoBottleneck(score, layers, case.forward.layouts), n_steps=10, n_samples=4)
+
+    expected = bits(1.0)
+    for unit in (1e-3, 1e3):
+        for one, other in zip(bits(unit), expected, strict=True):
+            assert bool(one.isfinite().all())
+            assert float(torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]) > 0.98
+
+
 def test_published_uses_the_papers_layers_and_prior():
     case = family_named("clip").build()
     model = case.roots[0]

@@ -13,22 +13,32 @@ from torch import nn
 from captum_m2ib import MultiModalInfoBottleneck
 from captum_m2ib.benchmark.meters import count_flops
 
+CLOSED = 2 + 6
+"""Draws with closed gates, without gradients, by which the score's range is measured."""
+
 
 def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
-    """One pass over the pairs and a copy, then per modality forward and backward of what follows the layer."""
+    """One pass over the pairs and a copy, then per modality what follows the layer: closed, and each step."""
     pairs = len(case.inputs[0])
     planted = [torch.cat([a, a[:1]]) for a in (*case.inputs, *case.additional)]
     for root in case.roots:
         root.requires_grad_(False)
     total = count_flops(lambda: case.forward(*planted))
-    mask = case.additional[0].repeat_interleave(n_samples, 0) if case.additional else None
+
+    def mask(draws: int):
+        return case.additional[0].repeat_interleave(draws, 0) if case.additional else None
+
     for suffix, shape in suffixes:
         hidden = torch.randn(pairs * n_samples, *shape, requires_grad=True)
-
-        def step(suffix=suffix, hidden=hidden):
-            return torch.autograd.grad(suffix(hidden * 1.0, mask).sum(), hidden)
-
-        total += n_steps * count_flops(step)
+        step = count_flops(
+            lambda suffix=suffix, hidden=hidden: torch.autograd.grad(
+                suffix(hidden * 1.0, mask(n_samples)).sum(), hidden
+            )
+        )
+        closed = count_flops(
+            lambda suffix=suffix, shape=shape: suffix(torch.randn(pairs * CLOSED, *shape), mask(CLOSED))
+        )
+        total += n_steps * step + closed
     return total
 
 
@@ -131,7 +141,8 @@ def test_order_of_the_towers_does_not_matter():
     method = MultiModalInfoBottleneck(score, [image.blocks[1], text.blocks[1]], case.layouts)
     case.attribute(method, n_steps=6)
     assert calls[text.embed] == calls[image.embed] == calls[image.blocks[0]] == calls[text.blocks[1]] == 1
-    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 7
+    # Recorded, closed at most three draws at a time, and six steps.
+    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 1 + 3 + 6
 
 
 def test_only_the_explained_modality_runs():
@@ -142,7 +153,7 @@ def test_only_the_explained_modality_runs():
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     case.method().attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
     assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1
-    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 6
+    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + CLOSED // 2 + 5
 
 
 def test_parameters_receive_no_gradient(case: Case):
@@ -174,4 +185,4 @@ def test_a_part_used_by_both_sides_of_the_layer():
     for module in (shared, block):
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     MultiModalInfoBottleneck(score, [block]).attribute(torch.randn(2, 3, 8), n_steps=5, n_samples=2)
-    assert calls[block] == 1 and calls[shared] == 2 + 5
+    assert calls[block] == 1 and calls[shared] == 2 + CLOSED // 2 + 5
