@@ -147,12 +147,12 @@ class _Gates:
     def sample(self, drawn: Tensor, logits: Tensor | None = None) -> Tensor:
         """Values for the suffix, (N * draws, ...); padding passes unchanged.
 
-        Logits of other gates than these may be given, one set per draw and the same for all pairs, (draws, ...).
+        Logits of other gates than these may be given, one set per draw, (N, draws, ...) or (1, draws, ...).
         """
         hidden = self.hidden.unsqueeze(1)
         mean, std = (part.unsqueeze(1) if isinstance(part, Tensor) else part for part in (self.mean, self.std))
         drawn = drawn.to(hidden.device, hidden.dtype).unsqueeze(0)
-        mixed = sample(self.logits.unsqueeze(1) if logits is None else logits.unsqueeze(0), hidden, drawn, mean, std)
+        mixed = sample(self.logits.unsqueeze(1) if logits is None else logits, hidden, drawn, mean, std)
         if self.real is not None:
             mixed = torch.where(self.real.unsqueeze(1), mixed, hidden)
         return mixed.flatten(0, 1).to(self.dtype)
@@ -339,7 +339,9 @@ def _stakes(suffix: Suffix, gates: list[_Gates], settings: LayerSettings, start:
             drawn = [_noise_of_stakes(gate, purpose, count) for gate in gates]
             logits = [_half_open(gate) if purpose else _closed(gate, count) for gate in gates]
             parts = _parts(settings, count)
-            through = [_through(suffix, gates, [d[part] for d in drawn], [z[part] for z in logits]) for part in parts]
+            through = [
+                _through(suffix, gates, [d[part] for d in drawn], [z[:, part] for z in logits]) for part in parts
+            ]
             scores.append(torch.cat(through, 1))
     check_finite("score with closed gates", torch.cat(scores, 1), start)
     return measured(suffix.score, *scores)
@@ -351,19 +353,23 @@ def _noise_of_stakes(gate: _Gates, purpose: int, draws: int) -> Tensor:
 
 
 def _closed(gate: _Gates, draws: int) -> Tensor:
-    """Logits of gates that are closed, (draws, ...)."""
-    return torch.full_like(gate.hidden[:1], -torch.inf).expand(draws, *gate.hidden.shape[1:])
+    """Logits of gates that are closed, (1, draws, ...)."""
+    return torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1).expand(-1, draws, *gate.hidden.shape[1:])
 
 
 def _half_open(gate: _Gates) -> Tensor:
-    """Logits of gates that are open at half of the positions and closed at the others, (draws, ...)."""
+    """Logits of gates that are open at half of the positions and closed at the others, (N or 1, draws, ...)."""
     positions = list(gate.hidden.shape[1:])
     if len(positions) > 1:
         positions[gate.channels - 1] = 1
     drawn = noise(0, gate.index, _STAKES + 2, HALVES, positions, antithetic=True)
     field = drawn.to(gate.hidden.device, gate.hidden.dtype)
-    is_open = (field if gate.filter is None else gate.filter(field.expand(-1, *gate.alpha.shape[1:]))) > 0
-    return torch.where(is_open, torch.inf, -torch.inf).to(field.dtype)
+    if gate.filter is None:
+        field = field.unsqueeze(0)
+    else:
+        # A filter is made for these pairs, and may treat each in its own way.
+        field = torch.stack([gate.filter(one.expand_as(gate.alpha)) for one in field], 1)
+    return torch.where(field > 0, torch.inf, -torch.inf).to(field.dtype)
 
 
 def _descend(
