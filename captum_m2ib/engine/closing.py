@@ -49,7 +49,7 @@ def measured_stakes(suffix: Suffix, gates: Sequence[Gates], settings: LayerSetti
     """The same where the range was given: what :func:`stakes_of` would have measured."""
     shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
     closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
-    half = [_open_where(_field(gate, _FIELD, HALVES) > 0).unsqueeze(0) for gate in gates]
+    half = [_open_where(_fields(gate, _FIELD, HALVES) > 0) for gate in gates]
     halves = _scores(suffix, gates, settings, _HALVES, half)
     check_finite("score with closed gates", torch.cat([closed, halves], 1), start)
     return measured(suffix.score, closed, halves)
@@ -79,9 +79,10 @@ def check_of(
     if stakes.closed is None:
         raise ValueError("stakes: expected measured ones, got a given range.")
     relevance, there = _positions(bits, gate)
-    fields = _field(gate, _ORDERS, ORDERS * len(FRACTIONS))
-    if fields.shape[1:] != relevance.shape[1:]:
-        fields = fields.mean(gate.channels, keepdim=True)
+    fields = _fields(gate, _ORDERS, ORDERS * len(FRACTIONS)).movedim(1, 0)
+    if fields.shape[2:] != relevance.shape[1:]:
+        # The draws stand before the pairs here, so that the channels are one dimension further on.
+        fields = fields.mean(gate.channels + 1, keepdim=True)
     counts = there.flatten(1).sum(1).view(-1, *[1] * (relevance.ndim - 1))
     found = []
     # Each fraction has random orders of its own: an order that begins with what matters would spoil all of them.
@@ -125,14 +126,16 @@ def _open_where(is_open: Tensor) -> Tensor:
     return torch.where(is_open, torch.inf, -torch.inf)
 
 
-def _field(gate: Gates, step: int, draws: int) -> Tensor:
-    """A random value per position, as smooth as the gates are, (draws, ...)."""
+def _fields(gate: Gates, step: int, draws: int) -> Tensor:
+    """Random values per position, as smooth as the gates are, (N or 1, draws, ...)."""
     positions = list(gate.hidden.shape[1:])
     if len(positions) > 1:
         positions[gate.channels - 1] = 1
-    drawn = noise(0, gate.index, step, draws, positions, antithetic=True)
-    field = drawn.to(gate.hidden.device, gate.hidden.dtype)
-    return field if gate.filter is None else gate.filter(field.expand(-1, *gate.alpha.shape[1:]))
+    drawn = noise(0, gate.index, step, draws, positions, antithetic=True).to(gate.hidden.device, gate.hidden.dtype)
+    if gate.filter is None:
+        return drawn.unsqueeze(0)
+    # A filter is made for these pairs, and may treat each in its own way.
+    return torch.stack([gate.filter(field.expand_as(gate.alpha)) for field in drawn], 1)
 
 
 def _rank(relevance: Tensor, among_equals: Tensor, there: Tensor) -> Tensor:

@@ -152,3 +152,75 @@ def test_recommended_method_keeps_pairs_apart():
     whole = case.attribute(method, **SETTINGS)
     alone = case.select(slice(2, 3)).attribute(method, **SETTINGS)
     close(alone, rows(whole, slice(2, 3)), exact=True)
+
+
+MEASURED = ("score_range", "score_closed")
+
+
+def measure(case: Case, method: MultiModalInfoBottleneck | None = None, **settings) -> list:
+    """What was measured of every pair's score before the descent, per modality."""
+    method = method or case.method()
+    given = {"additional_forward_args": case.additional or None, "n_steps": 1, "n_samples": 3, **settings}
+    _, record = method.attribute_with_record(case.inputs, **given)
+    return [torch.stack([getattr(modality, name) for name in MEASURED], 1) for modality in record.modalities]
+
+
+def equal(found: list, expected: list) -> None:
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+RANGES = ["clip", "closure", "conv_maps", "sequence_first", "shared_tower", "torch_encoder", "siglip2_naflex", "xclip"]
+
+
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("name", RANGES)
+def test_the_measured_range_is_the_pairs_own(name: str, joint: bool):
+    case = family_named(name).build().double()
+    whole = measure(case, joint=joint)
+    order = [2, 0, 1]
+    equal(measure(case.select(order), joint=joint), rows(whole, order))
+    for pair in range(3):
+        row = slice(pair, pair + 1)
+        equal(measure(case.select(row), joint=joint), rows(whole, row))
+    for settings in ({"internal_batch_size": 1}, {"internal_batch_size": 4}, {"seed": 8}, {"n_samples": 7}):
+        equal(measure(case, joint=joint, **settings), whole)
+    assert all(float(part[:, 0].std()) > 0 and bool((part[:, 0] > 0).all()) for part in whole)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip2_naflex", "xclip", "open_clip_resnet"])
+def test_the_measured_range_of_gated_inputs_is_the_pairs_own(name: str):
+    case = family_named(name).build().double()
+    method = MultiModalInfoBottleneck(case.forward)
+    whole = measure(case, method)
+    equal(measure(case.select([1, 2, 0]), method), rows(whole, [1, 2, 0]))
+    equal(measure(case.select(slice(1, 2)), method), rows(whole, slice(1, 2)))
+    equal(measure(case, method, internal_batch_size=3), whole)
+
+
+@pytest.mark.parametrize("name", ["clip", "closure", "torch_encoder", "sequence_first"])
+@pytest.mark.parametrize("prior", [None, "pair"])
+def test_padding_length_does_not_change_the_measured_range(name: str, prior):
+    case = family_named(name).build().double()
+    method = case.method(statistics=[prior, prior])
+    pixels, ids = case.inputs
+    mask = case.additional[0]
+    filler, none = torch.full((3, 4), 1), torch.zeros(3, 4, dtype=mask.dtype)
+    padded = case.with_inputs((pixels, torch.cat([ids, filler], 1)), (torch.cat([mask, none], 1),))
+    whole = measure(case, method)
+    equal(measure(padded, method), whole)
+    trimmed = case.with_inputs((pixels[1:2], ids[1:2, :4]), (mask[1:2, :4],))
+    equal(measure(trimmed, method), rows(whole, slice(1, 2)))
+
+
+def test_given_ranges_belong_to_their_pairs():
+    case = family_named("clip").build().double()
+    ranges = torch.tensor([0.1, 0.4, 2.0])
+    whole = case.attribute(score_range=ranges, **SETTINGS)
+    for chunk in (1, 3, 4):
+        close(case.attribute(score_range=ranges, internal_batch_size=chunk, **SETTINGS), whole, exact=True)
+    for pair in range(3):
+        alone = case.select(slice(pair, pair + 1)).attribute(score_range=float(ranges[pair]), **SETTINGS)
+        close(alone, rows(whole, slice(pair, pair + 1)), exact=True)
+    order = [2, 0, 1]
+    close(case.select(order).attribute(score_range=ranges[order], **SETTINGS), rows(whole, order), exact=True)

@@ -280,3 +280,36 @@ def test_a_score_that_is_not_finite_with_gates_closed_is_named(internal_batch_si
 
     with pytest.raises(ValueError, match="inputs: the score with closed gates is NaN or infinite for pair 2;"):
         record_of(given, score, internal_batch_size=internal_batch_size)
+
+
+@pytest.mark.parametrize("count", [3, HALVES])
+def test_gates_that_a_pair_keeps_shut_stay_shut_where_half_are_open(count: int):
+    class FirstRowsOnly(MultiModalInfoBottleneck):
+        """So many rows of each picture may open as its first value says."""
+
+        def _gate_filter(self, index: int, smoothing: float):
+            def make(hidden: Tensor, inputs: Tensor):
+                rows = torch.arange(8).view(1, 1, 8, 1) < inputs[:, :1, :1, :1]
+                return lambda alpha: torch.where(rows, alpha, -torch.inf)
+
+            return make
+
+    given = pictures(count)
+    given[:, 0, 0, 0] = torch.arange(2, 2 + count)
+    passed: list[Tensor] = []
+
+    def score(seen: Tensor) -> Tensor:
+        passed.append(seen)
+        return pixels_score(seen)
+
+    def record(some: Tensor):
+        settings = {"n_steps": 1, "n_samples": HALVES, "initial_gate": 0.5}
+        return FirstRowsOnly(score, [None]).attribute_with_record(some, **settings)[1].modalities[0]
+
+    whole = record(given)
+    halves = passed[2].unflatten(0, (count, HALVES))
+    for pair in range(count):
+        kept = (halves[pair] == given[pair]).all(1)
+        assert bool(kept[:, : 2 + pair].any()) and not kept[:, 2 + pair :].any()
+        alone = record(given[pair : pair + 1])
+        torch.testing.assert_close(alone.score_range, whole.score_range[pair : pair + 1], rtol=1e-12, atol=0)
