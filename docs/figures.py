@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
 from captum_m2ib.scenes import CHECKPOINT, image_probes
@@ -149,7 +150,7 @@ def rivals() -> Figure:
 
 def _gates(pixels: Tensor, bits: Tensor, variance: float) -> Tensor:
     """The gate of each pixel of a picture, (h, w), found from its bits: information rises with the gate."""
-    mean = pixels.mean((1, 2), keepdim=True)
+    mean = ground_of(pixels[None], None, 1)[0]
     std = variance**0.5 * pixels.std((1, 2), keepdim=True, correction=0)
     low, high = torch.full_like(bits, -30.0), torch.full_like(bits, 30.0)
     for _ in range(60):
