@@ -66,6 +66,8 @@ def test_the_example_runs(test: doctest.DocTest, given: dict[str, Any]):
     test.globs = {**given, **test.globs}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        # As everywhere in the tests: a ruined model's pairs, or a rival that fits as well, have nothing to lose.
+        warnings.filterwarnings("ignore", ".*about as high with all gates closed")
         parser.run(test, out=told.append, clear_globs=False)
     torch.set_rng_state(state)
     assert parser.summarize(verbose=False).failed == 0, "".join(told)

@@ -84,6 +84,8 @@ def test_at_layers(family: Family, exact: bool):
 @DTYPES
 def test_at_the_input_and_for_words(family: Family, exact: bool):
     case = case_of(family, exact)
+    # AIMv2 normalises in float32 whatever its weights are.
+    exact = exact and family.name != "aimv2"
 
     def attribute(forward: Any) -> Any:
         changed = with_forward(case, forward)
