@@ -51,7 +51,7 @@ def test_tensor_in_tensor_out(case: Case):
     torch.testing.assert_close(attribution[0], expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
     if case.training:
         case.forward.eval()
-    one = method.attribute(first, additional_forward_args=(*others, *case.additional), n_steps=3, n_samples=3)
+    one = method.attribute(first, additional_forward_args=(*others, *case.additional), n_steps=2, n_samples=3)
     assert isinstance(one, torch.Tensor)
     torch.testing.assert_close(one, attribution[0], rtol=0, atol=0)
 
