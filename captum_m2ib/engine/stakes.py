@@ -24,7 +24,8 @@ CLOSED_DRAWS = 2
 HALVES = 6
 """Draws with all gates closed, and with half of them closed; each comes with its opposite."""
 
-_ROUNDING = 16.0
+# A forward pass in single precision repeats its scores to some hundred times the last digit, not to the digit itself.
+_ROUNDING = 1024.0
 
 
 class NothingToExplainWarning(UserWarning):

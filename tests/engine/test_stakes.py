@@ -77,13 +77,13 @@ def test_a_score_that_never_changes_has_range_and_weight_zero(dtype: torch.dtype
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_what_is_lost_in_rounding_is_nothing(dtype: torch.dtype, scale: float):
     step = torch.finfo(dtype).eps * scale
-    for fall, counts in ((2, False), (14, False), (20, True), (1e4, True)):
+    for fall, counts in ((2, False), (1000, False), (1100, True), (1e5, True)):
         found = stakes_of(scale, [scale - fall * step] * CLOSED_DRAWS, [scale] * HALVES, dtype)
         assert bool(found.range > 0) == bool(found.weight > 0) == counts, (fall, found)
     # The floor is that of the largest score there is, whichever that is.
-    found = stakes_of(scale, [scale - 20 * step] * CLOSED_DRAWS, [-4 * scale] * HALVES, dtype)
+    found = stakes_of(scale, [scale - 1100 * step] * CLOSED_DRAWS, [-4 * scale] * HALVES, dtype)
     assert found.range.tolist() == [0.0]
-    raised = stakes_of(scale, [scale + 20 * step] * CLOSED_DRAWS, [scale] * HALVES, dtype)
+    raised = stakes_of(scale, [scale + 1100 * step] * CLOSED_DRAWS, [scale] * HALVES, dtype)
     assert raised.range.tolist() == [0.0]
 
 
