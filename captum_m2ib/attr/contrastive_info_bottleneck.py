@@ -43,7 +43,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
                     Default: None (derived from the encoder)
         statistics (mapping or sequence, optional): As for :class:`MultiModalInfoBottleneck`. Default: None
         floor (float, optional): The score below which the rival's counts no further; None for the plain difference.
-                    Default: 0.0 (unrelated, for a cosine similarity)
+                    It is in the score's own unit. Default: 0.0 (unrelated, for a cosine similarity)
 
     Raises:
         ValueError: if a layer is unknown, or cannot be recommended for this model.

@@ -46,7 +46,7 @@ def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, s
 
 
 def measured_stakes(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:
-    """The same where the range was given: what :func:`stakes_of` would have measured."""
+    """The same, measured whatever range was given."""
     shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
     closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
     half = [_open_where(_fields(gate, _FIELD, HALVES) > 0) for gate in gates]
