@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from captum_m2ib.engine.layers import tensors_in
 
 
 class Dependence(TorchDispatchMode):
@@ -23,9 +21,11 @@ class Dependence(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        came = tensors_in((args, kwargs))
+        came = _tensors_of(args)
+        if kwargs:
+            came += _tensors_of(kwargs.values())
         reach = self.of(came)
-        made = tensors_in(output)
+        made = _tensors_of((output,))
         self.mark(made, *reach)
         if not made and func._schema.is_mutable:
             self.mark(came, *reach)
@@ -42,6 +42,17 @@ class Dependence(TorchDispatchMode):
     def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
         """The sources that at least one of the tensors descends from."""
         return frozenset().union(*(self._reach.get(storage_of(tensor), frozenset()) for tensor in tensors))
+
+
+def _tensors_of(given: Iterable[Any]) -> list[Tensor]:
+    """The tensors an operation takes or gives: they stand alone or in lists."""
+    found = []
+    for item in given:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (list, tuple)):
+            found += _tensors_of(item)
+    return found
 
 
 def storage_of(tensor: Tensor) -> int:
