@@ -21,9 +21,19 @@ PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.
 # For the paper's prior N(0, variance), with the score as a share of what the pair stands to lose.
 AT_LAYER = replace(PUBLISHED, beta=0.25)
 # What measured best on validation scenes for the standardised prior.
-STANDARDISED = Defaults(beta=8.0, variance=1.0, lr=0.5, initial_gate=0.5, antithetic=True)
+STANDARDISED = Defaults(
+    beta=8.0,
+    variance=1.0,
+    lr=None,
+    initial_gate=0.5,
+    antithetic=True,
+    n_steps=4,
+    n_samples=3,
+    noiseless=0.8,
+    reach=4.0,
+)
 # The same where an input itself is gated.
-AT_INPUT = Defaults(beta=1.2, variance=0.25, lr=0.5, initial_gate=0.8, antithetic=True)
+AT_INPUT = replace(STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, n_steps=5, noiseless=0.6, reach=5.5)
 
 
 def defaults_of(layers: Sequence[Layer], priors: Sequence[Prior]) -> list[Defaults]:

@@ -61,8 +61,8 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         additional_forward_args: Any = None,
         beta: PerModality | None = None,
         variance: PerModality | None = None,
-        n_steps: int = 10,
-        n_samples: int = 10,
+        n_steps: int | None = None,
+        n_samples: int | None = None,
         lr: PerModality | None = None,
         seed: int = 0,
         joint: bool = False,
@@ -72,6 +72,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
         score_range: ScoreRange | None = None,
+        noiseless: PerModality | None = None,
     ) -> Tensor | list[Tensor]:
         r"""Bits per element of the layer's hidden state.
 
@@ -81,7 +82,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
             n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
             internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            show_progress, score_range: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            show_progress, score_range, noiseless: As for :meth:`MultiModalInfoBottleneck.attribute`.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:
@@ -95,6 +96,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             initial_gate=initial_gate,
             antithetic=antithetic,
             score_range=score_range,
+            noiseless=noiseless,
             n_steps=n_steps,
             n_samples=n_samples,
             seed=seed,

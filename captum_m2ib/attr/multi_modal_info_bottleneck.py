@@ -136,8 +136,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         additional_forward_args: Any = None,
         beta: PerModality | None = None,
         variance: PerModality | None = None,
-        n_steps: int = 10,
-        n_samples: int = 10,
+        n_steps: int | None = None,
+        n_samples: int | None = None,
         lr: PerModality | None = None,
         seed: int = 0,
         joint: bool = False,
@@ -148,6 +148,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         antithetic: bool | None = None,
         smoothing: float = 1 / 14,
         score_range: ScoreRange | None = None,
+        noiseless: PerModality | None = None,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -168,10 +169,13 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
                         gated)
-            n_steps (int, optional): Steps of the optimisation (not of an integral). Default: 10
-            n_samples (int, optional): Noise draws per step. Default: 10
+            n_steps (int, optional): Steps of the optimisation (not of an integral). Default: None (10 as published for
+                        the prior N(0, variance), 4 for the standardised prior, 5 where an input itself is gated)
+            n_samples (int, optional): Draws per step; more of them make maps vary less between seeds. Default: None (10
+                        as published for the prior N(0, variance), else 3)
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
-                        N(0, variance), 0.5 for the standardised prior and where an input itself is gated)
+                        N(0, variance); for the standardised prior 4 / n_steps and at most 1, where an input itself is
+                        gated 5.5 / n_steps and at most 1.375, so that more steps are finer ones)
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
@@ -193,6 +197,11 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         one number or one per pair, (N,): the objective takes the score as a share of it, so that the
                         score's unit and zero do not matter. Default: None (measured for each pair with gates closed,
                         see :mod:`captum_m2ib.engine.stakes`; 1.0 for :meth:`published`, the score as it is)
+            noiseless (float or sequence, optional): Share of the kept score, from 0 to 1, that is the score of one draw
+                        at the noise's mean, the first of each step where there is more than one. It makes maps vary
+                        less between seeds than further draws would, for a mean over the noise that is no longer quite
+                        one. Default: None (0.0 as published for the prior N(0, variance), 0.8 for the standardised
+                        prior, 0.6 where an input itself is gated)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -206,7 +215,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             RuntimeError: if a layer is not reached, or the score does not depend on it.
 
         Warns:
-            NothingToExplainWarning: if a pair's score is about as high with all gates closed.
+            NothingToExplainWarning: if a pair's score is about as high with all gates closed, or no part of an input
+                was worth its bits.
 
         Examples::
 
@@ -228,6 +238,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             joint=joint,
             smoothing=smoothing,
             score_range=score_range,
+            noiseless=noiseless,
             internal_batch_size=internal_batch_size,
             show_progress=show_progress,
         )

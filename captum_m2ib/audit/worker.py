@@ -125,8 +125,8 @@ class Worker:
         published: bool = False,
         beta: float | None = None,
         variance: float | None = None,
-        n_steps: int = 10,
-        n_samples: int = 10,
+        n_steps: int | None = None,
+        n_samples: int | None = None,
         lr: float | None = None,
         seed: int = 0,
         joint: bool = False,
@@ -148,7 +148,7 @@ class Worker:
             ("thumbnail", thumbnail, 0),
             ("seed", seed, 0),
         ):
-            if not isinstance(number, int) or number < least:
+            if number is not None and (not isinstance(number, int) or number < least):
                 raise ValueError(f"{name}: expected a whole number of at least {least}, got {number!r}.")
         if contrast is not None and not contrast.strip():
             raise ValueError("contrast: expected a caption with at least one word, got an empty one.")

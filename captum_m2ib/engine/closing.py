@@ -32,7 +32,8 @@ def through(
 
 def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
     """So many draws, cut into those that go through the model together."""
-    at_once = min(settings.n_samples, settings.internal_batch_size or settings.n_samples)
+    most = max(settings.n_samples)
+    at_once = most if settings.internal_batch_size is None else min(most, settings.internal_batch_size)
     return (slice(i, min(i + at_once, count)) for i in range(0, count, at_once))
 
 

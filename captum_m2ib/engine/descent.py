@@ -3,10 +3,14 @@
 Per pair the loss is ``beta * mean(information over the pair's real elements) - mean over noise draws(score) / range``,
 where the range is what the pair's score stands to lose (:mod:`captum_m2ib.engine.stakes`), so that its unit does not
 matter. Losses are summed over pairs and Adam works element by element, so pairs never influence each other.
+
+A few draws estimate that mean badly, and maps differ between seeds. So a share of it, ``noiseless``, is the score where
+all noise is at its mean, 0: one draw that no seed changes. That share trades the mean over the noise for stability.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +28,12 @@ from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
 from captum_m2ib.engine.layouts import Layout
-from captum_m2ib.engine.settings import LayerSettings
+from captum_m2ib.engine.settings import Course, LayerSettings
 from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
 from captum_m2ib.engine.suffix import Suffix, Tap
+
+AFTER_DRAWS = 8
+"""Least number of fresh draws from which the score through the final gates is measured."""
 
 
 @dataclass
@@ -36,7 +43,7 @@ class LayerRecord:
     Attributes:
 
         layer (str): The layer's name.
-        score (Tensor): Mean score over the noise draws at each step, (n_steps, N).
+        score (Tensor): Mean score over the draws at each step, as the objective weighs them, (n_steps, N).
         information (Tensor): Total information over the pair's real elements at each step, in bits, (n_steps, N).
         bits (Tensor): The same for the final gates, (N,).
         score_before (Tensor): Score of the untouched pair, (N,).
@@ -118,17 +125,20 @@ def optimise(
     ranges = settings.score_range
     if isinstance(ranges, tuple) and len(ranges) != pairs:
         raise ValueError(f"score_range: expected one number or one per pair ({pairs}), got {len(ranges)}.")
-    rows = settings.internal_batch_size or pairs * settings.n_samples
-    at_once = max(1, min(pairs, rows // settings.n_samples))
+    draws = max(settings.n_samples)
+    rows = settings.internal_batch_size or pairs * draws
+    at_once = max(1, min(pairs, rows // draws))
     parts = -(-pairs // at_once)
     explains = range(len(taps)) if modalities is None else modalities
     objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
+    courses = [settings.course(objective) for objective in objectives]
     results: list[list[Gated]] = [[] for _ in taps]
     hopeless: list[int] = []
+    empty: list[int] = []
     with (
         borrowing(*roots),
         tqdm(
-            total=parts * len(objectives) * settings.n_steps,
+            total=parts * sum(course.n_steps for course in courses),
             desc="Information bottleneck",
             unit="step",
             disable=not settings.show_progress,
@@ -143,26 +153,36 @@ def optimise(
             gates = [gates_of(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
             for gate, make in zip(gates, filters or (), strict=False):
                 gate.filter = make(gate.hidden, chunk[explains[gate.index]])
-            for objective in objectives:
+            for objective, course in zip(objectives, courses, strict=True):
                 chosen = [gates[i] for i in objective]
                 stakes = stakes_of(suffix, chosen, settings, start)
                 if not set(objective) <= set(may_rise):
                     hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
-                steps = _descend(suffix, chosen, settings, stakes.weight, start, bar.update)
-                for gate in chosen:
-                    # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
-                    gate.closes_fully = gate.shared is not None
-                after = _score_after(suffix, chosen, settings) if with_record else None
+                steps = _descend(suffix, chosen, settings, course, stakes.weight, start, bar.update)
+                after = _score_after(suffix, chosen, settings, course) if with_record else None
                 # A range that was given is the objective's own; the check needs what closed gates really take.
                 given = with_check and stakes.closed is None
                 found = measured_stakes(suffix, chosen, settings, start) if given else stakes
                 for gate in chosen:
                     result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after)
+                    if gate.index not in may_rise:
+                        empty += (start + (~result.bits.flatten(1).any(1)).nonzero().flatten()).tolist()
                     if result.record is not None and after is not None and with_check:
                         result.record.check = check_of(suffix, gate, result.bits, settings, start, found, after)
                     results[gate.index].append(result)
     if hopeless:
-        _warn_of(sorted(set(hopeless)))
+        _warn(
+            sorted(set(hopeless)),
+            "inputs: the score of pair {} is about as high with all gates closed, so there is little to explain: the "
+            "map shows what raises the score, not what it rests on. Look at score_before and score_closed of the "
+            "record.",
+        )
+    if set(empty) - set(hopeless):
+        _warn(
+            sorted(set(empty) - set(hopeless)),
+            "beta: no part of pair {} was worth its bits, so its map is empty: what the score rests on is spread too "
+            "far. Ask for less compression with a smaller beta.",
+        )
     return [_join(parts_of) for parts_of in results]
 
 
@@ -170,43 +190,65 @@ def _descend(
     suffix: Suffix,
     gates: list[Gates],
     settings: LayerSettings,
+    course: Course,
     weight: Tensor,
     start: int,
     advance: Callable[[], Any],
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """Adam on the gates; returns per step the mean scores and the total information per pair."""
-    adam = torch.optim.Adam([{"params": [gate.alpha], "lr": settings.lr[gate.index]} for gate in gates])
+    adam = _adam([gate.alpha for gate in gates], gates, settings)
+    # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
+    idle = {gate: gate.alpha.detach().clone().requires_grad_() for gate in gates if gate.shared is not None}
+    adrift = _adam(list(idle.values()), list(idle), settings) if idle else None
     history = []
-    for step in range(settings.n_steps):
-        drawn = [_draw(gate, settings, step) for gate in gates]
+    shares = weight.new_tensor(course.shares)
+    for step in range(course.n_steps):
+        drawn = [_draw(gate, settings, step, course.n_samples, course.has_middle) for gate in gates]
         scores = []
         for gate in gates:
             gate.alpha.grad = torch.zeros_like(gate.alpha)
-        for part in parts_of(settings, settings.n_samples):
+        for part in parts_of(settings, course.n_samples):
             score = through(suffix, gates, [noise_[part] for noise_ in drawn])
-            _accumulate(gates, score, weight, settings.n_samples)
+            _accumulate(gates, score * shares[part], weight)
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]
-        score = torch.cat(scores, 1).mean(1)
+        score = (torch.cat(scores, 1) * shares).sum(1)
         check_finite(f"score at step {step}", score, start)
         for gate in gates:
             check_finite(f"gradient at step {step}", gate.alpha.grad, start)
         adam.step()
+        if adrift is not None:
+            for gate, alpha in idle.items():
+                alpha.grad = _pull(gate, alpha)
+            adrift.step()
         history.append((score, totals))
         advance()
+    for gate, alpha in idle.items():
+        gate.idle = alpha.detach()
     return history
 
 
-def _draw(gate: Gates, settings: LayerSettings, step: int) -> Tensor:
+def _adam(alphas: list[Tensor], gates: list[Gates], settings: LayerSettings) -> torch.optim.Adam:
+    rates = [settings.lr[gate.index] for gate in gates]
+    return torch.optim.Adam([{"params": [alpha], "lr": lr} for alpha, lr in zip(alphas, rates, strict=True)])
+
+
+def _pull(gate: Gates, alpha: Tensor) -> Tensor:
+    """The gradient of the information alone."""
+    loss = gate.beta * mean_information(gate.information(gate.applied(alpha)), gate.real).sum()
+    return torch.autograd.grad(loss, alpha)[0]
+
+
+def _draw(gate: Gates, settings: LayerSettings, step: int, draws: int, has_middle: bool = False) -> Tensor:
     shape, antithetic = gate.hidden.shape[1:], settings.antithetic[gate.index]
-    return noise(settings.seed, gate.index, step, settings.n_samples, shape, antithetic)
+    return noise(settings.seed, gate.index, step, draws, shape, antithetic, has_middle)
 
 
-def _accumulate(gates: list[Gates], score: Tensor, weight: Tensor, n_samples: int) -> None:
+def _accumulate(gates: list[Gates], score: Tensor, weight: Tensor) -> None:
     # A gradient of 1e-5 per element has few digits left in half precision and none after another layer.
     scale = 2.0**12 if any(gate.dtype == torch.float16 for gate in gates) else 1.0
     # Small weights go in before the model's own gradient and large ones after it, or half precision overflows within.
-    loss = (score.sum(1) * weight.clamp(max=1)).sum() * (scale / n_samples)
+    loss = (score.sum(1) * weight.clamp(max=1)).sum() * scale
     for gate, gradient in zip(gates, torch.autograd.grad(loss, [gate.alpha for gate in gates]), strict=True):
         late = weight.clamp(min=1).to(gradient).view(-1, *[1] * (gradient.ndim - 1))
         gate.alpha.grad -= gradient * (late / scale)  # type: ignore[operator]
@@ -220,11 +262,11 @@ def _add_information(gate: Gates) -> Tensor:
 
 
 @torch.no_grad()
-def _score_after(suffix: Suffix, gates: list[Gates], settings: LayerSettings) -> Tensor:
-    drawn = [_draw(gate, settings, settings.n_steps) for gate in gates]
-    scores = [
-        through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in parts_of(settings, settings.n_samples)
-    ]
+def _score_after(suffix: Suffix, gates: list[Gates], settings: LayerSettings, course: Course) -> Tensor:
+    """Mean score over draws that no step has seen, all of them noise."""
+    draws = max(AFTER_DRAWS, course.n_samples)
+    drawn = [_draw(gate, settings, course.n_steps, draws) for gate in gates]
+    scores = [through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in parts_of(settings, draws)]
     return torch.cat(scores, 1).mean(1)
 
 
@@ -274,11 +316,15 @@ def _join(parts: list[Gated]) -> Gated:
     return Gated(torch.cat([part.bits for part in parts]), first.axis, real, record)
 
 
-def _warn_of(pairs: list[int]) -> None:
+def _warn(pairs: list[int], text: str) -> None:
     which = ", ".join(map(str, pairs[:5])) + (", ..." if len(pairs) > 5 else "")
-    warnings.warn(
-        f"inputs: the score of pair {which} is about as high with all gates closed, so there is little to explain: the "
-        "map shows what raises the score, not what it rests on. Look at score_before and score_closed of the record.",
-        NothingToExplainWarning,
-        stacklevel=4,
-    )
+    warnings.warn(text.format(which), NothingToExplainWarning, stacklevel=_frames_within() + 1)
+
+
+def _frames_within() -> int:
+    """How many frames up the caller of this package is, so that warnings point at a user's line."""
+    frame, count = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("captum_m2ib", "captum"):
+        frame, count = frame.f_back, count + 1
+    # This function is one of the frames, and not one of the caller's.
+    return count - 1

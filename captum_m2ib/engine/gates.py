@@ -25,7 +25,15 @@ Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 GateFilter: TypeAlias = Callable[[Tensor], Tensor]
 
 
-def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int], antithetic: bool = False) -> Tensor:
+def noise(
+    seed: int,
+    layer: int,
+    step: int,
+    draws: int,
+    shape: Sequence[int],
+    antithetic: bool = False,
+    from_middle: bool = False,
+) -> Tensor:
     r"""Standard normal draws for one step, (draws, \*shape), the same on every device.
 
     The first units do not depend on how many follow, so padding a batch further changes nothing.
@@ -39,21 +47,26 @@ def noise(seed: int, layer: int, step: int, draws: int, shape: Sequence[int], an
         shape (sequence of int): Shape of one pair's hidden state.
         antithetic (bool, optional): The second half of the draws is the first with its sign changed, so that what is
             linear in the noise cancels. Default: False
+        from_middle (bool, optional): The first draw is the mean of all, without noise. Default: False
 
     Returns:
         Tensor: float32, on the CPU.
     """
+    if from_middle:
+        drawn = noise(seed, layer, step, draws - 1, shape, antithetic)
+        return torch.cat([torch.zeros(1, *shape), drawn])
     generator = np.random.default_rng((seed, layer, step))
     own = (draws + 1) // 2 if antithetic else draws
     drawn = torch.from_numpy(generator.standard_normal((shape[0], own, *shape[1:]), dtype=np.float32)).movedim(1, 0)
     return torch.cat([drawn, -drawn[: draws - own]]) if antithetic else drawn
 
 
-@dataclass
+@dataclass(eq=False)
 class Gates:
     """The gates of one layer for a batch of pairs, with everything that stays fixed during optimisation.
 
-    ``shared`` is a dimension along which elements have one gate in common.
+    ``shared`` is a dimension along which elements have one gate in common. ``idle``, where it is known, is what
+    ``alpha`` would have become if no score had asked for anything: gates that are hardly further open shut.
     """
 
     index: int
@@ -67,7 +80,7 @@ class Gates:
     shared: int | None = None
     filter: GateFilter | None = None
     channels: int = -1
-    closes_fully: bool = False
+    idle: Tensor | None = None
     alpha: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,11 +91,15 @@ class Gates:
     @property
     def logits(self) -> Tensor:
         """Logits of the gates that the hidden state passes through."""
-        found = self.alpha if self.filter is None else self.filter(self.alpha)
-        return close_fully(found) if self.closes_fully else found
+        found = self.applied(self.alpha)
+        return found if self.idle is None else close_fully(found, self.applied(self.idle))
 
-    def information(self) -> Tensor:
-        elements = information(self.logits, self.hidden, self.mean, self.std)
+    def applied(self, alpha: Tensor) -> Tensor:
+        """Logits of the gates that optimised values stand for."""
+        return alpha if self.filter is None else self.filter(alpha)
+
+    def information(self, logits: Tensor | None = None) -> Tensor:
+        elements = information(self.logits if logits is None else logits, self.hidden, self.mean, self.std)
         return elements if self.real is None else torch.where(self.real, elements, 0.0)
 
     def sample(self, drawn: Tensor, logits: Tensor | None = None) -> Tensor:

@@ -69,27 +69,31 @@ def sample(
     return torch.sigmoid(alpha) * hidden + torch.sigmoid(-alpha) * (mean + std * noise)
 
 
-def close_fully(alpha: Tensor, shut: float = 0.05, kept: float = 0.06) -> Tensor:
-    r"""Logits of gates that shut wherever they were nearly closed.
+def close_fully(alpha: Tensor, idle: Tensor, shut: float = 1.1, kept: float = 1.5) -> Tensor:
+    r"""Logits of gates that shut wherever they are hardly further open than gates that nothing needs.
 
-    A gate ``g`` becomes ``g * min(1, max(0, (g - shut) / (kept - shut)))``: nothing jumps.
+    With ``i`` a gate that nothing needs, a gate ``g`` becomes ``g * min(1, max(0, (g / i - shut) / (kept - shut)))``:
+    nothing jumps. A descent that was too short to close ``i`` to 0.1 tells less, and from 0.2 on nothing.
 
     Args:
 
         alpha (Tensor): Gate logits, any shape.
-        shut (float, optional): Gates up to here let nothing through. Default: 0.05
-        kept (float, optional): Gates from here on stay as they are. Default: 0.06
+        idle (Tensor): Logits where the same descent left gates that no score asks for, broadcastable.
+        shut (float, optional): Gates up to so many times the idle ones let nothing through. Default: 1.1
+        kept (float, optional): Gates from so many times the idle ones on stay as they are. Default: 1.5
 
     Returns:
         Tensor: logits, of the same shape; negative infinity where nothing passes, which carries no information.
 
     Examples::
 
-        >>> torch.sigmoid(close_fully(torch.logit(torch.tensor([0.04, 0.055, 0.06, 0.9]))))
-        tensor([0.0000, 0.0275, 0.0600, 0.9000])
+        >>> gates, idle = torch.logit(torch.tensor([0.04, 0.052, 0.06, 0.9])), torch.logit(torch.tensor(0.04))
+        >>> torch.sigmoid(close_fully(gates, idle))
+        tensor([0.0000, 0.0260, 0.0600, 0.9000])
     """
-    gate = torch.sigmoid(alpha)
-    share = ((gate - shut) / (kept - shut)).clamp(0, 1)
+    gate, unneeded = torch.sigmoid(alpha), torch.sigmoid(idle)
+    share = ((gate / unneeded - shut) / (kept - shut)).clamp(0, 1)
+    share = torch.maximum(share, ((unneeded - 0.1) / 0.1).clamp(0, 1))
     return torch.where(share < 1, torch.logit(gate * share), alpha)
 
 

@@ -23,13 +23,43 @@ def check_count(name: str, number: Any, least: int = 1) -> int:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What holds at a layer where nothing is asked for."""
+    """What holds at a layer where nothing is asked for.
+
+    Where a learning rate is None, gates can go as far in any number of steps, ``reach``, though at most a quarter of it
+    in one.
+    """
 
     beta: float
     variance: float
-    lr: float
+    lr: float | None
     initial_gate: float
     antithetic: bool
+    n_steps: int = 10
+    n_samples: int = 10
+    noiseless: float = 0.0
+    reach: float = 0.0
+
+
+@dataclass(frozen=True)
+class Course:
+    """What layers whose gates descend together have in common."""
+
+    n_steps: int
+    n_samples: int
+    noiseless: float
+
+    @property
+    def has_middle(self) -> bool:
+        """Whether the first draw is without noise; a single draw is noise, or nothing would be compressed."""
+        return self.noiseless > 0 and self.n_samples > 1
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """What the score of each draw counts for, 1 in all."""
+        if not self.has_middle:
+            return (1 / self.n_samples,) * self.n_samples
+        others = self.n_samples - 1
+        return (self.noiseless, *((1 - self.noiseless) / others for _ in range(others)))
 
 
 @dataclass(frozen=True)
@@ -44,8 +74,9 @@ class Settings:
     lr: PerModality | None = None
     initial_gate: PerModality | None = None
     antithetic: bool | Sequence[bool] | None = None
-    n_steps: int = 10
-    n_samples: int = 10
+    n_steps: int | None = None
+    n_samples: int | None = None
+    noiseless: PerModality | None = None
     seed: int = 0
     joint: bool = False
     smoothing: float = 0.0
@@ -56,8 +87,9 @@ class Settings:
     def __post_init__(self) -> None:
         rows = self.internal_batch_size
         checked = {
-            "n_steps": check_count("n_steps", self.n_steps),
-            "n_samples": check_count("n_samples", self.n_samples),
+            "n_steps": None if self.n_steps is None else check_count("n_steps", self.n_steps),
+            "n_samples": None if self.n_samples is None else check_count("n_samples", self.n_samples),
+            "noiseless": _check_noiseless(self.noiseless),
             "internal_batch_size": None if rows is None else check_count("internal_batch_size", rows),
             "seed": check_count("seed", self.seed, 0),
             "smoothing": _check_share("smoothing", self.smoothing),
@@ -86,10 +118,10 @@ class Settings:
             ValueError: if a sequence has not one value per layer.
         """
         spread = {
-            field.name: _spread(field.name, getattr(self, field.name), [getattr(one, field.name) for one in defaults])
-            for field in fields(Defaults)
+            name: _spread(name, getattr(self, name), [getattr(one, name) for one in defaults]) for name in _PER_LAYER
         }
-        return LayerSettings(**{**vars(self), **spread})
+        rates = [one.lr or one.reach / max(steps, 4) for one, steps in zip(defaults, spread["n_steps"], strict=True)]
+        return LayerSettings(**{**vars(self), **spread, "lr": _spread("lr", self.lr, rates)})
 
 
 @dataclass(frozen=True)
@@ -101,6 +133,23 @@ class LayerSettings(Settings):
     lr: tuple[float, ...] = ()
     initial_gate: tuple[float, ...] = ()
     antithetic: tuple[bool, ...] = ()
+    n_steps: tuple[int, ...] = ()  # type: ignore[assignment]
+    n_samples: tuple[int, ...] = ()  # type: ignore[assignment]
+    noiseless: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        """What was asked for is checked already."""
+
+    def course(self, layers: Sequence[int]) -> Course:
+        """What holds for all of these layers where their gates descend together: what the most demanding one needs."""
+        return Course(
+            max(self.n_steps[i] for i in layers),
+            max(self.n_samples[i] for i in layers),
+            min(self.noiseless[i] for i in layers),
+        )
+
+
+_PER_LAYER = [field.name for field in fields(Defaults) if field.name not in ("lr", "reach")]
 
 
 def _spread(name: str, value: Any, defaults: list[Any]) -> tuple[Any, ...]:
@@ -135,6 +184,13 @@ def _check_share(name: str, value: float) -> float:
     if not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"{name}: expected a share of the picture's shorter side, from 0 to 1, got {value!r}.")
     return float(value)
+
+
+def _check_noiseless(value: PerModality | None) -> float | tuple[float, ...] | None:
+    shares = _check_numbers("noiseless", value, from_zero=True)
+    if shares is not None and max(shares if isinstance(shares, tuple) else (shares,), default=0.0) > 1:
+        raise ValueError(f"noiseless: expected a share of the score, from 0 to 1, got {value!r}.")
+    return shares
 
 
 def _to_flags(value: bool | Sequence[bool] | None) -> bool | tuple[bool, ...] | None:

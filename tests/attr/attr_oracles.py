@@ -70,9 +70,26 @@ def measure_range(
     return torch.tensor(found, dtype=torch.float64)
 
 
-def shut(gate: Tensor) -> Tensor:
-    """Gates of a picture after the descent: what lets less than a twentieth through lets nothing through."""
-    return gate * ((gate - 0.05) / 0.01).clamp(0, 1)
+def shut(gate: Tensor, idle: Tensor) -> Tensor:
+    """Gates of a picture after the descent: those hardly further open than the information alone left them close."""
+    return gate * torch.maximum((gate / idle - 1.1) / 0.4, (idle - 0.1) / 0.1).clamp(0, 1)
+
+
+def draw_shares(n_samples: int, noiseless: float) -> list[float]:
+    """What the score of each draw counts for, where the first is without noise."""
+    return (
+        [noiseless] + [(1 - noiseless) / (n_samples - 1)] * (n_samples - 1)
+        if noiseless
+        else [1 / n_samples] * n_samples
+    )
+
+
+def draws_of(layer: int, step: int, n_samples: int, shape: Sequence[int], noiseless: float, seed: int = 0) -> Tensor:
+    """The noise of one step, antithetic, after the middle where there is one."""
+    if not noiseless:
+        return noise(seed, layer, step, n_samples, shape, antithetic=True).double()
+    others = noise(seed, layer, step, n_samples - 1, shape, antithetic=True).double()
+    return torch.cat([torch.zeros(1, *shape).double(), others])
 
 
 def ground(picture: Tensor) -> Tensor:

@@ -7,13 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import ground, measure_range, shut
+from attr_oracles import draw_shares, draws_of, ground, measure_range, shut
 from families import family_named
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PatchLayout
 from captum_m2ib.attr import ContrastiveInfoBottleneck, NarrowingInfoBottleneck
-from captum_m2ib.engine.gates import noise
 from captum_m2ib.engine.layouts import covered_elements, per_patch
 from captum_m2ib.engine.smoothing import blur
 from captum_m2ib.metrics.bypass import has_chosen_layers, measure_bypass, warn_of_bypass
@@ -66,6 +65,7 @@ def second_implementation(
     sigma: float,
     n_steps: int,
     n_samples: int,
+    noiseless: float,
 ) -> Tensor:
     """Bits per pixel of one picture, (h, w), in float64: one logit per pixel, divergences from torch.distributions."""
     center = pixels.mean((1, 2), keepdim=True)
@@ -89,24 +89,31 @@ def second_implementation(
         passed = torch.distributions.Normal(gate * pixels + (1 - gate) * mean, (1 - gate) * std)
         return torch.distributions.kl_divergence(passed, torch.distributions.Normal(mean, std))
 
-    adam = torch.optim.Adam([logits], lr=lr)
+    idle = logits.detach().clone().requires_grad_()
+    adam, adrift = torch.optim.Adam([logits], lr=lr), torch.optim.Adam([idle], lr=lr)
     for step in range(n_steps):
         gate = torch.sigmoid(mirrored(logits, sigma) if sigma else logits)
-        drawn = noise(0, 0, step, n_samples, pixels.shape, antithetic=True).double()
-        values = torch.stack([through(gate, eps)[0] for eps in drawn])
+        drawn = draws_of(0, step, n_samples, pixels.shape, noiseless)
+        values = [through(gate, eps)[0] for eps in drawn]
+        kept = sum(share * value for share, value in zip(draw_shares(n_samples, noiseless), values, strict=True))
         adam.zero_grad()
-        (beta * nats(gate).mean() - values.mean() / range_).backward()
+        (beta * nats(gate).mean() - kept / range_).backward()
         adam.step()
-    gate = shut(torch.sigmoid(mirrored(logits, sigma) if sigma else logits))
+        adrift.zero_grad()
+        (beta * nats(torch.sigmoid(mirrored(idle, sigma) if sigma else idle)).mean()).backward()
+        adrift.step()
+    gate = shut(*(torch.sigmoid(mirrored(one, sigma) if sigma else one) for one in (logits, idle)))
     return nats(gate).sum(0).detach() / math.log(2)
 
 
 @pytest.mark.parametrize(
-    ("smoothing", "variance", "beta", "lr", "closes"),
-    [(0.0, 0.25, 0.3, 0.2, False), (1 / 14, 0.25, 0.3, 0.2, False), (0.2, 1.0, 0.3, 0.2, False)]
-    + [(smoothing, 0.25, 1.2, 1.5, True) for smoothing in (0.0, 1 / 14)],
+    ("smoothing", "variance", "beta", "lr", "noiseless", "closes"),
+    [(0.0, 0.25, 0.3, 0.2, 0.0, False), (1 / 14, 0.25, 0.3, 0.2, 0.6, False), (0.2, 1.0, 0.3, 0.2, 1.0, False)]
+    + [(smoothing, 0.25, 1.2, 1.5, 0.3, True) for smoothing in (0.0, 1 / 14)],
 )
-def test_equals_a_second_implementation(smoothing: float, variance: float, beta: float, lr: float, closes: bool):
+def test_equals_a_second_implementation(
+    smoothing: float, variance: float, beta: float, lr: float, noiseless: float, closes: bool
+):
     torch.manual_seed(0)
     score = reader(slice(2, 9), slice(3, 10)).double()
     pixels = (torch.rand(2, 3, 16, 20, dtype=torch.float64) - 0.4) * torch.tensor([1.5, 3.0, 6.0]).view(3, 1, 1)
@@ -114,10 +121,10 @@ def test_equals_a_second_implementation(smoothing: float, variance: float, beta:
     pixels[1, :, 6:] = torch.tensor([0.9, -0.2, 0.4], dtype=torch.float64).view(3, 1, 1)
     assert ground(pixels[1]).tolist() == pytest.approx([0.9, -0.2, 0.4])
     assert torch.equal(ground(pixels[0]), pixels[0].flatten(1).median(1).values)
-    settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, **FEW}
+    settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, "noiseless": noiseless, **FEW}
     bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, smoothing=smoothing, **settings)
     for one, picture in zip(bits, pixels, strict=True):
-        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, 3, 4)
+        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, 3, 4, noiseless)
         torch.testing.assert_close(one.sum(0), expected, rtol=0, atol=1e-6 * float(expected.max()))
         for channel in one:
             torch.testing.assert_close(channel, one.mean(0))
@@ -128,10 +135,14 @@ def test_defaults_of_gated_inputs():
     score = reader(slice(2, 9), slice(3, 10))
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
-    told = {"beta": 1.2, "variance": 0.25, "lr": 0.5, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
+    told = {"beta": 1.2, "variance": 0.25, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
+    told |= {"noiseless": 0.6, "lr": 5.5 / 4}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
+    assert torch.equal(method.attribute(pixels), method.attribute(pixels, n_steps=5, n_samples=3, lr=1.1))
+    assert torch.equal(method.attribute(pixels, n_steps=11), method.attribute(pixels, n_steps=11, lr=0.5))
     others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}
+    others["noiseless"] = 0.0
     for name, other in others.items():
         assert not torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **{name: other})), name
 
@@ -142,7 +153,7 @@ def test_bits_lie_where_the_score_reads():
     generator = torch.Generator().manual_seed(0)
     pixels = 0.3 * torch.randn(3, 3, 32, 32, generator=generator)
     pixels[:, 1] += 2.0 * place
-    bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, n_steps=30, beta=0.1).sum(1)
+    bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, n_steps=30, lr=0.5, beta=0.1).sum(1)
     assert bool((bits[:, place].sum(1) / bits.flatten(1).sum(1) > 0.9).all())
     assert bool(place.flatten()[bits.flatten(1).argmax(1)].all())
 
@@ -168,7 +179,7 @@ def test_what_no_patch_covers_carries_nothing():
     score = reader(slice(0, 8), slice(0, 12))
     pixels = torch.randn(2, 3, 10, 15)
     layout = PatchLayout((4, 4))
-    bits = MultiModalInfoBottleneck(score, [None], [layout]).attribute(pixels, **FEW)
+    bits = MultiModalInfoBottleneck(score, [None], [layout]).attribute(pixels, lr=0.2, **FEW)
     assert not bits[:, :, 8:].any() and not bits[:, :, :, 12:].any() and bool((bits[:, :, :8, :12] > 0).all())
     covered = covered_elements(layout, pixels)
     assert covered is not None and covered.expand(1, 1, 10, 15).sum() == 8 * 12
@@ -199,7 +210,7 @@ def test_blur_mirrors_at_the_border():
 
 def test_a_constant_picture_and_one_channel():
     score = reader(slice(0, 8), slice(0, 8), channel=0)
-    bits = MultiModalInfoBottleneck(score, [None]).attribute(torch.ones(2, 1, 8, 8), **FEW)
+    bits = MultiModalInfoBottleneck(score, [None]).attribute(torch.ones(2, 1, 8, 8), lr=0.2, **FEW)
     assert bool(bits.isfinite().all()) and bool((bits > 0).all())
 
 

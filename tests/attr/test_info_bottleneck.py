@@ -17,6 +17,7 @@ from captum_m2ib.engine.smoothing import blur, smooth_logits
 
 FEW = {"n_steps": 5, "n_samples": 3}
 PAPER = {"beta": 10.0, "lr": 1.0, "initial_gate": 1 / (1 + math.exp(-5)), "antithetic": False, "score_range": 1.0}
+PAPER["noiseless"] = 0.0
 
 
 class Classifier(nn.Module):

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import measure_range
+from attr_oracles import draw_shares, measure_range
 from families import Case, family_named
 from torch import Tensor, nn
 
@@ -55,7 +55,7 @@ def test_parity_with_the_published_loop(dtype, share: float, modality: int, pair
 
 
 OPEN = 1 / (1 + math.exp(-5.0))
-PAPER = {"beta": 0.1, "lr": 1.0, "initial_gate": OPEN, "antithetic": False}
+PAPER = {"beta": 0.1, "lr": 1.0, "initial_gate": OPEN, "antithetic": False, "noiseless": 0.0}
 AT_LAYER = {**PAPER, "beta": 0.25}
 
 
@@ -72,6 +72,7 @@ def second_implementation(
     seed: int = 0,
     initial_gate=(OPEN, OPEN),
     antithetic: bool = False,
+    noiseless: float = 0.0,
     score_range: float | None = None,
 ) -> list[Tensor]:
     """Bits at two layers of one batch in float64: hooks, full passes, the divergence from torch.distributions."""
@@ -111,18 +112,23 @@ def second_implementation(
 
     def score(indices, step: int) -> Tensor:
         total = 0.0
-        half = (n_samples + 1) // 2
-        for draw in range(n_samples):
+        middles = 1 if noiseless else 0
+        others = n_samples - middles
+        half = (others + 1) // 2
+        for draw, share in enumerate(draw_shares(n_samples, noiseless)):
             drawn = []
             for index in indices:
-                if antithetic:
-                    eps = noise(seed, index, step, half, hidden[index].shape[1:])[draw % half].double()
-                    eps = eps if draw < half else -eps
+                shape, at = hidden[index].shape[1:], draw - middles
+                if at < 0:
+                    eps = torch.zeros(shape).double()
+                elif antithetic:
+                    eps = noise(seed, index, step, half, shape)[at % half].double()
+                    eps = eps if at < half else -eps
                 else:
-                    eps = noise(seed, index, step, n_samples, hidden[index].shape[1:])[draw].double()
+                    eps = noise(seed, index, step, others, shape)[at].double()
                 drawn.append(eps)
-            total = total + through(indices, [torch.sigmoid(alphas[index]) for index in indices], drawn)
-        return total / n_samples
+            total = total + share * through(indices, [torch.sigmoid(alphas[index]) for index in indices], drawn)
+        return total
 
     groups = [[0, 1]] if joint else [[0], [1]]
     for indices in groups:
@@ -161,8 +167,10 @@ STATISTICS = (
         {"joint": True, "statistics": (STATISTICS[0], None), "variance": (2.0, 0.5), "seed": 5},
         {"joint": False, "initial_gate": (0.5, 0.2), "antithetic": True},
         {"joint": True, "score_range": 0.7},
+        {"joint": False, "noiseless": 0.4},
+        {"joint": True, "noiseless": 0.7, "antithetic": True},
     ],
-    ids=["separate", "joint", "joint-lr", "variance", "standardised", "mixed", "antithetic", "given-range"],
+    ids=lambda options: "-".join(name for name in options if options[name] is not False),
 )
 def test_equals_a_second_implementation(options):
     case = family_named("closure").build().double()
@@ -183,13 +191,13 @@ def test_equals_a_second_implementation(options):
 
 def test_defaults_follow_the_prior():
     case = family_named("closure").build()
-    measured = {"beta": 8.0, "lr": 0.5, "initial_gate": 0.5, "antithetic": True}
+    measured = {"beta": 8.0, "lr": 4 / 4, "initial_gate": 0.5, "antithetic": True, "noiseless": 0.8}
     for statistics, settings in ((None, AT_LAYER), (STATISTICS, measured)):
         method = case.method(statistics=statistics)
         for one, other in zip(case.attribute(method), case.attribute(method, **settings), strict=True):
             assert torch.equal(one, other)
     mixed = case.method(statistics=(STATISTICS[0], None))
-    told = {name: (measured[name], AT_LAYER[name]) for name in ("beta", "lr", "initial_gate")}
+    told = {name: (measured[name], AT_LAYER[name]) for name in ("beta", "lr", "initial_gate", "noiseless")}
     for one, other in zip(case.attribute(mixed), case.attribute(mixed, **told), strict=True):
         assert torch.equal(one, other)
 

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,9 +34,10 @@ def silent() -> Iterator[None]:
 
 @contextmanager
 def warned_of(which: str) -> Iterator[None]:
-    """One warning, of these pairs."""
+    """One warning, of these pairs, that points at a line of a test."""
     with pytest.warns(NothingToExplainWarning) as caught:
         yield
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
     told = [str(warning.message) for warning in caught if warning.category is NothingToExplainWarning]
     assert len(told) == 1 and told[0].startswith(f"inputs: the score of pair {which} is about as high"), told
 
@@ -48,8 +50,8 @@ def pictures(count: int = 5, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def darkness(given: Tensor, sign: Tensor) -> Tensor:
-    """How dark the left half is, or, where the sign is -1, how bright."""
-    return sign * torch.tanh(1 - given[..., :8].mean((1, 2, 3)))
+    """How dark a corner is, or, where the sign is -1, how bright."""
+    return sign * torch.tanh(1 - given[..., :5, :5].mean((1, 2, 3)))
 
 
 def ignoring(given: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ def test_the_same_at_a_layer(dtype: torch.dtype, prior):
     for n_steps in (1, 30):
         method = MultiModalInfoBottleneck(score, [stem], [PatchLayout((4, 4))], statistics=[prior])
         with warned_of("0, 1, 2"):
-            maps, record = method.attribute_with_record(pictures(3, dtype), n_steps=n_steps)
+            maps, record = method.attribute_with_record(pictures(3, dtype), n_steps=n_steps, lr=0.5)
         assert record.modalities[0].score_range.tolist() == [0.0] * 3
         assert bool(maps.isfinite().all()) and bool((maps >= 0).all())
         bits[n_steps] = float(maps.sum())
@@ -120,6 +122,22 @@ def test_a_score_that_is_higher_with_everything_closed():
     with silent():
         other = MultiModalInfoBottleneck(darkness, [None]).attribute(given, additional_forward_args=torch.ones(3))
     assert bool((other.flatten(1).sum(1) > bits.flatten(1).sum(1)).all())
+
+
+def test_an_empty_map_is_told():
+    generator = torch.Generator().manual_seed(0)
+    given = torch.rand(3, 3, 16, 16, generator=generator)
+
+    def score(pictures: Tensor) -> Tensor:
+        return pictures.mean((1, 2, 3))
+
+    method = MultiModalInfoBottleneck(score, [None])
+    with pytest.warns(NothingToExplainWarning, match="beta: no part of pair 0, 1, 2 was worth its bits"):
+        bits = method.attribute(given, score_range=[10.0, 20.0, 30.0])
+    assert not bits.any()
+    with silent():
+        bits = method.attribute(given, score_range=0.01)
+    assert bool(bits.flatten(1).any(1).all())
 
 
 @pytest.mark.parametrize("internal_batch_size", [None, 1, 10, 20, 30, 1000])
@@ -160,9 +178,9 @@ def test_one_modality_that_counts_for_nothing_is_enough():
     first, second = record.modalities
     assert bool((first.score_range > 0.1).all()) and second.score_range.tolist() == [0.0, 0.0]
     # Against one score it shares the other's range, and closes all the same.
-    with silent():
+    with pytest.warns(NothingToExplainWarning, match="beta: no part of pair 0, 1 was worth its bits"):
         bits = method.attribute(pair, joint=True)
-    assert float(bits[1].sum()) < 0.2 * float(bits[0].sum())
+    assert bool(bits[0].flatten(1).any(1).all()) and not bits[1].any()
 
 
 def test_other_methods_warn_too():

@@ -131,32 +131,49 @@ def test_padding_does_not_change_the_mean():
     torch.testing.assert_close(mean_information(padded, mask), mean_information(elements, real))
 
 
-SHUT, KEPT = 0.05, 0.06
-
-
 @pytest.mark.parametrize(("dtype", "close"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
-def test_gates_that_are_nearly_closed_shut(dtype, close):
-    gates = torch.tensor([0.0, 1e-9, 0.01, 0.049, 0.0525, 0.057, 0.2, 0.525, 0.999, 1.0], dtype=torch.float64)
-    found = torch.sigmoid(close_fully(torch.logit(gates).to(dtype)))
-    expected = [0.0] * 4 + [0.0525 * 0.25, 0.057 * 0.7, 0.2, 0.525, 0.999, 1.0]
+def test_gates_that_nothing_opened_shut(dtype, close):
+    gates = torch.tensor([0.0, 1e-9, 0.03, 0.0439, 0.048, 0.056, 0.2, 0.525, 0.999, 1.0], dtype=torch.float64)
+    idle = torch.logit(torch.tensor(0.04, dtype=dtype))
+    found = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), idle))
+    expected = [0.0] * 4 + [0.048 * 0.25, 0.056 * 0.75, 0.2, 0.525, 0.999, 1.0]
     assert found.tolist() == pytest.approx(expected, abs=close) and found[:4].tolist() == [0.0] * 4
-    other = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), shut=0.2, kept=0.85))
+    other = torch.sigmoid(close_fully(torch.logit(gates).to(dtype), idle, shut=5.0, kept=21.25))
     assert other.tolist() == pytest.approx([0.0] * 7 + [0.525 * 0.5, 0.999, 1.0], abs=close)
+
+
+def test_a_short_descent_shuts_nothing():
+    alpha = torch.linspace(-9, 9, 1001, dtype=torch.float64)
+    assert torch.equal(close_fully(alpha, torch.logit(torch.tensor(0.2).double())), alpha)
+    gates = torch.tensor([0.1, 0.15, 0.9]).double()
+    found = torch.sigmoid(close_fully(torch.logit(gates), torch.logit(torch.tensor(0.15).double())))
+    assert found.tolist() == pytest.approx([0.05, 0.075, 0.9])
+
+
+def test_each_gate_is_measured_by_its_own_idle_one():
+    gates = torch.tensor([[0.05, 0.05], [0.5, 0.5]]).double()
+    idle = torch.logit(torch.tensor([[0.02, 0.048]]).double())
+    expected = [[0.05, 0.0], [0.5, 0.5]]
+    torch.testing.assert_close(torch.sigmoid(close_fully(torch.logit(gates), idle)), torch.tensor(expected).double())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_shutting_is_continuous_keeps_the_order_and_touches_no_open_gate(dtype):
     alpha = torch.linspace(-12, 12, 40001, dtype=dtype)
-    found = close_fully(alpha)
+    idle = torch.logit(torch.tensor(0.05, dtype=dtype))
+    found = close_fully(alpha, idle)
     gates, before = torch.sigmoid(found), torch.sigmoid(alpha)
     assert bool((gates.diff() >= 0).all()) and bool((gates <= before).all()) and not found.isnan().any()
-    # From 0 to 0.06 over 0.01: seven times as steep at most.
-    assert float(gates.diff().max()) < 7.1 * float(before[(before > SHUT) & (before < KEPT)].diff().max())
-    shut, open_ = before <= SHUT, before >= KEPT
-    assert bool(shut.any()) and bool((found[shut] == -math.inf).all()) and bool(found[~shut].isfinite().all())
+    # From 0 to 0.075 over 0.02, and steepest at the end.
+    between = (before > 0.055) & (before < 0.075)
+    assert float(gates.diff().max()) < 5.1 * float(before[between].diff().max())
+    shut, open_ = before < 0.05499, before > 0.07501
+    assert (
+        bool(shut.any()) and bool((found[shut] == -math.inf).all()) and bool(found[before > 0.05501].isfinite().all())
+    )
     assert torch.equal(found[open_], alpha[open_])
     ends = torch.tensor([-math.inf, math.inf, -1e4, 1e4], dtype=dtype)
-    assert close_fully(ends).tolist() == [-math.inf, math.inf, -math.inf, 1e4]
+    assert close_fully(ends, idle).tolist() == [-math.inf, math.inf, -math.inf, 1e4]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -169,4 +186,4 @@ def test_a_gate_that_is_shut_carries_nothing_and_shows_the_prior(dtype):
         assert torch.equal(sample(shut, hidden, noise, mean, std), mean + std * noise)
     opened = torch.full_like(hidden, math.inf)
     assert torch.equal(sample(opened, hidden, noise, 0.5, 2.0), hidden)
-    assert torch.equal(close_fully(shut), shut)
+    assert torch.equal(close_fully(shut, torch.full((), -3.0, dtype=dtype)), shut)

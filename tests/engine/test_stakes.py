@@ -249,11 +249,11 @@ def test_a_given_range_is_taken_and_nothing_is_measured():
             assert found.score_range.tolist() == pytest.approx(expected) and found.score_closed is None
     calls.clear()
     record_of(pictures(), score, score_range=torch.ones(4))
-    # The pass that is recorded with a copy, two steps, and the one for the record.
-    assert calls == [5, 16, 16, 16]
+    # The pass that is recorded with a copy, two steps, and those for the record.
+    assert calls == [5, 16, 16, 16, 16]
     calls.clear()
     record_of(pictures(), score)
-    assert calls == [5, 8, 16, 8, 16, 16, 16]
+    assert calls == [5, 8, 16, 8, 16, 16, 16, 16]
 
 
 @pytest.mark.parametrize("given", [0, -1.0, math.nan, math.inf, [1.0, 0.0, 1.0, 1.0], [], torch.ones(4, 1)])

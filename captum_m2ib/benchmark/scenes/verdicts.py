@@ -162,7 +162,7 @@ def check_maps(
         list[Check]: one per map, with the untouched score as that of the map's gates, which are not known.
     """
     layers = method.layers
-    settings = Settings(n_samples=4, smoothing=_SMOOTHING).per_layer(defaults_of(layers, method.priors))
+    settings = Settings(smoothing=_SMOOTHING).per_layer(defaults_of(layers, method.priors))
     with borrowing(*roots_of(method.forward_func, layers)):
         suffix = Suffix(
             lambda given: method.forward_func(*given), arguments, len(arguments[0]), [Tap(one) for one in layers]
