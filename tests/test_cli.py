@@ -136,9 +136,9 @@ class TestExplain:
 
         plain = settings(*QUICK)
         assert plain["layers"] == ["inputs[0]", "text_model.embeddings"]
-        assert (plain["n_steps"], plain["n_samples"], plain["seed"], plain["joint"]) == (2, 2, 0, False)
+        assert (plain["n_steps"], plain["n_samples"], plain["seed"], plain["joint"]) == ([2, 2], [2, 2], 0, False)
         other = settings("--steps", "1", "--samples", "3", "--seed", "7", "--beta", "0.25", "--joint")
-        chosen = {"n_steps": 1, "n_samples": 3, "seed": 7, "beta": [0.25, 0.25], "joint": True}
+        chosen = {"n_steps": [1, 1], "n_samples": [3, 3], "seed": 7, "beta": [0.25, 0.25], "joint": True}
         assert {name: other[name] for name in chosen} == chosen
         published = settings("--published", *QUICK)
         assert published["layers"] == ["vision_model.encoder.layers.1", TEXT_BLOCK]

@@ -33,7 +33,7 @@ STANDARDISED = Defaults(
     reach=4.0,
 )
 # The same where an input itself is gated.
-AT_INPUT = replace(STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, n_steps=5, noiseless=0.6, reach=5.5)
+AT_INPUT = replace(STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, noiseless=0.7, reach=5.0)
 
 
 def defaults_of(layers: Sequence[Layer], priors: Sequence[Prior]) -> list[Defaults]:

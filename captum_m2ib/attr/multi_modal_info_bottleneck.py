@@ -170,12 +170,12 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
                         gated)
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: None (10 as published for
-                        the prior N(0, variance), 4 for the standardised prior, 5 where an input itself is gated)
+                        the prior N(0, variance), else 4)
             n_samples (int, optional): Draws per step; more of them make maps vary less between seeds. Default: None (10
                         as published for the prior N(0, variance), else 3)
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
                         N(0, variance); for the standardised prior 4 / n_steps and at most 1, where an input itself is
-                        gated 5.5 / n_steps and at most 1.375, so that more steps are finer ones)
+                        gated 5 / n_steps and at most 1.25, so that more steps are finer ones)
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
@@ -201,7 +201,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         at the noise's mean, the first of each step where there is more than one. It makes maps vary
                         less between seeds than further draws would, for a mean over the noise that is no longer quite
                         one. Default: None (0.0 as published for the prior N(0, variance), 0.8 for the standardised
-                        prior, 0.6 where an input itself is gated)
+                        prior, 0.7 where an input itself is gated)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:

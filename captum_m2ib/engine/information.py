@@ -73,7 +73,7 @@ def close_fully(alpha: Tensor, idle: Tensor, shut: float = 1.1, kept: float = 1.
     r"""Logits of gates that shut wherever they are hardly further open than gates that nothing needs.
 
     With ``i`` a gate that nothing needs, a gate ``g`` becomes ``g * min(1, max(0, (g / i - shut) / (kept - shut)))``:
-    nothing jumps. A descent that was too short to close ``i`` to 0.1 tells less, and from 0.2 on nothing.
+    nothing jumps. A descent that was too short to close ``i`` to 0.2 tells less, and from 0.3 on nothing.
 
     Args:
 
@@ -93,7 +93,7 @@ def close_fully(alpha: Tensor, idle: Tensor, shut: float = 1.1, kept: float = 1.
     """
     gate, unneeded = torch.sigmoid(alpha), torch.sigmoid(idle)
     share = ((gate / unneeded - shut) / (kept - shut)).clamp(0, 1)
-    share = torch.maximum(share, ((unneeded - 0.1) / 0.1).clamp(0, 1))
+    share = torch.maximum(share, ((unneeded - 0.2) / 0.1).clamp(0, 1))
     return torch.where(share < 1, torch.logit(gate * share), alpha)
 
 

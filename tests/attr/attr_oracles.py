@@ -72,7 +72,7 @@ def measure_range(
 
 def shut(gate: Tensor, idle: Tensor) -> Tensor:
     """Gates of a picture after the descent: those hardly further open than the information alone left them close."""
-    return gate * torch.maximum((gate / idle - 1.1) / 0.4, (idle - 0.1) / 0.1).clamp(0, 1)
+    return gate * torch.maximum((gate / idle - 1.1) / 0.4, (idle - 0.2) / 0.1).clamp(0, 1)
 
 
 def draw_shares(n_samples: int, noiseless: float) -> list[float]:

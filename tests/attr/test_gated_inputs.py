@@ -136,11 +136,11 @@ def test_defaults_of_gated_inputs():
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
     told = {"beta": 1.2, "variance": 0.25, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
-    told |= {"noiseless": 0.6, "lr": 5.5 / 4}
+    told |= {"noiseless": 0.7, "lr": 5 / 4}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
-    assert torch.equal(method.attribute(pixels), method.attribute(pixels, n_steps=5, n_samples=3, lr=1.1))
-    assert torch.equal(method.attribute(pixels, n_steps=11), method.attribute(pixels, n_steps=11, lr=0.5))
+    assert torch.equal(method.attribute(pixels), method.attribute(pixels, n_steps=4, n_samples=3, lr=1.25))
+    assert torch.equal(method.attribute(pixels, n_steps=10), method.attribute(pixels, n_steps=10, lr=0.5))
     others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}
     others["noiseless"] = 0.0
     for name, other in others.items():

@@ -185,6 +185,8 @@ def test_one_modality_without_a_target(smoothing: float | None, exact: bool):
     in_every_unit(attribute, model, exact)
 
 
+# Where the score weighs a tenth, some maps are empty.
+@pytest.mark.filterwarnings("ignore:beta. no part of pair:captum_m2ib.NothingToExplainWarning")
 @DTYPES
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("name", ["clip", "closure"])
@@ -264,8 +266,9 @@ def test_any_unit_and_any_zero(logarithm: float, zero: float, seed: int, at_inpu
     forward = toy_score(words) if at_input else read
     layers, layouts = ([None], None) if at_input else ([reader], [PatchLayout((2, 2))])
     maps = [
-        MultiModalInfoBottleneck(function, layers, layouts).attribute(given_, n_steps=4, n_samples=2)
+        MultiModalInfoBottleneck(function, layers, layouts).attribute(given_, n_steps=4, n_samples=2, beta=0.1)
         for function in (forward, scaled(forward, a, a * zero), scaled(forward, a, zero))
     ]
-    same(maps[1], maps[0], True)
-    same(maps[2], maps[0], True)
+    for found in maps[1:]:
+        # Random pictures may have nothing to lose, and empty maps.
+        torch.testing.assert_close(found, maps[0], rtol=0, atol=1e-6 * float(maps[0].max()))

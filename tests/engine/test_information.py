@@ -144,10 +144,10 @@ def test_gates_that_nothing_opened_shut(dtype, close):
 
 def test_a_short_descent_shuts_nothing():
     alpha = torch.linspace(-9, 9, 1001, dtype=torch.float64)
-    assert torch.equal(close_fully(alpha, torch.logit(torch.tensor(0.2).double())), alpha)
-    gates = torch.tensor([0.1, 0.15, 0.9]).double()
-    found = torch.sigmoid(close_fully(torch.logit(gates), torch.logit(torch.tensor(0.15).double())))
-    assert found.tolist() == pytest.approx([0.05, 0.075, 0.9])
+    assert torch.equal(close_fully(alpha, torch.logit(torch.tensor(0.3).double())), alpha)
+    gates = torch.tensor([0.1, 0.25, 0.9]).double()
+    found = torch.sigmoid(close_fully(torch.logit(gates), torch.logit(torch.tensor(0.25).double())))
+    assert found.tolist() == pytest.approx([0.05, 0.125, 0.9])
 
 
 def test_each_gate_is_measured_by_its_own_idle_one():

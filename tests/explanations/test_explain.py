@@ -122,6 +122,7 @@ def test_settings_say_how_it_was_made(encoder: DualEncoder):
     assert one.settings["layers"] == ["vision_model.encoder.layers.1", "text_model.encoder.layers.0"]
     assert one.settings["priors"] == ["N(0, variance)"] * 2 and one.settings["internal_batch_size"] == 7
     expected = {**given, "beta": [0.1, 0.2], "variance": [2.0, 2.0], "lr": [0.5, 0.5]}
+    expected |= {name: [value] * 2 for name, value in QUICK.items()}
     assert {name: one.settings[name] for name in given} == expected
     assert plain.settings["beta"] == [1.2, 8.0]
     assert json.loads(json.dumps(one.settings)) == one.settings

@@ -25,6 +25,7 @@ from captum_m2ib.benchmark.scenes.measures import (
 from captum_m2ib.benchmark.scenes.remedies import AgainstTheBatch, BetaOfEachPair, ClosedPrefix, LateLayers
 from captum_m2ib.benchmark.scenes.run import Plan
 from captum_m2ib.metrics import Summary
+from captum_m2ib.scenes.grounds import GROUNDS, TEXTURED
 
 if TYPE_CHECKING:
     from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -60,7 +61,15 @@ class Variant:
     method: Callable[[DualEncoder], Any] | None = None
 
 
-_PAPER = {"beta": 0.1, "variance": 1.0, "lr": 1.0, "initial_gate": 0.9933, "antithetic": False}
+_PAPER: dict[str, Any] = {"beta": 0.25, "variance": 1.0, "lr": 1.0, "initial_gate": 0.9933, "antithetic": False}
+_PAPER |= {"n_steps": 10, "n_samples": 10, "noiseless": 0.0}
+_COURSES: dict[str, dict[str, Any]] = {
+    "all draws are noise": {"noiseless": 0.0},
+    "all but one draw's share without noise": {"noiseless": 0.9},
+    "8 steps of 9 draws": {"n_steps": 8, "n_samples": 9},
+    "10 steps of 10 draws, all noise": {"n_steps": 10, "n_samples": 10, "noiseless": 0.0},
+    "half as many steps, twice as long": {"n_steps": 2, "lr": 2.0},
+}
 _FIRST = ("vision_model.encoder.layers.0", "text_model.encoder.layers.0")
 
 VARIANTS = (
@@ -76,9 +85,10 @@ VARIANTS = (
     Variant("no antithetic noise", 0, settings={"antithetic": False}),
     Variant("gates start half open", 0, settings={"initial_gate": 0.5}),
     Variant("gates start open", 0, settings={"initial_gate": 0.9933}),
-    Variant("rate 1", 0, settings={"lr": 1.0}),
-    Variant("beta 0.1", 0, settings={"beta": 0.1}),
-    Variant("beta 1", 0, settings={"beta": 1.0}),
+    *(Variant(name, 0, settings=settings) for name, settings in _COURSES.items()),
+    Variant("half the rate", 0, settings={"lr": 0.625}),
+    Variant("beta 0.3", 0, settings={"beta": 0.3}),
+    Variant("beta 2.4", 0, settings={"beta": 2.4}),
     Variant("the paper's descent", 0, settings=_PAPER),
     Variant("beta of each pair, .9 of the score kept", 0, method=BetaOfEachPair),
     Variant("score beyond the other captions' in the batch", 0, method=AgainstTheBatch),
@@ -87,11 +97,18 @@ VARIANTS = (
     Variant("published", 0, published=True),
     Variant("default", 1),
     Variant("gates after the first block", 1, layer=_FIRST[1]),
-    Variant("prior N(0, 1)", 1, statistics=None, settings={"beta": 3.0, "lr": 0.5, "initial_gate": 0.5}),
+    Variant(
+        "prior N(0, 1)",
+        1,
+        statistics=None,
+        settings={"beta": 8.0, "lr": 1.0, "initial_gate": 0.5, "n_steps": 4, "n_samples": 3, "noiseless": 0.8},
+    ),
     Variant("no antithetic noise", 1, settings={"antithetic": False}),
     Variant("gates start open", 1, settings={"initial_gate": 0.9933}),
-    Variant("rate 1", 1, settings={"lr": 1.0}),
-    Variant("beta 0.1", 1, settings={"beta": 0.1}),
+    *(Variant(name, 1, settings=settings) for name, settings in _COURSES.items()),
+    Variant("half the rate", 1, settings={"lr": 0.5}),
+    Variant("beta 2", 1, settings={"beta": 2.0}),
+    Variant("beta 24", 1, settings={"beta": 24.0}),
     Variant("the paper's descent", 1, settings=_PAPER),
     Variant("both modalities at once", 1, settings={"joint": True}),
     Variant("gates at three quarters of the depth", 1, method=LateLayers),
@@ -166,6 +183,7 @@ def measure(
     seed: int = 0,
     variants: Sequence[Variant] = VARIANTS,
     show_progress: bool = False,
+    ground: str = TEXTURED,
 ) -> list[Row]:
     r"""Measure variants on the same probes.
 
@@ -176,14 +194,15 @@ def measure(
         seed (int, optional): Which probes. Default: 0
         variants (sequence of Variant, optional): The default of a modality comes before its variants. Default: all
         show_progress (bool, optional): Show a progress bar. Default: False
+        ground (str, optional): What the scenes' objects lie on. Default: "textured"
 
     Returns:
         list[Row]: in the order of the variants.
     """
     from tqdm.auto import tqdm
 
-    plan = Plan(probes=probes, seed=seed, split="validation")
-    kinds = [draw_probes(encoder, probes, plan.probes_seed) for encoder in encoders]
+    plan = Plan(probes=probes, seed=seed, split="validation", ground=ground)
+    kinds = [draw_probes(encoder, probes, plan.probes_seed, ground) for encoder in encoders]
     rows: list[Row] = []
     whole: dict[int, dict[str, list[list[float]]]] = {}
     for variant in tqdm(variants, desc="Ablation", unit="variant", disable=not show_progress):
@@ -260,9 +279,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--probes", type=int, default=60, help="of each kind (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which validation probes (default: %(default)s)")
+    parser.add_argument(
+        "--ground", choices=GROUNDS, default=TEXTURED, help="what the objects lie on (default: %(default)s)"
+    )
     given = parser.parse_args(arguments)
     encoders = [DualEncoder.from_pretrained(path) for path in given.model]
-    print(table(measure(encoders, given.probes, given.seed, show_progress=True)))
+    print(table(measure(encoders, given.probes, given.seed, show_progress=True, ground=given.ground)))
 
 
 if __name__ == "__main__":
