@@ -12,8 +12,9 @@ def test_costs_of_a_small_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(models.MODELS, "tiny", (tiny_clip, 12, 63, True))
     monkeypatch.setattr(models, "random_pair", small_pair)
     found = models.measure("tiny", repeats=2)
-    # The default layers come earlier, so more of the towers has to run again.
-    assert found["default"]["gflop"] > found["published"]["gflop"] > 0
+    # More of the towers has to run again for the default, but 12 passes instead of 100.
+    ratio = found["default"]["gflop"] / found["published"]["gflop"]
+    assert 12 / 100 < ratio < 1
     assert len(found["default"]["seconds"]) == 2 and found["after"] >= found["before"]
     lines = models.table({"tiny": found}).splitlines()
     assert len(lines) == 4 and all(line.count("|") == 7 for line in lines)
