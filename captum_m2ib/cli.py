@@ -97,7 +97,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the method's)")
-    parser.add_argument("--samples", type=int, default=10, help="noise draws per step (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="noise draws per step (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
     parser.add_argument("--no-check", action="store_true", help="leave out the map's check of itself")

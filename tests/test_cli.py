@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import captum_m2ib
-from captum_m2ib import Explanation, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, explain
 from captum_m2ib.cli import main
 from captum_m2ib.scenes.grounds import GROUNDS
 
@@ -115,6 +115,15 @@ class TestExplain:
             assert f"text     {loaded.token_total_bits:.1f} bits" in out
             assert ", ".join(f"{token} {bits:.2f}" for token, bits in loaded.top_tokens(5)) in out
 
+    def test_without_options_the_settings_are_the_method_s(
+        self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path
+    ):
+        path = tmp_path / "default.npz"
+        assert run("explain", picture, CAPTION, "--model", checkpoint, "--output", path).status == 0
+        plain = explain(DualEncoder.from_pretrained(checkpoint), picture, CAPTION, seed=0)[0]
+        plain.save(tmp_path / "plain.npz")
+        assert Explanation.load(path).settings == Explanation.load(tmp_path / "plain.npz").settings
+
     def test_a_model_comes_from_a_function(
         self, run: Run, checkpoint: Path, own_model: str, picture: Path, tmp_path: Path
     ):
@@ -144,9 +153,9 @@ class TestExplain:
 
         plain = settings(*QUICK)
         assert plain["layers"] == ["inputs[0]", "text_model.embeddings"]
-        assert (plain["n_steps"], plain["n_samples"], plain["seed"], plain["joint"]) == (2, 2, 0, False)
+        assert (plain["n_steps"], plain["n_samples"], plain["seed"], plain["joint"]) == ([2, 2], [2, 2], 0, False)
         other = settings("--steps", "1", "--samples", "3", "--seed", "7", "--beta", "0.25", "--joint")
-        chosen = {"n_steps": 1, "n_samples": 3, "seed": 7, "beta": [0.25, 0.25], "joint": True}
+        chosen = {"n_steps": [1, 1], "n_samples": [3, 3], "seed": 7, "beta": [0.25, 0.25], "joint": True}
         assert {name: other[name] for name in chosen} == chosen
         published = settings("--published", *QUICK)
         assert published["layers"] == ["vision_model.encoder.layers.1", TEXT_BLOCK]
