@@ -77,7 +77,12 @@ def _add_explain(commands: Any) -> None:
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
     parser.add_argument("text", nargs="?", metavar="TEXT", help="caption")
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="hub id or checkpoint directory (default: shipped model)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
+        "processor; its code is run (default: shipped model)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
     parser.add_argument(
@@ -168,7 +173,7 @@ def _load(given: argparse.Namespace) -> DualEncoder:
     from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    from captum_m2ib.encoders.dual_encoder import DualEncoder
+    from captum_m2ib.encoders.naming import load_named
     from captum_m2ib.scenes import CHECKPOINT
 
     logging.set_verbosity_error()
@@ -178,7 +183,7 @@ def _load(given: argparse.Namespace) -> DualEncoder:
         # A command cannot go on without a processor as a program with tensors of its own can.
         warnings.filterwarnings("error", message="model: .* no usable processor")
         try:
-            return DualEncoder.from_pretrained(
+            return load_named(
                 given.model or CHECKPOINT,
                 revision=getattr(given, "revision", None),
                 device=_device(getattr(given, "device", None)),

@@ -1,23 +1,41 @@
-"""Figures of the pages: ``python docs/figures.py [FOLDER]``.
+"""Figures of the pages: ``python docs/figures.py [FOLDER]``, those of photographs with ``--photographs`` before it.
 
-Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md.
+Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md. Those of
+photographs need the extra ``two-parts``; they are what ``captum-m2ib explain`` writes, as JPEG.
 """
 
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
+from captum_m2ib.benchmark.methods import methods as known_methods
+from captum_m2ib.benchmark.photos.two_parts import two_parts
 from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
+from captum_m2ib.metrics import relevance_mass
 from captum_m2ib.scenes import CHECKPOINT, image_probes
+
+PHOTOS = Path(__file__).parent / "images" / "photos"
+
+PHOTOGRAPHS = {
+    "cat": ("coffee_and_cat.jpg", "a photo of a cat"),
+    "cup": ("coffee_and_cat.jpg", "a photo of a cup of coffee"),
+    "rocket_explained": ("rocket.jpg", "a photo of a rocket"),
+}
+"""The figures of photographs: the picture and the caption of each."""
+
+BESIDE = ("m2ib", "m2ib-published", "nib", "integrated-gradients", "grad-cam", "occlusion")
+"""The methods that are shown side by side on a photograph."""
 
 HIDDEN = 1.5
 """The element whose distribution the first figure shows, in standard deviations from the mean."""
@@ -148,6 +166,44 @@ def rivals() -> Figure:
     return _plain(figure)
 
 
+def photographs(folder: Path) -> None:
+    """Write what the encoder of two parts sees in photographs, and where six methods see it."""
+    encoder = two_parts()
+    for name, (picture, caption) in PHOTOGRAPHS.items():
+        _save(explain(encoder, PHOTOS / picture, caption, seed=0)[0].plot(), folder / f"{name}.jpg")
+    _save(beside(encoder), folder / "methods.jpg")
+
+
+def beside(encoder: DualEncoder) -> Figure:
+    """Maps of methods for two captions, one for each half of the picture, with the share of each on the right half."""
+    captions = [PHOTOGRAPHS[name][1] for name in ("cup", "cat")]
+    pairs = encoder.prepare(PHOTOS / PHOTOGRAPHS["cat"][0], captions)
+    pixels, *rest = (*pairs.inputs, *pairs.additional_forward_args)
+    truth = torch.zeros(pixels[:, 0].shape, dtype=torch.bool)
+    truth[0, : truth.shape[1] // 2] = truth[1, truth.shape[1] // 2 :] = True
+    figure = Figure(figsize=(10, 3.9), layout="constrained", dpi=120)
+    panels = figure.subplots(2, len(BESIDE))
+    known = known_methods()
+    for column, name in zip(panels.T, BESIDE, strict=True):
+        maps = known[name](encoder).attribute(pixels, additional_forward_args=tuple(rest)).detach().sum(1)
+        shares = relevance_mass(maps, truth).tolist()
+        for axes, picture, bits, share, caption in zip(column, pairs.pictures, maps, shares, captions, strict=True):
+            axes.imshow(overlay(picture, bits.clamp(min=0).numpy()))
+            axes.set(xticks=[], yticks=[])
+            axes.set_title(f"{name}: {100 * share:.0f} %", fontsize=8)
+            if name == BESIDE[0]:
+                axes.set_ylabel(caption, fontsize=8)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """As JPEG: a photograph in a PNG is five times as large."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    with Image.open(drawn) as picture:
+        picture.convert("RGB").save(path, quality=88, optimize=True)
+
+
 def _gates(pixels: Tensor, bits: Tensor, variance: float) -> Tensor:
     """The gate of each pixel of a picture, (h, w), found from its bits: information rises with the gate."""
     mean = ground_of(pixels[None], None, 1)[0]
@@ -176,4 +232,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images")
+    if sys.argv[1:2] == ["--photographs"]:
+        photographs(Path(sys.argv[2]) if len(sys.argv) > 2 else PHOTOS)
+    else:
+        main(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "images")

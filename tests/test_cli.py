@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import captum_m2ib
-from captum_m2ib import Explanation, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, explain
 from captum_m2ib.cli import main
 from captum_m2ib.scenes.grounds import GROUNDS
 
@@ -114,6 +114,23 @@ class TestExplain:
             assert f"image    {loaded.image_total_bits:.1f} bits" in out
             assert f"text     {loaded.token_total_bits:.1f} bits" in out
             assert ", ".join(f"{token} {bits:.2f}" for token, bits in loaded.top_tokens(5)) in out
+
+    def test_without_options_the_settings_are_the_method_s(
+        self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path
+    ):
+        path = tmp_path / "default.npz"
+        assert run("explain", picture, CAPTION, "--model", checkpoint, "--output", path).status == 0
+        plain = explain(DualEncoder.from_pretrained(checkpoint), picture, CAPTION, seed=0)[0]
+        plain.save(tmp_path / "plain.npz")
+        assert Explanation.load(path).settings == Explanation.load(tmp_path / "plain.npz").settings
+
+    def test_a_model_comes_from_a_function(
+        self, run: Run, checkpoint: Path, own_model: str, picture: Path, tmp_path: Path
+    ):
+        before, path = list(sys.path), tmp_path / "own.npz"
+        from_function = run("explain", picture, CAPTION, "--model", f"{own_model}:model", "--output", path, *QUICK)
+        assert (from_function.status, from_function.err, sys.path) == (0, "", before)
+        assert run("explain", picture, CAPTION, "--model", checkpoint, "--output", path, *QUICK) == from_function
 
     @pytest.mark.filterwarnings("always::captum_m2ib.NothingToExplainWarning")
     def test_the_check_can_be_left_out(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
@@ -301,6 +318,64 @@ CHECKPOINTS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+OWN = """
+from captum_m2ib import DualEncoder
+
+number = 7
+
+def model():
+    return DualEncoder.from_pretrained({checkpoint!r}).train()
+
+def bare():
+    encoder = model()
+    encoder.processor = None
+    return encoder
+
+def tower():
+    return model().model
+
+def nothing():
+    pass
+
+def greedy(size):
+    pass
+
+def lacking():
+    import not_to_be_found_anywhere
+
+def told():
+    raise ImportError("parts: timm cannot be imported; install it with: pip install timm.")
+"""
+
+FACTORIES: dict[str, tuple[str, tuple[str, ...], str]] = {
+    "no module": ("no_such.module:model", (), r"model: there is no module no_such for no_such.module:model; check"),
+    "no function": ("{}:none", (), r"model: (\w+) has no function none; check the name"),
+    "no callable": ("{}:number", (), r"model: expected \w+:number to be a function, got int; check the name"),
+    "without a processor": (
+        "{}:bare",
+        (),
+        r"model: expected .*a DualEncoder with a processor, got one without; return",
+    ),
+    "another module": ("{}:tower", (), r"model: expected .*a DualEncoder with a processor, got CLIPModel; return"),
+    "nothing": ("{}:nothing", (), r"model: expected .*a DualEncoder with a processor, got NoneType; return"),
+    "with arguments": ("{}:greedy", (), r"greedy\(\) missing 1 required positional argument: 'size'"),
+    "lacking a module": ("{}:lacking", (), r"model: \w+:lacking needs .*: No module named 'not_to_be_found_anywhere'"),
+    "lacking a package": ("{}:told", (), r"model: \w+:told needs .*timm cannot be imported; install it with: pip"),
+    "of a revision": ("{}:model", ("--revision", "main"), r"revision: \w+:model is a Python function.* leave it out"),
+    "on no device": ("{}:model", ("--device", "abacus"), r"--device: there is no 'abacus' here; choose one of cpu"),
+}
+
+
+@pytest.fixture
+def own_model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module with functions that make a model, in the working directory; a name that no other test imported."""
+    folder = tmp_path_factory.mktemp("own")
+    name = f"own_model_of_{folder.name}"
+    (folder / f"{name}.py").write_text(OWN.format(checkpoint=str(checkpoint)))
+    monkeypatch.chdir(folder)
+    return name
+
+
 @pytest.mark.filterwarnings("always::UserWarning", "always::RuntimeWarning")
 class TestBadInput:
     """As a user meets it, with warnings shown rather than raised."""
@@ -389,6 +464,11 @@ class TestBadInput:
     @pytest.mark.parametrize("name", ["no-one/no-such-model", "no-such-model", "a/b/c"])
     def test_unknown_hub_id(self, refused: Callable[..., None], name: str):
         refused(says=re.escape(name), model=name)
+
+    @pytest.mark.parametrize("name", FACTORIES)
+    def test_function(self, refused: Callable[..., None], own_model: str, name: str):
+        model, options, says = FACTORIES[name]
+        refused(*options, says=says, model=model.format(own_model))
 
     def test_an_older_output_is_kept(self, refused: Callable[..., None], tmp_path: Path):
         (tmp_path / "result.png").write_bytes(b"older")

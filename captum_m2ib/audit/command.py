@@ -39,7 +39,12 @@ def _add_audit(commands: Any) -> None:
     parser.add_argument("--output", metavar="DIR", required=True, help="folder for the table of explanations")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="for example caption=title")
     parser.add_argument("--images", metavar="DIR", help="where relative paths start (default: the manifest's folder)")
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="hub id or checkpoint directory (default: shipped model)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
+        "processor; its code is run (default: shipped model)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
     parser.add_argument(

@@ -83,7 +83,8 @@ class Worker:
 
     Args:
 
-        model (str, optional): Hub id or checkpoint directory. Default: None (the compact model that is shipped)
+        model (str, optional): Hub id, checkpoint directory, or ``module:function``, a Python function that returns a
+            :class:`DualEncoder` with a processor. Default: None (the compact model that is shipped)
         revision (str, optional): Branch, tag or commit on the hub. Default: None
         device (str, optional): For example ``"cuda"``. Default: None (the CPU)
         layers (sequence of str, optional): Dotted names of the image's and the text's layer, or "inputs[0]" for the
@@ -212,10 +213,10 @@ class Worker:
 
     def _load(self) -> MultiModalInfoBottleneck:
         from captum_m2ib.attr import MultiModalInfoBottleneck
-        from captum_m2ib.encoders.dual_encoder import DualEncoder
+        from captum_m2ib.encoders.naming import load_named
         from captum_m2ib.scenes import CHECKPOINT
 
-        encoder = DualEncoder.from_pretrained(self.model or CHECKPOINT, revision=self.revision, device=self.device)
+        encoder = load_named(self.model or CHECKPOINT, revision=self.revision, device=self.device)
         if encoder.processor is None:
             raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
         if self.published:

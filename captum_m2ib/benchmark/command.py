@@ -32,5 +32,5 @@ def add_benchmark(commands: Any, load: Load, check_device: CheckDevice) -> None:
     add_speed(benchmarks, check_device)
     add_scenes(benchmarks, load)
     add_pairs(benchmarks, load)
-    add_photos(benchmarks, load, check_device)
+    add_photos(benchmarks, load)
     add_roar(benchmarks, load)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import re
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -116,44 +113,3 @@ def find_statistics(model: str | os.PathLike[str], revision: str | None) -> dict
         _raise_exceptions_for_connection_errors=False,
     )
     return load_statistics(found) if found else {}
-
-
-def is_factory(model: str | os.PathLike[str]) -> bool:
-    """Whether a model's name is that of a Python function, ``module:function``."""
-    return isinstance(model, str) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", model) is not None
-
-
-def call_factory(name: str) -> nn.Module:
-    r"""The model that a Python function without arguments makes; runs the code of its module.
-
-    Args:
-
-        name (str): ``module:function``; the module may lie in the working directory.
-
-    Returns:
-        nn.Module: in eval mode.
-
-    Raises:
-        ValueError: if there is no such module or function.
-        TypeError: if what it returns is no module.
-    """
-    module, _, function = name.partition(":")
-    # At the end, so that a file that happens to lie there stands for no installed module.
-    sys.path.append(os.getcwd())
-    try:
-        made = getattr(importlib.import_module(module), function)()
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise
-        raise ValueError(
-            f"model: there is no module {error.name} for {name}; check the name, and where you are."
-        ) from None
-    except AttributeError as error:
-        if error.name != function:
-            raise
-        raise ValueError(f"model: {module} has no function {function}; check the name.") from None
-    finally:
-        sys.path.remove(os.getcwd())
-    if not isinstance(made, nn.Module):
-        raise TypeError(f"model: expected {name} to return a module, got {type(made).__name__}.")
-    return made.eval()

