@@ -22,7 +22,7 @@ PUBLISHED = Defaults(beta=0.1, variance=1.0, lr=1.0, initial_gate=1 / (1 + math.
 AT_LAYER = replace(PUBLISHED, beta=0.25)
 # What measured best on validation scenes for the standardised prior.
 STANDARDISED = Defaults(
-    beta=8.0,
+    beta=3.0,
     variance=1.0,
     lr=None,
     initial_gate=0.5,

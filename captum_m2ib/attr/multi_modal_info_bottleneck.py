@@ -164,7 +164,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element, in nats, against the share of
                         the score that is kept; one number or one per modality. Larger keeps less. Default: None (0.25
-                        for the prior N(0, variance), 8.0 for the standardised prior, 1.2 where an input itself is
+                        for the prior N(0, variance), 3.0 for the standardised prior, 1.2 where an input itself is
                         gated; 0.1 for :meth:`published`)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
