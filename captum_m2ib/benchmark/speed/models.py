@@ -53,6 +53,7 @@ def _resnet50() -> nn.Module:
 
 # How the model is built, its caption's length, the id that ends a caption, and whether it reads an attention mask.
 MODELS: dict[str, tuple[Callable[[], nn.Module], int, int, bool]] = {
+    "clip-vit-base-patch32": (lambda: _clip(32), 12, 49407, True),
     "clip-vit-base-patch16": (lambda: _clip(16), 12, 49407, True),
     "clip-vit-large-patch14": (lambda: _clip(14, large=True), 12, 49407, True),
     "siglip-base-patch16-224": (_siglip, 64, 1, False),
