@@ -27,13 +27,14 @@ STANDARDISED = Defaults(
     lr=None,
     initial_gate=0.5,
     antithetic=True,
-    n_steps=4,
-    n_samples=3,
-    noiseless=0.8,
+    n_steps=6,
+    n_samples=2,
     reach=4.0,
 )
 # The same where an input itself is gated.
-AT_INPUT = replace(STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, noiseless=0.7, reach=5.0)
+AT_INPUT = replace(
+    STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, n_steps=4, n_samples=3, noiseless=0.7, reach=5.0
+)
 
 
 def defaults_of(layers: Sequence[Layer], priors: Sequence[Prior]) -> list[Defaults]:

@@ -170,9 +170,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
                         gated)
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: None (10 as published for
-                        the prior N(0, variance), else 4)
+                        the prior N(0, variance), 6 for the standardised prior, 4 where an input itself is gated)
             n_samples (int, optional): Draws per step; more of them make maps vary less between seeds. Default: None (10
-                        as published for the prior N(0, variance), else 3)
+                        as published for the prior N(0, variance), 2 for the standardised prior, 3 where an input itself
+                        is gated)
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
                         N(0, variance); for the standardised prior 4 / n_steps and at most 1, where an input itself is
                         gated 5 / n_steps and at most 1.25, so that more steps are finer ones)
@@ -200,8 +201,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             noiseless (float or sequence, optional): Share of the kept score, from 0 to 1, that is the score of one draw
                         at the noise's mean, the first of each step where there is more than one. It makes maps vary
                         less between seeds than further draws would, for a mean over the noise that is no longer quite
-                        one. Default: None (0.0 as published for the prior N(0, variance), 0.8 for the standardised
-                        prior, 0.7 where an input itself is gated)
+                        one. Default: None (0.0; 0.7 where an input itself is gated)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:

@@ -191,7 +191,7 @@ def test_equals_a_second_implementation(options):
 
 def test_defaults_follow_the_prior():
     case = family_named("closure").build()
-    measured = {"beta": 3.0, "lr": 4 / 4, "initial_gate": 0.5, "antithetic": True, "noiseless": 0.8}
+    measured = {"beta": 3.0, "lr": 4 / 4, "initial_gate": 0.5, "antithetic": True, "noiseless": 0.0}
     for statistics, settings in ((None, AT_LAYER), (STATISTICS, measured)):
         method = case.method(statistics=statistics)
         for one, other in zip(case.attribute(method), case.attribute(method, **settings), strict=True):
