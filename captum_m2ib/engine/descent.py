@@ -131,7 +131,7 @@ def optimise(
     parts = -(-pairs // at_once)
     explains = range(len(taps)) if modalities is None else modalities
     objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
-    courses = [settings.course(objective) for objective in objectives]
+    courses = [settings.course(objective[0]) for objective in objectives]
     results: list[list[Gated]] = [[] for _ in taps]
     hopeless: list[int] = []
     empty: list[int] = []

@@ -120,6 +120,10 @@ class Settings:
         spread = {
             name: _spread(name, getattr(self, name), [getattr(one, name) for one in defaults]) for name in _PER_LAYER
         }
+        if self.joint:
+            # Gates that descend together take the same steps, and rates follow from how many there are.
+            common = {"n_steps": max, "n_samples": max, "noiseless": min}
+            spread |= {name: (of_all(spread[name]),) * len(defaults) for name, of_all in common.items()}
         rates = [one.lr or one.reach / max(steps, 4) for one, steps in zip(defaults, spread["n_steps"], strict=True)]
         return LayerSettings(**{**vars(self), **spread, "lr": _spread("lr", self.lr, rates)})
 
@@ -140,13 +144,9 @@ class LayerSettings(Settings):
     def __post_init__(self) -> None:
         """What was asked for is checked already."""
 
-    def course(self, layers: Sequence[int]) -> Course:
-        """What holds for all of these layers where their gates descend together: what the most demanding one needs."""
-        return Course(
-            max(self.n_steps[i] for i in layers),
-            max(self.n_samples[i] for i in layers),
-            min(self.noiseless[i] for i in layers),
-        )
+    def course(self, layer: int) -> Course:
+        """What holds for a layer, and for all that descend together with it."""
+        return Course(self.n_steps[layer], self.n_samples[layer], self.noiseless[layer])
 
 
 _PER_LAYER = [field.name for field in fields(Defaults) if field.name not in ("lr", "reach")]

@@ -202,6 +202,22 @@ def test_defaults_follow_the_prior():
         assert torch.equal(one, other)
 
 
+def test_layers_that_descend_together_take_the_steps_of_the_most_demanding():
+    case = family_named("clip").build()
+    method = MultiModalInfoBottleneck(case.forward)
+    given = {"additional_forward_args": case.additional, "joint": True}
+    # The picture's own are 4 steps of 3 draws, .7 without noise; the words' 6 of 2, all noise.
+    told = {"n_steps": 6, "n_samples": 3, "noiseless": 0.0, "lr": (5 / 6, 4 / 6)}
+    expected = method.attribute(case.inputs, **given, **told)
+    for one, other in zip(method.attribute(case.inputs, **given), expected, strict=True):
+        assert torch.equal(one, other)
+    _, record = method.attribute_with_record(case.inputs, **given)
+    assert [len(modality.score) for modality in record.modalities] == [6, 6]
+    assert (record.settings.n_steps, record.settings.n_samples) == ((6, 6), (3, 3))
+    _, apart = method.attribute_with_record(case.inputs, additional_forward_args=case.additional)
+    assert [len(modality.score) for modality in apart.modalities] == [4, 6]
+
+
 def test_antithetic_noise_repeats_each_draw_with_its_sign_changed():
     for draws in (1, 4, 5):
         drawn = noise(3, 0, 2, draws, (6, 7), antithetic=True)
