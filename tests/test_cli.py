@@ -12,11 +12,12 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from commands import Result, Run, runner
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -30,24 +31,9 @@ IMAGE_BLOCK, TEXT_BLOCK = "vision_model.encoder.layers.0", "text_model.encoder.l
 QUICK = ("--steps", "2", "--samples", "2")
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-    def call(*arguments: Any) -> Result:
-        status = main([str(argument) for argument in arguments])
-        return Result(status, *capsys.readouterr())
-
-    return call
+    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture

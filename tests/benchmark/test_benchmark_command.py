@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import csv
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
+from commands import Run, assert_one_line, runner
 from PIL import Image
 
 from captum_m2ib.benchmark.scenes import run as scenes_run
 from captum_m2ib.benchmark.tables import WIDTH
-from captum_m2ib.cli import main
 from captum_m2ib.scenes import build_model, save_checkpoint
 
 FEW = ("--method", "relevance", "centre", "--without-cost")
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
-
-    def call(*arguments: Any) -> Result:
-        status = main(["benchmark", "scenes", *map(str, arguments)])
-        return Result(status, *capsys.readouterr())
-
-    return call
-
-
-def assert_one_line(result: Result, pattern: str) -> None:
-    assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
-    assert re.match(rf"captum-m2ib: {pattern}", result.err), result.err
+    return runner(capsys, monkeypatch, "benchmark", "scenes")
 
 
 def test_the_shipped_model(run: Run, tmp_path: Path):

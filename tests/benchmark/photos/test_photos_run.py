@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import csv
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from coco_cases import annotation, usual, write_coco
+from commands import Result, Run, assert_one_line, runner
 from PIL import Image
 
 from captum_m2ib import DualEncoder
@@ -26,7 +25,6 @@ from captum_m2ib.benchmark.photos.probes import Known
 from captum_m2ib.benchmark.photos.run import Plan, Probes, choose_probes, measure_all, run_settings
 from captum_m2ib.benchmark.store import Store
 from captum_m2ib.benchmark.tables import WIDTH
-from captum_m2ib.cli import main
 from captum_m2ib.metrics import auroc, pointing_game, relevance_mass
 
 pytestmark = pytest.mark.filterwarnings("ignore:captions")
@@ -196,31 +194,16 @@ def test_what_the_model_does_not_know_is_not_asked(photos: Photos):
     assert str(choose_probes(named, Plan(rank=3))).startswith("5 photographs hold 7 categories; ")
 
 
-class Result(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)
     write_coco(tmp_path / "data", usual())
+    photos = runner(capsys, monkeypatch, "benchmark", "photos")
 
     def call(*arguments: Any, model: Any = checkpoint, data: Any = "data") -> Result:
-        status = main(["benchmark", "photos", "--data", str(data), "--model", str(model), *map(str, arguments)])
-        return Result(status, *capsys.readouterr())
+        return photos("--data", data, "--model", model, *arguments)
 
     return call
-
-
-def assert_one_line(result: Result, pattern: str) -> None:
-    assert result.status == 2 and result.out == "" and result.err.count("\n") == 1
-    assert re.match(rf"captum-m2ib: {pattern}", result.err), result.err
 
 
 FEW = ("--method", "saliency", "centre", "--steps", 3, "--output", "out")
