@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_m2ib.encoders.pictures import PictureLike, load_pictures, seen_part, shown_part
+from captum_m2ib.encoders.pictures import PictureLike, load_pictures
+from captum_m2ib.encoders.views import Region, View, view_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,10 @@ class Pairs:
         captions (tuple[str, ...]): The captions as given.
         tokens (tuple[tuple[str, ...], ...]): Per pair, the token at each of the L positions as a string.
         special (tuple[tuple[bool, ...], ...]): Per pair, which tokens the tokenizer added.
-        pictures (tuple[numpy.ndarray, ...]): Per pair, the part of the picture that the model sees, uint8,
+        pictures (tuple[numpy.ndarray, ...]): Per pair, what the model sees of the picture, padding included, uint8,
             (height, width, 3), at a resolution fit for looking at.
+        regions (tuple[Region or None, ...]): Per pair, where that lies in the whole picture; None where the processor
+            does not cut one box. Default: () (not known)
     """
 
     inputs: tuple[Tensor, Tensor]
@@ -37,6 +41,7 @@ class Pairs:
     tokens: tuple[tuple[str, ...], ...]
     special: tuple[tuple[bool, ...], ...]
     pictures: tuple[np.ndarray, ...]
+    regions: tuple[Region | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -58,6 +63,7 @@ class Pairs:
             self.tokens,
             self.special,
             self.pictures,
+            self.regions,
         )
 
 
@@ -101,15 +107,21 @@ def prepare_pairs(
     """
     texts, pictures = _align(_captions(captions), load_pictures(images))
     if isinstance(processor, OpenClipProcessor):
-        values, ids, tokens, special, shown = _by_open_clip(processor, pictures, texts)
+        values, ids, tokens, special, views = _by_open_clip(processor, pictures, texts)
         found = {names[0]: values, names[1]: ids}
     else:
-        found, tokens, special, shown = _by_transformers(processor, pictures, texts, longest, padding, names)
+        found, tokens, special, views = _by_transformers(processor, pictures, texts, longest, padding, names)
     extras = [found.get(name) for name in names[2:]]
     while extras and extras[-1] is None:
         extras.pop()
     return Pairs(
-        (found[names[0]].to(dtype), found[names[1]]), tuple(extras), tuple(texts), tokens, special, tuple(shown)
+        (found[names[0]].to(dtype), found[names[1]]),
+        tuple(extras),
+        tuple(texts),
+        tokens,
+        special,
+        tuple(view.picture for view in views),
+        tuple(view.region for view in views),
     )
 
 
@@ -126,16 +138,35 @@ def _by_transformers(
 ) -> Any:
     tokenizer = processor.tokenizer
     encoded = _tokenize(tokenizer, texts, longest, padding)
-    read = dict(processor.image_processor(images=pictures, return_tensors="pt"))
+    read = _read_pictures(processor.image_processor, pictures)
     ids = encoded["input_ids"]
     specials = set(tokenizer.all_special_ids) - _unknown_tokens(tokenizer)
     found = {names[1]: ids, "attention_mask": encoded.get("attention_mask"), **read}
-    # Packed patches cover the whole picture.
-    whole = "spatial_shapes" in read
-    size = read["pixel_values"].shape[-2:]
-    shown = [shown_part(p) if whole else seen_part(p, processor.image_processor, size) for p in pictures]
+    views = _views(processor.image_processor, pictures, read)
     tokens = tuple(tuple(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist())
-    return found, tokens, tuple(tuple(token in specials for token in row) for row in ids.tolist()), shown
+    return found, tokens, tuple(tuple(token in specials for token in row) for row in ids.tolist()), views
+
+
+def _read_pictures(image_processor: Any, pictures: list[Any]) -> dict[str, Any]:
+    return dict(image_processor(images=pictures, return_tensors="pt"))
+
+
+def _views(image_processor: Any, pictures: list[Any], read: dict[str, Any]) -> list[View]:
+    def process(picture: Any) -> Tensor:
+        return _planes(_read_pictures(image_processor, [picture]), 0)
+
+    return [view_of(one, _planes(read, i), process, image_processor) for i, one in enumerate(pictures)]
+
+
+def _planes(read: dict[str, Any], index: int) -> Tensor:
+    """One picture as the model receives it, (C, h, w); packed patches put side by side."""
+    pixels: Tensor = read["pixel_values"][index]
+    if "spatial_shapes" not in read:
+        return pixels
+    rows, columns = read["spatial_shapes"][index].tolist()
+    side = math.isqrt(pixels.shape[-1] // 3)
+    patches = pixels[: rows * columns].view(rows, columns, side, side, 3)
+    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
 def _by_open_clip(processor: OpenClipProcessor, pictures: list[Any], texts: list[str]) -> Any:
@@ -144,7 +175,9 @@ def _by_open_clip(processor: OpenClipProcessor, pictures: list[Any], texts: list
     spell, specials = _speller(processor.tokenizer)
     tokens = tuple(tuple(spell(token) for token in row) for row in ids.tolist())
     special = tuple(tuple(token in specials for token in row) for row in ids.tolist())
-    return values, ids, tokens, special, [_transformed(processor.transform, picture) for picture in pictures]
+    transform = processor.transform
+    views = [view_of(one, value, transform, transform) for one, value in zip(pictures, values, strict=True)]
+    return values, ids, tokens, special, views
 
 
 def _speller(tokenizer: Any) -> tuple[Callable[[int], str], set[int]]:
@@ -156,16 +189,6 @@ def _speller(tokenizer: Any) -> tuple[Callable[[int], str], set[int]]:
         # Its padding has the id of a real token, "!".
         return lambda token: tokenizer.decoder.get(token, str(token)), set(tokenizer.all_special_ids)
     return str, set()
-
-
-def _transformed(transform: Any, picture: Any) -> np.ndarray:
-    """The part of a picture that a transform shows the model: its steps up to the one that makes a tensor."""
-    for step in getattr(transform, "transforms", ()):
-        changed = step(picture)
-        if not hasattr(changed, "size") or isinstance(changed, Tensor):
-            break
-        picture = changed
-    return shown_part(picture.convert("RGB"))
 
 
 def _tokenize(tokenizer: Any, captions: list[str], longest: int | None, padding: str) -> Any:
