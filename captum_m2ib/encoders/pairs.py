@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
-from captum_m2ib.encoders.views import Region, View, view_of
+from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.views import View, view_of
 
 
 @dataclass(frozen=True)

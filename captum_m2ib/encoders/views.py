@@ -18,72 +18,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from captum_m2ib.encoders.regions import Region
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Processed: TypeAlias = "Callable[[Image], Tensor]"
 """What a processor makes of one picture, (C, h, w)."""
 
-SHOWN_SIDE = 448
-"""The longer side of a shown picture has at most so many pixels."""
-
 # Colours are whole numbers out of 255, so that what is read back is off by half of one.
 _EXACT = 1.5 / 255
 # The share of the places that must lie on the lines; at edges and beside padding, resizing mixes.
 _ON_LINES = 0.95
 _MOST_KEPT = 4096
-
-
-class Region(NamedTuple):
-    r"""Where a model's view lies in the whole picture, in pixels of the upright picture.
-
-    It may reach beyond the picture: there, the model saw padding.
-
-    Attributes:
-
-        left, top, right, bottom (float): The view's edges, from the picture's top left corner.
-        width, height (int): Size of the whole picture.
-    """
-
-    left: float
-    top: float
-    right: float
-    bottom: float
-    width: int
-    height: int
-
-    @property
-    def inside(self) -> tuple[float, float, float, float]:
-        """Left, top, right and bottom of the part of the view that lies in the picture."""
-        return max(self.left, 0.0), max(self.top, 0.0), min(self.right, self.width), min(self.bottom, self.height)
-
-    def crop(self, picture: Image, ground: NDArray[np.uint8] | None = None) -> NDArray[np.uint8]:
-        r"""The view of a picture.
-
-        Args:
-
-            picture (PIL.Image.Image): As large as the whole picture.
-            ground (numpy.ndarray, optional): What lies beyond the picture, uint8, as the view shows it at any
-                resolution. Default: None (black)
-
-        Returns:
-            numpy.ndarray: uint8, (height, width, 3), the longer side at most 448 pixels.
-        """
-        from PIL import Image
-
-        left, top, right, bottom = self.inside
-        ratio = min(1.0, SHOWN_SIDE / max(self.right - self.left, self.bottom - self.top))
-        size = _whole((self.right - self.left) * ratio), _whole((self.bottom - self.top) * ratio)
-        if (left, top, right, bottom) == tuple(self[:4]):
-            return np.asarray(picture.resize(size, box=(left, top, right, bottom)))
-        if ground is None:
-            canvas = Image.new(picture.mode, size)
-        else:
-            canvas = Image.fromarray(ground).resize(size, Image.Resampling.NEAREST)
-        starts = round((left - self.left) * ratio), round((top - self.top) * ratio)
-        part = _whole((right - left) * ratio), _whole((bottom - top) * ratio)
-        canvas.paste(picture.resize(part, box=(left, top, right, bottom)), starts)
-        return np.asarray(canvas)
 
 
 class View(NamedTuple):
@@ -229,10 +176,6 @@ def _brightness(received: Tensor) -> NDArray[np.uint8]:
     span = grey.max() - grey.min()
     grey = (grey - grey.min()) / span if span > 0 else np.full_like(grey, 0.5)
     return _bytes(np.repeat(np.nan_to_num(grey)[..., None], 3, axis=-1))
-
-
-def _whole(length: float) -> int:
-    return max(1, round(length))
 
 
 _KNOWN: WeakKeyDictionary[Any, dict[Any, Any]] = WeakKeyDictionary()

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.explanation import Explanation
 
 MEASURED = {"score": 0.3, "closed": 0.1, "range": 0.2, "kept": 1 / 3, "lost_top": 1.1, "lost_random": -1e-17}
@@ -17,6 +18,8 @@ CHECK = {
     "text": {**MEASURED, "kept": 1.0, "verdict": "holds"},
     "verdict": "weak",
 }
+# The model saw the right half of a picture, and as much padding below.
+REGION = Region(50.0, 0.0, 100.0, 30.0, 100, 20)
 
 
 def make(**changes):
@@ -33,6 +36,8 @@ def make(**changes):
         "settings": {"beta": (0.1, 0.2), "model": "é</pre><b>", "seed": None},
         "record": {"score": [0.1, 0.2], "score_after": 1e-17},
         "check": CHECK,
+        "unit": "score",
+        "region": REGION,
     }
     return Explanation(**{**fields, **changes})
 
@@ -50,7 +55,12 @@ def assert_equal(first, second):
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"patch_bits": None, "record": None, "check": None}, {"caption": "\ud800 lone"}]
+    "changes",
+    [
+        {},
+        {"patch_bits": None, "record": None, "check": None, "region": None, "unit": "bits"},
+        {"caption": "\ud800 lone", "unit": "relative"},
+    ],
 )
 def test_round_trip_is_exact(tmp_path, suffix, changes):
     explanation = make(**changes)
@@ -58,22 +68,26 @@ def test_round_trip_is_exact(tmp_path, suffix, changes):
     assert_equal(Explanation.load(str(path)), explanation)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
-def test_files_of_the_first_version_are_read(tmp_path, suffix):
-    path = make().save(tmp_path / f"pair{suffix}")
+def test_files_of_earlier_versions_are_read(tmp_path, suffix, version):
+    path = make(unit="bits").save(tmp_path / f"pair{suffix}")
     if suffix == ".json":
         header = json.loads(path.read_text())
     else:
         with np.load(path) as stored:
             arrays = dict(stored)
         header = json.loads(str(arrays["header"]))
-    assert header["version"] == 2 and header.pop("check") == CHECK
-    header["version"] = 1
+    assert header["version"] == 3 and header["check"] == CHECK and header.pop("unit") == "bits"
+    assert header.pop("region") == list(REGION)
+    header["version"] = version
+    if version == 1:
+        del header["check"]
     if suffix == ".json":
         path.write_text(json.dumps(header))
     else:
         np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
-    assert_equal(Explanation.load(path), make(check=None))
+    assert_equal(Explanation.load(path), make(check=None if version == 1 else CHECK, unit="bits", region=None))
 
 
 def test_files_hold_no_pickles(tmp_path):
