@@ -60,7 +60,7 @@ class Explanation:
             figures of :mod:`captum_m2ib.engine.check` (``score``, ``closed``, ``range``, ``kept``, ``lost_top``,
             ``lost_random``) and a ``verdict``, ``"holds"``, ``"weak"`` or ``"fails"``; and the worse of the two as the
             pair's ``verdict``. ``kept`` is None for a method that has no gates. Default: None (not checked)
-        unit (str, optional): What the values are in: ``"bits"``; ``"score"``, shares of the score that sum to about
+        unit (str, optional): What the values are in: ``"bits"``; ``"score"``, units of the score that sum to about
             what it gains over a baseline; or ``"relative"``, numbers that only compare within one map. The last two may
             be below zero. Default: "bits"
         region (Region, optional): Where ``image`` lies in the whole picture: left, top, right and bottom in its pixels,

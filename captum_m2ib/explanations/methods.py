@@ -259,7 +259,7 @@ def _told(methods: Sequence[Any], settings: Mapping[str, Any]) -> dict[str, Any]
     told: dict[str, Any] = {"method": names[0] if len(names) == 1 else names}
     if any(layers):
         told["layers"] = layers[0] if len(names) == 1 else layers
-    return {**told, **{name: _as_json(value) for name, value in settings.items()}}
+    return {**told, **{name: _as_json(value) for name, value in settings.items() if name != "show_progress"}}
 
 
 def _name(method: Any) -> str:

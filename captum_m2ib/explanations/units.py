@@ -1,4 +1,4 @@
-"""How a map's numbers are spoken of: bits, shares of the score, or relative values."""
+"""How a map's numbers are spoken of: bits, units of the score, or relative values."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ class Wording:
 
     def amount(self, value: float) -> str:
         """A number with its unit."""
-        return f"{self.number(value)} {'bits' if self.name == 'bits' else 'of the score'}"
+        return f"{self.number(value)} {self.name}"
 
 
 WORDINGS = {
     "bits": Wording("bits", "where its information is", "no information anywhere"),
-    "score": Wording("shares of the score", "what adds to the score", "nothing adds to the score"),
+    "score": Wording("units of the score", "what adds to the score", "nothing adds to the score"),
     "relative": Wording("relative values", "what the method marks", "the method marks nothing", has_totals=False),
 }
 """Per unit its words."""

@@ -236,3 +236,90 @@ def test_pickled_arrays_are_refused(tmp_path):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="allow_pickle=False"):
         Explanation.load(path)
+
+
+def whole(width=100, height=20):
+    picture = np.full((height, width, 3), 200, np.uint8)
+    picture[:, width // 2 :] = 60
+    return picture
+
+
+def test_a_map_is_laid_over_the_whole_picture():
+    bits = np.zeros((12, 20), np.float32)
+    bits[3, 4:6] = 1.0  # in the picture: 10 columns to the right of the middle, 7.5 rows down
+    bits[9, 3] = 5.0  # on padding
+    found = make(image_bits=bits).bits_over(whole())
+    assert found.shape == (20, 100) and found.dtype == np.float32
+    assert not found[:, :50].any() and found.sum() == pytest.approx(2.0, rel=1e-3)
+    rows, columns = np.indices(found.shape) + 0.5
+    middle = (rows * found).sum() / found.sum(), (columns * found).sum() / found.sum()
+    assert middle == pytest.approx((8.75, 62.5), abs=0.3)
+    twice = make(image_bits=bits).bits_over(Image.fromarray(whole(200, 40)))
+    assert twice.shape == (40, 200) and twice.sum() == pytest.approx(2.0, rel=1e-3)
+    small = make(image_bits=bits).bits_over(whole(25, 5))
+    assert small.shape == (5, 25) and small.sum() == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_figures_and_pages_of_the_whole_picture(tmp_path, suffix):
+    explanation = make()
+    picture, bits = explanation.shown(whole())
+    np.testing.assert_array_equal(picture, whole())
+    np.testing.assert_array_equal(bits, explanation.bits_over(whole()))
+    large, bits = explanation.shown(whole(3000, 600))
+    assert large.shape == (144, 720, 3) and bits.shape == (144, 720)
+    panels = [axes.images[0].get_array() for axes in explanation.plot(whole()).axes[1:3]]
+    assert all(panel.shape == (144, 720, 3) for panel in panels)
+    # What the model did not see has no heat.
+    assert np.ptp(panels[1][:, :350].astype(int)) <= 1 < np.ptp(panels[1][:, 370:].astype(int))
+    path = explanation.save(tmp_path / f"pair{suffix}", whole())
+    assert path.read_bytes() != explanation.save(tmp_path / f"seen{suffix}").read_bytes()
+
+
+def test_totals_are_the_same_in_both_figures():
+    words = [
+        [text.get_text() for text in figure.axes[0].texts if "image " in text.get_text()]
+        for figure in (make().plot(), make().plot(whole()))
+    ]
+    assert words[0] == words[1] != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "original", "message"),
+    [
+        ({"region": None}, whole(), r"^original: where the map lies in the whole picture is not known.*leave original"),
+        ({}, whole(50, 20), r"^original: expected the whole picture .* 100 x 20 pixels or .* got 50 x 20"),
+        ({}, "none.png", r"^original: there is no file none.png"),
+    ],
+)
+def test_originals_that_cannot_be(changes, original, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes).plot(original)
+
+
+def test_data_holds_no_original(tmp_path):
+    for suffix in (".npz", ".json"):
+        with pytest.raises(ValueError, match=rf"^original: {suffix} holds what the model saw"):
+            make().save(tmp_path / f"pair{suffix}", whole())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "nats"}, "^unit must be one of bits, score, relative, got 'nats'"),
+        ({"region": (1, 2, 3)}, "^region: expected left, top, right, bottom, width and height"),
+        ({"region": (0, 0, "a", 1, 1, 1)}, "^region: expected left"),
+        ({"region": (5, 0, 5, 10, 20, 10)}, "^region: expected a part of a picture"),
+        ({"region": (0, 0, float("nan"), 10, 20, 10)}, "^region: expected a part of a picture"),
+        ({"region": (30, 0, 40, 10, 20, 10)}, "^region: expected a part of a picture"),
+    ],
+)
+def test_units_and_regions_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_its_short_form_names_the_unit():
+    assert "units of the score over 12 x 20 pixels" in repr(make())
+    assert "image: relative values over" in repr(make(unit="relative")) and "bits over" in repr(make(unit="bits"))
