@@ -17,8 +17,8 @@ from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.rise import RISE
 
 UNITS = ("bits", "score", "relative")
-"""What a map may be in: bits; units of the score, which sum to about what it gains over a baseline; or numbers that only
-compare within one map."""
+"""What a map may be in: bits; units of the score, which sum to about what it gains over a baseline; or numbers that
+only compare within one map."""
 
 
 @dataclass(frozen=True)
