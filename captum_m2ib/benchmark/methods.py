@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,14 +17,7 @@ from typing import Any, TypeAlias
 
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 
-from captum_m2ib.attr import (
-    RISE,
-    AttentionRelevance,
-    GradECLIP,
-    LeGrad,
-    MultiModalInfoBottleneck,
-    NarrowingInfoBottleneck,
-)
+from captum_m2ib.attr import registry
 from captum_m2ib.benchmark.adapters import (
     Ablation,
     CentrePrior,
@@ -181,15 +174,29 @@ def _both(**choices: tuple[Any, ...]) -> tuple[tuple[Setting, ...], tuple[Settin
 _BLOCKS = tuple(range(12))
 _EITHER = (False, True)
 
+# Of this package's own methods those that have something to choose.
+_CHOICES = {
+    "nib": _both(layer=_BLOCKS, n_steps=(10, 50)),
+    "grad-eclip": _both(layer=_BLOCKS),
+    "relevance": _both(layer=_BLOCKS),
+    "legrad": _both(layer=_BLOCKS),
+}
+
+SLOW = ("rise",)
+"""Methods that are left out unless they are asked for: RISE as published needs 4000 passes per map."""
+
+
+def _own(slow: bool) -> Iterator[Family]:
+    """The methods of this package, but for the slow ones, or those."""
+    for method in registry.METHODS.values():
+        if (method.name in SLOW) == slow:
+            yield Family(method.name, method.make, (), _CHOICES.get(method.name, ((), ())), method.seeded)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("m2ib", MultiModalInfoBottleneck, seeded=True),
-        Family("m2ib-published", MultiModalInfoBottleneck.published, seeded=True),
-        Family("nib", NarrowingInfoBottleneck, (), _both(layer=_BLOCKS, n_steps=(10, 50))),
-        Family("grad-eclip", GradECLIP, (), _both(layer=_BLOCKS)),
-        Family("relevance", AttentionRelevance, (), _both(layer=_BLOCKS)),
-        Family("legrad", LeGrad, (), _both(layer=_BLOCKS)),
+        *_own(slow=False),
         Family("grad-cam", GradCAM, ("relu",), _both(layer=_BLOCKS, relu=_EITHER)),
         Family("saliency", partial(OnEmbeddings, method=Saliency), ("smooth",), (_settings(smooth=(True,)), ())),
         Family(
@@ -206,7 +213,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("feature-ablation", Ablation, ("cell", "smooth"), (_settings(cell=(None, 16), smooth=_EITHER), ())),
         Family("occlusion", OcclusionWindow, ("window", "smooth"), (_settings(window=(1, 2, 3), smooth=_EITHER), ())),
-        Family("rise", RISE, seeded=True),
+        *_own(slow=True),
         Family("centre", CentrePrior),
         Family("random", RandomMap, seeded=True),
     )
@@ -267,8 +274,5 @@ def methods(settings: str | os.PathLike[str] = SETTINGS_FILE) -> dict[str, Metho
 
 
 METHODS: dict[str, Method] = methods()
-
-SLOW = ("rise",)
-"""Methods that are left out unless they are asked for: RISE as published needs 4000 passes per map."""
 
 DEFAULT = tuple(name for name in METHODS if name not in SLOW)

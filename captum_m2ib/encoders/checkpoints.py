@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from captum_m2ib.encoders.families import FAMILIES
-from captum_m2ib.encoders.pairs import OpenClipProcessor
+from captum_m2ib.encoders.processors import TransformAndTokenizer
 from captum_m2ib.engine.statistics import ChannelStatistics, load_statistics
 
 STATISTICS_FILE = "bottleneck_statistics.safetensors"
@@ -86,7 +86,9 @@ def load_processor(model: str | os.PathLike[str], revision: str | None) -> Any:
         return None
 
 
-def load_open_clip(model: str, pretrained: str | None, options: dict[str, Any]) -> tuple[nn.Module, OpenClipProcessor]:
+def load_open_clip(
+    model: str, pretrained: str | None, options: dict[str, Any]
+) -> tuple[nn.Module, TransformAndTokenizer]:
     try:
         import open_clip
     except ImportError as error:
@@ -98,7 +100,7 @@ def load_open_clip(model: str, pretrained: str | None, options: dict[str, Any]) 
         tokenizer = open_clip.get_tokenizer(model)
     except (OSError, RuntimeError, ValueError) as error:
         raise OSError(f"model: open_clip cannot load {model} with weights {pretrained}: {error}") from error
-    return loaded, OpenClipProcessor(transform, tokenizer)
+    return loaded, TransformAndTokenizer(transform, tokenizer)
 
 
 def find_statistics(model: str | os.PathLike[str], revision: str | None) -> dict[str, ChannelStatistics]:
