@@ -45,10 +45,9 @@ def record(
         ValueError: if ``forward`` does not return one score per pair.
     """
     planted = append_first(arguments, pairs)
-    dependence = Dependence()
-    recorder = _Recorder(taps, pairs, dependence)
-    with intercept(recorder), dependence:
-        dependence.mark(tensors_in(planted), _DATA)
+    recorder = _Recorder(taps, pairs)
+    with intercept(recorder), recorder.dependence:
+        recorder.dependence.mark(tensors_in(planted), _DATA)
         score = check_score(forward(planted), pairs + 1, pairs)
     return recorder.finish(score)
 
@@ -143,14 +142,17 @@ class _Opened(NamedTuple):
 class _Recorder:
     """Runs every call, opens the taps, and notes what each output depends on."""
 
-    def __init__(self, taps: Sequence[Tap], pairs: int, dependence: Dependence) -> None:
+    def __init__(self, taps: Sequence[Tap], pairs: int) -> None:
+        self.dependence = Dependence(self._before_change)
         self._taps = tuple(taps)
         self._pairs = pairs
-        self._dependence = dependence
         self._seen = [0] * len(taps)
         self._calls: list[Call] = []
         self._opened: dict[int, _Opened] = {}
         self._structures: dict[int, Any] = {}
+        # Per call what it returned: as it is until something changes it, since most is dropped for a larger whole.
+        self._loose: dict[int, Output] = {}
+        self._kept: dict[int, Output] = {}
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         tap, start = self._tap_of(module), len(self._calls)
@@ -163,18 +165,24 @@ class _Recorder:
         if tap is not None and not self._taps[tap].at_input:
             output = self._open(tap, output)
             self._structures[tap] = self._keep(output)
-        self._close(start, received, output, changed=versions != [tensor._version for tensor in received])
+        is_changed = versions != [tensor._version for tensor in received]
+        self._calls[start] = self._close(start, tap, received, output, is_changed)
         return output
 
     def finish(self, score: Tensor) -> Recording:
         """The recording, if every tap was reached as asked and the score depends on it."""
-        reach = self._dependence.of([score])
+        reach = self.dependence.of([score])
         for index, tap in enumerate(self._taps):
             _check_reached(tap.layer, self._seen[index], index in reach)
         opened = [self._opened[index] for index in range(len(self._taps))]
+        for place in list(self._loose):
+            self._fix(place)
         return Recording(
             taps=self._taps,
-            calls=tuple(self._calls),
+            calls=tuple(
+                replace(call, output=self._kept[place]) if place in self._kept else call
+                for place, call in enumerate(self._calls)
+            ),
             structures=tuple(self._structures.get(index) for index in range(len(self._taps))),
             paths=tuple(one.path for one in opened),
             axes=tuple(one.axis for one in opened),
@@ -209,24 +217,35 @@ class _Recorder:
                 f"{tuple(passed.shape)}, does not depend on the pair; choose another layer."
             )
         self._opened[index] = _Opened(path, axis, passed.clone())
-        self._dependence.mark([passed], index)
+        self.dependence.mark([passed], index)
         return replace_at(structure, path, passed)
 
-    def _close(self, start: int, received: list[Tensor], output: Any, changed: bool) -> None:
-        """Complete the entry of a call, with its output if a rerun may have that instead."""
-        returned, end = tensors_in(output), len(self._calls)
-        reach = self._dependence.of([*received, *returned]) - {_DATA}
-        kept = None
+    def _close(self, start: int, tap: int | None, received: list[Tensor], output: Any, is_changed: bool) -> Call:
+        """The entry of a call; its output is noted if a rerun may have that instead."""
+        module, returned, end = self._calls[start].module, tensors_in(output), len(self._calls)
+        reach = self.dependence.of([*received, *returned]) - {_DATA}
         # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
         aliases = {storage_of(tensor) for tensor in received} & {storage_of(tensor) for tensor in returned}
-        if is_transparent(output) and not changed and not aliases:
-            is_constant = any(_DATA not in self._dependence.of([tensor]) for tensor in returned)
-            kept = Output(self._keep(output), is_constant)
+        if is_changed or aliases or not is_transparent(output):
+            return Call(module, tap, end, reach)
+        for outputs in (self._loose, self._kept):
             # Whenever such a part could be reused, so could this whole.
-            for place, part in enumerate(self._calls[start + 1 : end], start + 1):
-                if part.reach >= reach:
-                    self._calls[place] = replace(part, output=None)
-        self._calls[start] = replace(self._calls[start], end=end, reach=reach, output=kept)
+            for place in [place for place in outputs if place > start and self._calls[place].reach >= reach]:
+                del outputs[place]
+        is_constant = any(_DATA not in self.dependence.of([tensor]) for tensor in returned)
+        self._loose[start] = Output(map_leaves(output, lambda tensor: tensor), is_constant)
+        return Call(module, tap, end, reach)
+
+    def _before_change(self, tensors: list[Tensor]) -> None:
+        """Copy what was returned before an operation changes it in place."""
+        changed = {storage_of(tensor) for tensor in tensors}
+        for place, output in list(self._loose.items()):
+            if not changed.isdisjoint(map(storage_of, tensors_in(output.structure))):
+                self._fix(place)
+
+    def _fix(self, place: int) -> None:
+        output = self._loose.pop(place)
+        self._kept[place] = replace(output, structure=self._keep(output.structure))
 
     def _keep(self, structure: Any) -> Any:
         def keep(tensor: Tensor) -> Kept:
@@ -234,10 +253,12 @@ class _Recorder:
             axis = self._axis(value)
             return Kept(value.clone() if axis is None else axis.first(value, self._pairs), axis)
 
-        return map_leaves(structure, keep)
+        with self.dependence.resting():
+            return map_leaves(structure, keep)
 
     def _axis(self, tensor: Tensor) -> BatchAxis | None:
-        return find_batch_axis(tensor, self._pairs + 1) if _DATA in self._dependence.of([tensor]) else None
+        with self.dependence.resting():
+            return find_batch_axis(tensor, self._pairs + 1) if _DATA in self.dependence.of([tensor]) else None
 
 
 def _check_reached(layer: Layer, seen: int, is_used: bool) -> None:

@@ -47,3 +47,25 @@ def test_sources_add_up():
 def test_views_share_a_storage():
     tensor = torch.ones(2, 2)
     assert storage_of(tensor) == storage_of(tensor[1]) != storage_of(tensor.clone())
+
+
+@pytest.mark.parametrize("change", [lambda x: x.add_(1), lambda x: torch._foreach_add_([x], 1), lambda x: x[0].zero_()])
+def test_what_is_about_to_change_is_told_before_it_does(change):
+    told = []
+    with Dependence(lambda tensors: told.extend((storage_of(tensor), tensor.clone()) for tensor in tensors)):
+        tensor = torch.ones(2)
+        tensor + 1
+        assert not told
+        change(tensor)
+    assert told[0][0] == storage_of(tensor) and told[0][1].eq(1).all() and not tensor.eq(1).all()
+
+
+def test_what_runs_while_it_rests_is_not_followed():
+    with Dependence() as dependence:
+        source = torch.ones(2)
+        dependence.mark([source], 0)
+        with dependence.resting():
+            aside = source + 1
+        assert dependence.of([aside]) == set() and dependence.of([source + 1]) == {0}
+    with dependence.resting():
+        assert dependence.of([source + 1]) == set()
