@@ -87,10 +87,25 @@ def interpose(handler: Handler) -> Iterator[None]:
         return original(module, *args, **kwargs) if outer is None else outer(original, module, args, kwargs)
 
     def through(original: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if getattr(_state, "unobserved", False):
+            return go_on(original, module, *args, **kwargs)
         return handler(partial(go_on, original), original, module, args, kwargs)
 
     with intercept(through):
         yield
+
+
+@contextlib.contextmanager
+def unobserved(modes: int) -> Iterator[None]:
+    """Run passes past every interposed handler, and past all but the first so many modes that follow functions."""
+    outer, _state.unobserved = getattr(_state, "unobserved", False), True
+    lifted = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - modes)]
+    try:
+        yield
+    finally:
+        for mode in reversed(lifted):
+            torch._C._push_on_torch_function_stack(mode)
+        _state.unobserved = outer
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
