@@ -29,7 +29,14 @@ from captum_m2ib.encoders.checkpoints import (
 from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
-from captum_m2ib.encoders.towers import config_of, find_embeddings, refine, stages_of, vocabulary_statistics
+from captum_m2ib.encoders.towers import (
+    config_of,
+    device_of,
+    find_embeddings,
+    refine,
+    stages_of,
+    vocabulary_statistics,
+)
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.engine.statistics import ChannelStatistics
@@ -354,8 +361,8 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        """Where the model computes: where its parameters are, or where they are brought for each call."""
+        return device_of(self)
 
     def roots(self) -> tuple[nn.Module, ...]:
         r"""Where names of layers start.

@@ -149,6 +149,17 @@ def embeds_text(tower: nn.Module) -> bool:
     return any(True for _ in token_tables(tower.named_modules()))
 
 
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where a hook that loads them for each call brings them."""
+    for one in module.modules():
+        hook = getattr(one, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next((one.device for one in module.parameters() if not one.is_meta), torch.device("cpu"))
+
+
 def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
     """Channels over every token of the vocabulary, each at one position, positions cycling."""
     tables = {name: module for name, module in embeddings.named_modules() if isinstance(module, nn.Embedding)}
@@ -157,14 +168,14 @@ def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
         return None
     running = RunningStatistics()
     with torch.no_grad():
-        if tokens is embeddings:
+        if tokens is embeddings and not tokens.weight.is_meta:
             running.update(tokens.weight)
             return running.result()
         positions = next((table for name, table in tables.items() if "position" in name), None)
         # Some tables keep their first rows for padding.
         length = 64 if positions is None else positions.num_embeddings - 1 - (positions.padding_idx or -1)
         by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
-        for ids in torch.arange(tokens.num_embeddings, device=tokens.weight.device).split(length):
+        for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
             output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
             running.update(tensors_in(output)[0].flatten(0, -2))
     return running.result()

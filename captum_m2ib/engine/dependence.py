@@ -36,6 +36,8 @@ class Dependence(TorchDispatchMode):
             descends from a source. Default: None
     """
 
+    supports_higher_order_operators = True
+
     def __init__(
         self,
         of_unseen: Callable[[Tensor], Reach] | None = None,
@@ -54,7 +56,8 @@ class Dependence(TorchDispatchMode):
         came = _tensors_of(args)
         if kwargs:
             came += _tensors_of(kwargs.values())
-        is_mutable = func._schema.is_mutable
+        schema = getattr(func, "_schema", None)
+        is_mutable = schema is not None and schema.is_mutable
         if is_mutable and self._before_change is not None:
             self._before_change(came)
         reach = self.of(came)

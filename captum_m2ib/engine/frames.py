@@ -28,7 +28,7 @@ class Frame:
         self.received = received
         self.unseen: dict[int, tuple[Tensor, Any]] = {}
         self.operators: dict[str, None] = {}
-        self._held = _held_below(module) if outer is None else outer._held
+        self._held: set[int] = _held_below(module) if outer is None else outer._held
 
     def owns(self, key: int) -> bool:
         """Whether a storage belonged to the modules before they ran, or is a parameter that was loaded since."""
