@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     )
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
+    from captum_m2ib.engine.rows import Shared
     from captum_m2ib.engine.stakes import NothingToExplainWarning
     from captum_m2ib.engine.statistics import (
         ChannelStatistics,
@@ -72,6 +73,7 @@ _HOMES = {
     "explanations.bypass_figure": ("plot_bypass",),
     "explanations.explain": ("explain",),
     "explanations.explanation": ("Explanation",),
+    "engine.rows": ("Shared",),
     "engine.stakes": ("NothingToExplainWarning",),
     "engine.layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
     "engine.statistics": ("ChannelStatistics", "estimate_statistics", "load_statistics", "save_statistics"),
@@ -98,6 +100,7 @@ __all__ = [
     "PairInteraction",
     "Pairs",
     "PatchLayout",
+    "Shared",
     "TextLayout",
     "TowerBypass",
     "estimate_statistics",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._scoring import Forward, scorer
-from captum_m2ib.engine.gates import slice_pairs
+from captum_m2ib.engine.rows import slice_pairs
 from captum_m2ib.engine.settings import check_count
 
 
@@ -90,7 +90,7 @@ def format_additional(additional: Any, pairs: int) -> tuple[Any, ...]:
         if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] != pairs:
             raise ValueError(
                 f"additional_forward_args[{index}]: expected one entry for each of the {pairs} pairs, got a tensor of "
-                f"shape {tuple(argument.shape)}; repeat what the pairs share, or let forward_func hold it."
+                f"shape {tuple(argument.shape)}; wrap what the pairs share, as captum_m2ib.Shared(tensor)."
             )
     return arguments
 

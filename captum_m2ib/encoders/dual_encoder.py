@@ -29,7 +29,7 @@ from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.encoders.processors import as_processor
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
-from captum_m2ib.encoders.towers import config_of, refine, stages_of
+from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
@@ -340,8 +340,8 @@ class DualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return next((parameter.device for parameter in self.parameters()), torch.device("cpu"))
+        """Where the model computes: where its parameters are, or where they are brought for each call."""
+        return device_of(self)
 
     def roots(self) -> tuple[nn.Module, ...]:
         r"""Where names of layers start.

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.towers import config_of, token_tables
+from captum_m2ib.encoders.towers import config_of, device_of, token_tables
 from captum_m2ib.engine.interception import Handler, borrowing, intercept
 from captum_m2ib.engine.layers import tensors_in
 from captum_m2ib.engine.statistics import ChannelStatistics, RunningStatistics
@@ -67,14 +67,14 @@ def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
         return None
     running = RunningStatistics()
     with torch.no_grad():
-        if tokens is embeddings:
+        if tokens is embeddings and not tokens.weight.is_meta:
             running.update(tokens.weight)
             return running.result()
         positions = next((table for name, table in tables.items() if "position" in name), None)
         # Some tables keep their first rows for padding.
         length = 64 if positions is None else positions.num_embeddings - 1 - (positions.padding_idx or -1)
         by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
-        for ids in torch.arange(tokens.num_embeddings, device=tokens.weight.device).split(length):
+        for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
             output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
             running.update(tensors_in(output)[0].flatten(0, -2))
     return running.result()
@@ -82,7 +82,7 @@ def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
 
 def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:
     """What embeds the tokens in a pass through the tower; nothing if the tower does not run on such ids."""
-    device = next((parameter.device for parameter in tower.parameters()), None)
+    device = device_of(tower)
     ids = torch.full((2, _length(tower)), _ID, device=device)
     ids[1, _PLACE] = _OTHER
     follower = _Follower(ids)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from captum_m2ib.engine.layouts import HALVINGS, Layout, PackedLayout, PatchLayout, TextLayout
@@ -142,6 +143,17 @@ def token_tables(named: Any) -> Iterator[tuple[str, nn.Embedding]]:
     for name, module in named:
         if isinstance(module, nn.Embedding) and not any(word in name for word in ("position", "type", "relative")):
             yield name, module
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module computes: where its weights are, or where a hook that loads them for each call brings them."""
+    for one in module.modules():
+        hook = getattr(one, "_hf_hook", None)
+        for part in getattr(hook, "hooks", (hook,)):
+            device = getattr(part, "execution_device", None)
+            if device is not None:
+                return torch.device(device)
+    return next((one.device for one in module.parameters() if not one.is_meta), torch.device("cpu"))
 
 
 def _trunk(tower: nn.Module) -> nn.Module:

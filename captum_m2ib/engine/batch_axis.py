@@ -56,12 +56,13 @@ def find_batch_axis(tensor: Tensor, rows: int) -> BatchAxis | None:
     merged = [BatchAxis(0, first // rows)] if first > rows and first % rows == 0 else []
     for axis in whole + merged:
         pairs = tensor.unflatten(axis.dim, (rows, axis.per_pair))
-        if _nearly_equal(pairs.select(axis.dim, 0), pairs.select(axis.dim, rows - 1)):
+        if nearly_equal(pairs.select(axis.dim, 0), pairs.select(axis.dim, rows - 1)):
             return axis
     return None
 
 
-def _nearly_equal(a: Tensor, b: Tensor) -> bool:
+def nearly_equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape differ by no more than kernels round."""
     # Most often to the bit, which is the quicker thing to see.
     if torch.equal(a, b):
         return True

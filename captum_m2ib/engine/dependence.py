@@ -2,46 +2,107 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode,
+    _pop_mode_temporarily,
+)
+
+Reach = frozenset[int]
+NOTHING: Reach = frozenset()
+
+# Namespaces of operators that say themselves what their derivative is, zero included.
+_OWN = ("aten", "prim", "prims", "higher_order")
 
 
 class Dependence(TorchDispatchMode):
-    """While active, follows which storages descend from which sources, numbers of the caller's choice."""
+    r"""While active, follows which storages descend from which sources, numbers of the caller's choice.
 
-    def __init__(self) -> None:
+    A tensor that no operation made within sight, such as one that went through NumPy, descends from what the caller
+    says.
+
+    Args:
+
+        of_unseen (Callable, optional): The sources of a tensor whose making was not seen. Default: None (no sources)
+        before_change (Callable, optional): Told the tensors that an operation takes before it changes any of them.
+            Default: None
+        foreign (Callable, optional): Told the name of each operator that is not torch's own and takes a tensor that
+            descends from a source. Default: None
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(
+        self,
+        of_unseen: Callable[[Tensor], Reach] | None = None,
+        before_change: Callable[[list[Tensor]], Any] | None = None,
+        foreign: Callable[[str], Any] | None = None,
+    ) -> None:
         super().__init__()
-        self._reach: dict[int, frozenset[int]] = {}
+        self._of_unseen = of_unseen
+        self._before_change = before_change
+        self._foreign = foreign
+        self._reach: dict[int, Reach] = {}
         # While one of these is held, no other storage gets the address, although the memory itself is released.
         self._held: dict[int, Any] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
         came = _tensors_of(args)
         if kwargs:
             came += _tensors_of(kwargs.values())
+        schema = getattr(func, "_schema", None)
+        is_mutable = schema is not None and schema.is_mutable
+        if is_mutable and self._before_change is not None:
+            self._before_change(came)
         reach = self.of(came)
+        if reach and self._foreign is not None and func.namespace not in _OWN:
+            self._foreign(func.name())
+        output = func(*args, **(kwargs or {}))
         made = _tensors_of((output,))
-        self.mark(made, *reach)
-        if not made and func._schema.is_mutable:
-            self.mark(came, *reach)
+        self.mark(made, reach)
+        if is_mutable and not made:
+            self.mark(came, reach)
         return output
 
-    def mark(self, tensors: Sequence[Tensor], *sources: int) -> None:
-        """Have the tensors, and all that is made of them from now on, descend from the sources too."""
-        for tensor in tensors if sources else ():
-            key = storage_of(tensor)
-            if key not in self._held:
-                self._held[key] = _hold(tensor)
-            self._reach[key] = self._reach.get(key, frozenset()) | frozenset(sources)
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Leave out operations that are no part of what is followed."""
+        if _get_current_dispatch_mode() is not self:
+            yield
+            return
+        with _pop_mode_temporarily():
+            yield
 
-    def of(self, tensors: Sequence[Tensor]) -> frozenset[int]:
+    def mark(self, tensors: Iterable[Tensor], sources: Reach) -> None:
+        """Have the tensors, and all that is made of them from now on, descend from the sources too."""
+        for tensor in tensors:
+            key = storage_of(tensor)
+            known = self._reach.get(key)
+            if known is None:
+                self._reach[key], self._held[key] = sources, _hold(tensor)
+            elif not sources <= known:
+                self._reach[key] = known | sources
+
+    def has_seen(self, tensor: Tensor) -> bool:
+        """Whether the tensor was marked, or made within sight."""
+        return storage_of(tensor) in self._reach
+
+    def of(self, tensors: Sequence[Tensor]) -> Reach:
         """The sources that at least one of the tensors descends from."""
-        return frozenset().union(*(self._reach.get(storage_of(tensor), frozenset()) for tensor in tensors))
+        found = NOTHING
+        for tensor in tensors:
+            own = self._reach.get(storage_of(tensor))
+            if own is None:
+                own = NOTHING if self._of_unseen is None else self._of_unseen(tensor)
+            if own is not found:
+                found = found | own if found else own
+        return found
 
 
 def _tensors_of(given: Iterable[Any]) -> list[Tensor]:

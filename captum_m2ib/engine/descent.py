@@ -23,11 +23,12 @@ from tqdm.auto import tqdm
 from captum_m2ib.engine.batch_axis import BatchAxis
 from captum_m2ib.engine.check import Check, joined
 from captum_m2ib.engine.closing import check_of, measured_stakes, parts_of, stakes_of, through
-from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise, slice_pairs
+from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
 from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.rows import slice_pairs
 from captum_m2ib.engine.settings import Course, LayerSettings
 from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
 from captum_m2ib.engine.suffix import Suffix, Tap

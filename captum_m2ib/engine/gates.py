@@ -203,12 +203,6 @@ def unit_positions(layout: Layout, hidden: Tensor, inputs: Tensor) -> Tensor:
     return to_units(layout, numbered, inputs[:1])[0].long()
 
 
-def slice_pairs(argument: Any, pairs: int, start: int, count: int) -> Any:
-    if isinstance(argument, Tensor) and argument.ndim and argument.shape[0] == pairs:
-        return argument[start : start + count]
-    return argument
-
-
 def check_finite(what: str, tensor: Tensor | None, start: int) -> None:
     if tensor is None:
         return

@@ -2,7 +2,7 @@
 
 Calls are intercepted on :class:`torch.nn.Module` itself, for the current thread and only while a pass is running: no
 hook, ``forward`` attribute or buffer of a model is ever touched. What must be changed for the duration (training
-flags, ``requires_grad``, two switches of torch) is borrowed and given back, also after an exception or an interrupt.
+flags, ``requires_grad``, switches of torch) is borrowed and given back, also after an exception or an interrupt.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 Handler = Callable[..., Any]
@@ -88,10 +89,25 @@ def interpose(handler: Handler) -> Iterator[None]:
         return original(module, *args, **kwargs) if outer is None else outer(original, module, args, kwargs)
 
     def through(original: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if getattr(_state, "unobserved", False):
+            return go_on(original, module, *args, **kwargs)
         return handler(partial(go_on, original), original, module, args, kwargs)
 
     with intercept(through):
         yield
+
+
+@contextlib.contextmanager
+def unobserved(modes: int) -> Iterator[None]:
+    """Run passes past every interposed handler, and past all but the first so many modes that follow functions."""
+    outer, _state.unobserved = getattr(_state, "unobserved", False), True
+    lifted = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - modes)]
+    try:
+        yield
+    finally:
+        for mode in reversed(lifted):
+            torch._C._push_on_torch_function_stack(mode)
+        _state.unobserved = outer
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -120,14 +136,17 @@ def is_stateless(module: nn.Module) -> bool:
 
 @dataclass
 class _Loan:
-    """A module or parameter whose flag is changed while at least one run in any thread needs it so."""
+    """A module, parameter or configuration whose flag is changed while a run in any thread needs it so."""
 
     owner: Any
-    value: bool
+    value: Any
     holders: int = 0
 
 
 _borrowed: dict[int, _Loan] = {}
+
+# Where a configuration says how its modules attend.
+_ATTENTION_SWITCHES = ("_attn_implementation", "_attn_implementation_internal")
 
 
 class _Borrower:
@@ -148,18 +167,25 @@ class _Borrower:
                 continue
             # A function in a module's guise, made anew for each pass, is always in training mode: nobody chose it.
             self._borrow(module, "training", quietly=module is root and is_stateless(module))
+            self._borrow_attention(getattr(module, "config", None))
             for parameter in module.parameters(recurse=False):
                 if parameter.is_leaf:
                     self._borrow(parameter, "requires_grad")
 
-    def _borrow(self, owner: Any, flag: str, quietly: bool = False) -> None:
+    def _borrow_attention(self, config: Any) -> None:
+        """Flex attention is compiled, or an operator that hides what it does; the same attention is to be had open."""
+        for name in _ATTENTION_SWITCHES:
+            if getattr(config, "__dict__", {}).get(name) == "flex_attention":
+                self._borrow(config, name, instead="sdpa")
+
+    def _borrow(self, owner: Any, flag: str, quietly: bool = False, instead: Any = False) -> None:
         if id(owner) in self._taken:
             return
         with _lock:
             loan = _borrowed.setdefault(id(owner), _Loan(owner, getattr(owner, flag)))
             loan.holders += 1
             self._taken[id(owner)] = flag
-            if getattr(owner, flag):
+            if getattr(owner, flag) != instead:
                 if flag == "training" and not self._warned and not quietly:
                     self._warned = True
                     warnings.warn(
@@ -168,7 +194,7 @@ class _Borrower:
                         UserWarning,
                         stacklevel=2,
                     )
-                setattr(owner, flag, False)
+                setattr(owner, flag, instead)
 
     def give_back(self) -> None:
         with _lock:
@@ -182,6 +208,40 @@ class _Borrower:
             self._taken.clear()
 
 
+class _Uncheckpointed:
+    """Runs what was to be checkpointed, and keeps its activations."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+
+def _around_uncheckpointed(*args: Any, **kwargs: Any) -> Iterator[None]:
+    """What torch does before and after a function that it checkpoints: nothing."""
+    yield
+
+
+# What torch.utils.checkpoint.checkpoint, which models hold under names of their own, looks up when it is called.
+_UNCHECKPOINTED = {
+    "CheckpointFunction": _Uncheckpointed,
+    "_checkpoint_without_reentrant_generator": _around_uncheckpointed,
+}
+_enter_inference, _exit_inference = torch.inference_mode.__enter__, torch.inference_mode.__exit__
+
+
+def _enter(mode: Any) -> None:
+    """Inference mode saves what gradients would need and changes no value, so it is left out where they are needed."""
+    mode.is_skipped = mode.mode and getattr(_state, "borrower", None) is not None
+    if not mode.is_skipped:
+        _enter_inference(mode)
+
+
+def _exit(mode: Any, *error: Any) -> None:
+    if not getattr(mode, "is_skipped", False):
+        _exit_inference(mode, *error)
+
+
+_SKIPPING = {"__enter__": _enter, "__exit__": _exit}
 _plain_holders = 0
 _plain_exits = contextlib.ExitStack()
 
@@ -190,14 +250,21 @@ _plain_exits = contextlib.ExitStack()
 def _plain_execution() -> Iterator[None]:
     """Run modules as written, one by one, while any thread needs it so.
 
-    Compiled code would run past the interception, and transformer layers of torch skip their submodules when no
-    gradient is needed. Both switches belong to the process.
+    Compiled code would run past the interception, transformer layers of torch skip their submodules when no gradient is
+    needed, checkpointed modules would run again in the backward pass, where nothing stands between them, and what was
+    made in inference mode has no gradient. These switches belong to the process.
     """
     global _plain_holders
     with _lock:
         if _plain_holders == 0:
             _plain_exits.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
             torch.backends.mha.set_fastpath_enabled(False)
+            for name, plain in _UNCHECKPOINTED.items():
+                _plain_exits.callback(setattr, torch.utils.checkpoint, name, getattr(torch.utils.checkpoint, name))
+                setattr(torch.utils.checkpoint, name, plain)
+            for name, skipping in _SKIPPING.items():
+                _plain_exits.callback(setattr, torch.inference_mode, name, getattr(torch.inference_mode, name))
+                setattr(torch.inference_mode, name, skipping)
             if hasattr(torch.compiler, "set_stance"):
                 _plain_exits.enter_context(torch.compiler.set_stance("force_eager"))
         _plain_holders += 1

@@ -120,7 +120,9 @@ def map_leaves(structure: Any, function: Callable[[Any], Any], kind: type = Tens
 
 def tensors_in(structure: Any) -> list[Tensor]:
     """The tensors of a nested structure, depth first."""
-    return [tensor for _, tensor in _walk(structure)]
+    if isinstance(structure, Tensor):
+        return [structure]
+    return [tensor for _, child in _children(structure) for tensor in tensors_in(child)]
 
 
 def is_transparent(structure: Any) -> bool:
@@ -180,9 +182,9 @@ def _is_container(structure: Any) -> bool:
 
 
 def _children(structure: Any) -> list[tuple[Any, Any]]:
-    # Mappings first: the output classes of transformers are dictionaries and dataclasses at once.
-    if isinstance(structure, torch.Size):
+    if isinstance(structure, _PLAIN):
         return []
+    # Mappings first: the output classes of transformers are dictionaries and dataclasses at once.
     if isinstance(structure, Mapping):
         return list(structure.items())
     if isinstance(structure, (tuple, list)):

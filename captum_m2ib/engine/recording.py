@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis
-from captum_m2ib.engine.dependence import Dependence, storage_of
+from captum_m2ib.engine.dependence import NOTHING, Dependence, Reach, storage_of
+from captum_m2ib.engine.frames import Frames
 from captum_m2ib.engine.interception import Handler, intercept
 from captum_m2ib.engine.layers import (
     Layer,
@@ -45,10 +47,9 @@ def record(
         ValueError: if ``forward`` does not return one score per pair.
     """
     planted = append_first(arguments, pairs)
-    dependence = Dependence()
-    recorder = _Recorder(taps, pairs, dependence)
-    with intercept(recorder), dependence:
-        dependence.mark(tensors_in(planted), _DATA)
+    recorder = _Recorder(taps, pairs)
+    with intercept(recorder), recorder.dependence:
+        recorder.dependence.mark(tensors_in(planted), _FROM_DATA)
         score = check_score(forward(planted), pairs + 1, pairs)
     return recorder.finish(score)
 
@@ -74,6 +75,7 @@ class Recording:
         axes (tuple[BatchAxis, ...]): Where the pairs run in each hidden state as the model holds it.
         hidden (tuple[Tensor, ...]): Each hidden state, pairs first, (N, ...), detached.
         score (Tensor): The scores, (N,), detached.
+        precision (float): The distance from 1 to the next number, in the coarsest type that a module returned.
     """
 
     taps: tuple[Tap, ...]
@@ -83,6 +85,15 @@ class Recording:
     axes: tuple[BatchAxis, ...]
     hidden: tuple[Tensor, ...]
     score: Tensor
+    precision: float
+
+    def name_of(self, place: int) -> str:
+        """What a call's module is known by: its name in the outermost module above it, and its class."""
+        module = self.calls[place].module
+        roots = (call.module for call in self.calls[: place + 1] if call.end > place)
+        found = ((name, root) for root in roots for name, one in root.named_modules() if one is module)
+        name, _ = next(found, ("", module))
+        return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
 
     @property
     def pairs(self) -> int:
@@ -97,16 +108,26 @@ class Recording:
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One module call: the tap opened there, the call after its last inner one, and the taps it depends on.
+    r"""One module call.
 
-    ``output`` is what a rerun may have instead of running the module; None where it may not.
+    Attributes:
+
+        module (nn.Module): The module.
+        tap (int or None): The tap opened there.
+        end (int): The call after its last inner one.
+        reach (frozenset[int]): The taps it depends on.
+        output (Output or None): What a rerun may have instead of running the module; None where it may not.
+        unseen (tuple[Kept, ...]): Tensors that it used, in their order, which no operation made within sight.
+        operators (tuple[str, ...]): Operators on what depends on the pairs that are not torch's own.
     """
 
     module: nn.Module
     tap: int | None
     end: int = 0
-    reach: frozenset[int] = frozenset()
+    reach: Reach = NOTHING
     output: Output | None = None
+    unseen: tuple[Kept, ...] = ()
+    operators: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,6 +151,7 @@ class Kept:
 
 # What every batch tensor descends from, beside the taps, which are counted from 0.
 _DATA = -1
+_FROM_DATA: Reach = frozenset([_DATA])
 
 
 class _Opened(NamedTuple):
@@ -143,14 +165,19 @@ class _Opened(NamedTuple):
 class _Recorder:
     """Runs every call, opens the taps, and notes what each output depends on."""
 
-    def __init__(self, taps: Sequence[Tap], pairs: int, dependence: Dependence) -> None:
+    def __init__(self, taps: Sequence[Tap], pairs: int) -> None:
+        self._frames = Frames(self._keep_unseen)
+        self.dependence = Dependence(self._frames.of_unseen, self._before_change, self._frames.note_operator)
         self._taps = tuple(taps)
         self._pairs = pairs
-        self._dependence = dependence
         self._seen = [0] * len(taps)
         self._calls: list[Call] = []
         self._opened: dict[int, _Opened] = {}
         self._structures: dict[int, Any] = {}
+        # Per call what it returned: as it is until something changes it, since most is dropped for a larger whole.
+        self._loose: dict[int, Output] = {}
+        self._kept: dict[int, Output] = {}
+        self._types: set[torch.dtype] = set()
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         tap, start = self._tap_of(module), len(self._calls)
@@ -159,27 +186,41 @@ class _Recorder:
             args, kwargs = self._open(tap, (args, kwargs))
         received = tensors_in((args, kwargs))
         versions = [tensor._version for tensor in received]
+        self._frames.enter(module, self.dependence.of(received))
         output = proceed(module, *args, **kwargs)
+        for tensor in tensors_in(output):
+            if not self.dependence.has_seen(tensor):
+                self.dependence.mark([tensor], self.dependence.of([tensor]))
+        frame = self._frames.leave()
         if tap is not None and not self._taps[tap].at_input:
             output = self._open(tap, output)
             self._structures[tap] = self._keep(output)
-        self._close(start, received, output, changed=versions != [tensor._version for tensor in received])
+        is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
+        call = self._close(start, tap, received, output, is_changed)
+        unseen = tuple(kept for _, kept in frame.unseen.values())
+        self._calls[start] = replace(call, unseen=unseen, operators=tuple(frame.operators))
         return output
 
     def finish(self, score: Tensor) -> Recording:
         """The recording, if every tap was reached as asked and the score depends on it."""
-        reach = self._dependence.of([score])
+        reach = self.dependence.of([score])
         for index, tap in enumerate(self._taps):
             _check_reached(tap.layer, self._seen[index], index in reach)
         opened = [self._opened[index] for index in range(len(self._taps))]
+        for place in list(self._loose):
+            self._fix(place)
         return Recording(
             taps=self._taps,
-            calls=tuple(self._calls),
+            calls=tuple(
+                replace(call, output=self._kept[place]) if place in self._kept else call
+                for place, call in enumerate(self._calls)
+            ),
             structures=tuple(self._structures.get(index) for index in range(len(self._taps))),
             paths=tuple(one.path for one in opened),
             axes=tuple(one.axis for one in opened),
             hidden=tuple(one.axis.split(one.hidden)[: self._pairs] for one in opened),
             score=score.detach()[: self._pairs].clone(),
+            precision=max(torch.finfo(dtype).eps for dtype in (score.dtype, *self._types)),
         )
 
     def _tap_of(self, module: nn.Module) -> int | None:
@@ -209,24 +250,36 @@ class _Recorder:
                 f"{tuple(passed.shape)}, does not depend on the pair; choose another layer."
             )
         self._opened[index] = _Opened(path, axis, passed.clone())
-        self._dependence.mark([passed], index)
+        self.dependence.mark([passed], frozenset([index]))
         return replace_at(structure, path, passed)
 
-    def _close(self, start: int, received: list[Tensor], output: Any, changed: bool) -> None:
-        """Complete the entry of a call, with its output if a rerun may have that instead."""
-        returned, end = tensors_in(output), len(self._calls)
-        reach = self._dependence.of([*received, *returned]) - {_DATA}
-        kept = None
+    def _close(self, start: int, tap: int | None, received: list[Tensor], output: Any, is_changed: bool) -> Call:
+        """The entry of a call; its output is noted if a rerun may have that instead."""
+        module, returned, end = self._calls[start].module, tensors_in(output), len(self._calls)
+        reach = self.dependence.of([*received, *returned]) - _FROM_DATA
+        self._types.update(tensor.dtype for tensor in returned if tensor.is_floating_point())
         # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
         aliases = {storage_of(tensor) for tensor in received} & {storage_of(tensor) for tensor in returned}
-        if is_transparent(output) and not changed and not aliases:
-            is_constant = any(_DATA not in self._dependence.of([tensor]) for tensor in returned)
-            kept = Output(self._keep(output), is_constant)
+        if is_changed or aliases or not is_transparent(output):
+            return Call(module, tap, end, reach)
+        for outputs in (self._loose, self._kept):
             # Whenever such a part could be reused, so could this whole.
-            for place, part in enumerate(self._calls[start + 1 : end], start + 1):
-                if part.reach >= reach:
-                    self._calls[place] = replace(part, output=None)
-        self._calls[start] = replace(self._calls[start], end=end, reach=reach, output=kept)
+            for place in [place for place in outputs if place > start and self._calls[place].reach >= reach]:
+                del outputs[place]
+        is_constant = any(_DATA not in self.dependence.of([tensor]) for tensor in returned)
+        self._loose[start] = Output(map_leaves(output, lambda tensor: tensor), is_constant)
+        return Call(module, tap, end, reach)
+
+    def _before_change(self, tensors: list[Tensor]) -> None:
+        """Copy what was returned before an operation changes it in place."""
+        changed = {storage_of(tensor) for tensor in tensors}
+        for place, output in list(self._loose.items()):
+            if not changed.isdisjoint(map(storage_of, tensors_in(output.structure))):
+                self._fix(place)
+
+    def _fix(self, place: int) -> None:
+        output = self._loose.pop(place)
+        self._kept[place] = replace(output, structure=self._keep(output.structure))
 
     def _keep(self, structure: Any) -> Any:
         def keep(tensor: Tensor) -> Kept:
@@ -234,10 +287,26 @@ class _Recorder:
             axis = self._axis(value)
             return Kept(value.clone() if axis is None else axis.first(value, self._pairs), axis)
 
-        return map_leaves(structure, keep)
+        with self.dependence.resting():
+            return map_leaves(structure, keep)
+
+    def _keep_unseen(self, tensor: Tensor) -> Kept:
+        with self.dependence.resting():
+            value = tensor.detach()
+            axis = find_batch_axis(value, self._pairs + 1)
+            return Kept(value.clone() if axis is None else axis.first(value, self._pairs), axis)
 
     def _axis(self, tensor: Tensor) -> BatchAxis | None:
-        return find_batch_axis(tensor, self._pairs + 1) if _DATA in self._dependence.of([tensor]) else None
+        with self.dependence.resting():
+            return find_batch_axis(tensor, self._pairs + 1) if _DATA in self.dependence.of([tensor]) else None
+
+
+def _is_refilled(args: Any, kwargs: Any, received: list[Tensor]) -> bool:
+    """Whether a module put other tensors into a list or dictionary that it was called with."""
+    if not any(isinstance(one, (list, dict)) for one in (*args, *kwargs.values())):
+        return False
+    now = tensors_in((args, kwargs))
+    return len(now) != len(received) or any(new is not old for new, old in zip(now, received, strict=True))
 
 
 def _check_reached(layer: Layer, seen: int, is_used: bool) -> None:

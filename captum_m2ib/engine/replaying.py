@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_m2ib.engine.interception import Handler, is_stateless
+from captum_m2ib.engine.interception import Handler, current_handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
 from captum_m2ib.engine.recording import Call, Kept, Output, Recording
 
@@ -17,35 +17,45 @@ class Replayer:
     Args:
 
         recording (Recording): The pass to follow.
-        reuse (Reuse): What earlier reruns of the recording left for this one.
+        reuse (Reuse or None): What earlier reruns of the recording left for this one; None to run every module.
         values (dict): Per tap index the hidden state that replaces it, (N * draws, ...).
         draws (int): Rows per pair.
+
+    Attributes:
+
+        place (int): The position of the next call in the recording.
+        is_observed (bool): Whether another handler stands before this one.
     """
 
-    def __init__(self, recording: Recording, reuse: Reuse, values: dict[int, Tensor], draws: int) -> None:
+    def __init__(self, recording: Recording, reuse: Reuse | None, values: dict[int, Tensor], draws: int) -> None:
         self._recording = recording
         self._reuse = reuse
         self._values = values
         self._replaced = frozenset(values)
         self._draws = draws
-        self._cursor = 0
+        self.place = 0
+        self.is_observed = False
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        call = self._next(module)
+        self.is_observed |= current_handler() is not self
+        call, reuse = self._next(module), self._reuse
         tap = call.tap if call.tap in self._replaced else None
         if tap is not None and self._recording.taps[tap].at_input:
             args, kwargs = self._replace(tap, (args, kwargs))
             return proceed(module, *args, **kwargs)
+        if reuse is None:
+            made = proceed(module, *args, **kwargs)
+            return made if tap is None else self._replace(tap, made)
         if tap is not None:
-            self._cursor = call.end
-            return self._replace(tap, self._reuse.hand_out(self._recording.structures[tap], self._draws))
+            self.place = call.end
+            return self._replace(tap, reuse.hand_out(self._recording.structures[tap], self._draws))
         if call.output is None or call.reach & self._replaced:
             return proceed(module, *args, **kwargs)
-        if self._reuse.fits_any_rows(call.output):
-            self._cursor = call.end
-            return self._reuse.hand_out(call.output.structure, self._draws)
+        if reuse.fits_any_rows(call.output):
+            self.place = call.end
+            return reuse.hand_out(call.output.structure, self._draws)
         made = proceed(module, *args, **kwargs)
-        self._reuse.learn(call.output, made, self._recording.pairs * self._draws)
+        reuse.learn(call.output, made, self._recording.pairs * self._draws)
         return made
 
     def _replace(self, tap: int, structure: Any) -> Any:
@@ -55,15 +65,15 @@ class Replayer:
 
     def _next(self, module: nn.Module) -> Call:
         calls = self._recording.calls
-        if self._cursor >= len(calls) or not _is_same(calls[self._cursor].module, module):
-            expected = type(calls[self._cursor].module).__name__ if self._cursor < len(calls) else "no further call"
+        if self.place >= len(calls) or not _is_same(calls[self.place].module, module):
+            expected = type(calls[self.place].module).__name__ if self.place < len(calls) else "no further call"
             raise RuntimeError(
                 "forward_func: its module calls changed between two runs on the same pairs (the first ran "
                 f"{expected} where the second ran {type(module).__name__}); make its control flow independent of "
                 "earlier calls and of the hidden state."
             )
-        self._cursor += 1
-        return calls[self._cursor - 1]
+        self.place += 1
+        return calls[self.place - 1]
 
 
 class Reuse:

@@ -2,24 +2,63 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    r"""An additional argument that all pairs have in common, whatever its first dimension.
+
+    Tensors whose first dimension is N are taken as one entry per pair, as everywhere in Captum. Wrapped in this, a
+    tensor reaches ``forward_func`` as it is, however many rows a pass has.
+
+    Args:
+
+        value (Any): The argument.
+
+    Examples::
+
+        >>> classes = torch.randn(2, 64)  # two classes, and by chance two pictures
+        >>> def logit(pixel_values, classes):
+        ...     return pixel_values.flatten(1)[:, :64] @ classes[0]
+        >>> method = MultiModalInfoBottleneck(logit, layers=(None,))
+        >>> method.attribute(torch.randn(2, 3, 8, 8), additional_forward_args=(Shared(classes),)).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    value: Any
+
+
+def unwrap(arguments: Sequence[Any]) -> tuple[Any, ...]:
+    """The arguments as a function takes them."""
+    return tuple(one.value if isinstance(one, Shared) else one for one in arguments)
+
+
+def slice_pairs(argument: Any, pairs: int, start: int, count: int) -> Any:
+    """What an argument holds for some of the pairs; what is shared stays as it is."""
+    return argument[start : start + count] if is_batch(argument, pairs) else argument
+
+
+def as_given(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments that the caller's own call of the model would have."""
+    return tuple(_plain(one) for one in arguments)
+
+
 def append_first(arguments: tuple[Any, ...], pairs: int) -> tuple[Any, ...]:
     """Append a copy of the first pair to every batch."""
     return tuple(
-        torch.cat([one.detach(), one.detach()[:1]]) if _is_batch(one, pairs) else _plain(one) for one in arguments
+        torch.cat([one.detach(), one.detach()[:1]]) if is_batch(one, pairs) else _plain(one) for one in arguments
     )
 
 
 def repeat_pairs(arguments: tuple[Any, ...], pairs: int, draws: int) -> tuple[Any, ...]:
     """Repeat the pairs of every batch, the draws of one pair next to each other."""
-    return tuple(
-        one.detach().repeat_interleave(draws, 0) if _is_batch(one, pairs) else _plain(one) for one in arguments
-    )
+    return tuple(one.detach().repeat_interleave(draws, 0) if is_batch(one, pairs) else _plain(one) for one in arguments)
 
 
 def check_score(score: Any, rows: int, pairs: int) -> Tensor:
@@ -37,11 +76,13 @@ def check_score(score: Any, rows: int, pairs: int) -> Tensor:
     return score.reshape(rows)
 
 
-def _is_batch(argument: Any, pairs: int) -> bool:
+def is_batch(argument: Any, pairs: int) -> bool:
+    """Whether an argument is taken as one entry for each of so many pairs."""
     return isinstance(argument, Tensor) and argument.ndim > 0 and argument.shape[0] == pairs
 
 
 def _plain(argument: Any) -> Any:
+    argument = argument.value if isinstance(argument, Shared) else argument
     # Tensors made in inference mode cannot take part in autograd; a copy made outside it can.
     if isinstance(argument, Tensor):
         return argument.detach().clone() if argument.is_inference() else argument.detach()

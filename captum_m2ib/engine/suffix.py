@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_m2ib.engine.interception import intercept
+from captum_m2ib.engine.consistency import Consistency
+from captum_m2ib.engine.interception import intercept, unobserved
 from captum_m2ib.engine.layers import entering
 from captum_m2ib.engine.recording import Tap, record
 from captum_m2ib.engine.replaying import Replayer, Reuse
@@ -57,6 +58,10 @@ class Suffix:
         self._arguments = arguments
         self._recording = record(self._forward, arguments, pairs, taps)
         self._reuse = Reuse(self._recording.rows)
+        self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
+        self._checked: set[frozenset[int]] = set()
+        self._differentiated: set[frozenset[int]] = set()
+        self._modes = torch._C._len_torch_function_stack()
         self.taps = list(taps)
         self.score = self._recording.score
         self.hidden = list(self._recording.hidden)
@@ -75,16 +80,40 @@ class Suffix:
             Tensor: Scores, (N * draws,), differentiable with respect to ``values``.
 
         Raises:
-            RuntimeError: if they are not, or the model's calls changed since the recorded pass.
+            RuntimeError: if they are not, the model's calls changed since the recorded pass, or a rerun is not what the
+                model itself makes of the values (:mod:`captum_m2ib.engine.consistency`).
+            ValueError: if an argument that the pairs share was taken for one row per pair.
         """
-        pairs = self._recording.pairs
+        pairs, kind = self._recording.pairs, frozenset(values)
         arguments = repeat_pairs(self._arguments, pairs, draws)
-        with intercept(Replayer(self._recording, self._reuse, values, draws)):
-            score = check_score(self._forward(arguments), pairs * draws, pairs)
-        if torch.is_grad_enabled() and any(v.requires_grad for v in values.values()) and not score.requires_grad:
+        replayer = Replayer(self._recording, self._reuse, values, draws)
+        try:
+            with intercept(replayer):
+                score = check_score(self._forward(arguments), pairs * draws, pairs)
+        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
+            if kind not in self._checked and not isinstance(error, torch.cuda.OutOfMemoryError):
+                with unobserved(self._modes):
+                    self._consistency.explain_failure(values, draws, error)
+            raise
+        is_differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values.values())
+        self._check(kind, values, draws, None if replayer.is_observed or draws == 1 else score, is_differentiable)
+        if is_differentiable and not score.requires_grad:
             names = ", ".join(repr(self.taps[index].layer.name) for index in values)
             raise RuntimeError(
                 f"layers: the score does not depend on layer {names} in a differentiable way; choose a layer after the "
                 "last rounding, index or torch.no_grad() between the input and the score."
             )
         return score
+
+    def _check(
+        self, kind: frozenset[int], values: dict[int, Tensor], draws: int, score: Tensor | None, is_differentiable: bool
+    ) -> None:
+        """Hold the first rerun from some taps against the model's own pass."""
+        if kind not in self._checked:
+            with unobserved(self._modes):
+                self._consistency.check(values, draws, score)
+            self._checked.add(kind)
+        if is_differentiable and kind not in self._differentiated:
+            with unobserved(self._modes):
+                self._consistency.check_derivatives(kind)
+            self._differentiated.add(kind)

@@ -26,10 +26,10 @@ from tqdm.auto import tqdm
 from captum_m2ib.attr._arguments import Explained, format_additional, rows_at_once
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.gates import slice_pairs
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.rows import slice_pairs
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.statistics import ChannelStatistics
 from captum_m2ib.metrics._noised import Measure, MeasuredTower, NoisedPass

@@ -1,0 +1,83 @@
+"""The module calls that are running, and the tensors they use that no operation made within sight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from captum_m2ib.engine.dependence import NOTHING, Reach, storage_of
+
+
+class Frame:
+    r"""A module call that is running.
+
+    Attributes:
+
+        module (nn.Module): The module.
+        received (frozenset[int]): The sources of what it was called with.
+        unseen (dict): By storage, the floating-point tensors it used that nothing made within sight, and what was kept
+            of each; the tensors themselves are held, lest another gets the storage.
+        operators (dict): The names of operators that are not torch's own, as keys.
+    """
+
+    def __init__(self, module: nn.Module, received: Reach, outer: Frame | None) -> None:
+        self.module = module
+        self.received = received
+        self.unseen: dict[int, tuple[Tensor, Any]] = {}
+        self.operators: dict[str, None] = {}
+        self._held: set[int] = _held_below(module) if outer is None else outer._held
+
+    def owns(self, key: int) -> bool:
+        """Whether a storage belonged to the modules before they ran, or is a parameter that was loaded since."""
+        return key in self._held or key in {storage_of(one) for one in self.module.parameters(recurse=False)}
+
+
+class Frames:
+    r"""The calls that are running, innermost last.
+
+    Args:
+
+        keep (Callable): What to keep of a tensor that nothing made within sight.
+    """
+
+    def __init__(self, keep: Callable[[Tensor], Any]) -> None:
+        self._keep = keep
+        self._running: list[Frame] = []
+
+    def enter(self, module: nn.Module, received: Reach) -> None:
+        """A module is called."""
+        self._running.append(Frame(module, received, self._running[-1] if self._running else None))
+
+    def leave(self) -> Frame:
+        """The innermost call has returned."""
+        return self._running.pop()
+
+    def of_unseen(self, tensor: Tensor) -> Reach:
+        """The sources of a tensor that nothing made within sight: all that the running module received."""
+        if not self._running:
+            return NOTHING
+        frame, key = self._running[-1], storage_of(tensor)
+        if not frame.received or frame.owns(key):
+            return NOTHING
+        # Without gradients are the insides of functions that bring their own derivative, and what is held fixed.
+        if torch.is_grad_enabled() and tensor.is_floating_point() and key not in frame.unseen:
+            frame.unseen[key] = (tensor, self._keep(tensor))
+        return frame.received
+
+    def note_operator(self, name: str) -> None:
+        """The running module uses an operator that is not torch's own."""
+        if self._running:
+            self._running[-1].operators[name] = None
+
+
+def _held_below(module: nn.Module) -> set[int]:
+    """The storages of all that a module and those below it hold."""
+    held = set()
+    for one in module.modules():
+        for tensor in (*one._parameters.values(), *one._buffers.values(), *vars(one).values()):
+            if isinstance(tensor, Tensor):
+                held.add(storage_of(tensor))
+    return held
