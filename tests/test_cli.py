@@ -576,12 +576,13 @@ class TestTrainScenes:
 class TestBenchmark:
     def test_speed(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         calls = []
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.measure", lambda *given: calls.append(given) or "report")
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.render", lambda report: f"table of the {report}")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.measure", lambda *given: calls.append(given) or "report")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.render", lambda report: f"table of the {report}")
         options = ("--repeats", 2, "--batch", 5, "--layer", 1, "--device", "cpu")
         assert run("benchmark", "speed", *options) == Result(0, "table of the report\n", "")
-        assert run("benchmark", "speed").status == 0
-        assert calls == [(2, 5, 1, "cpu"), (3, 8, 9, "cpu")]
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.write", lambda *given: calls.append(given))
+        assert run("benchmark", "speed", "--csv", "costs.csv").status == 0
+        assert calls == [(2, 5, 1, "cpu"), (3, 8, 9, "cpu"), ("report", "costs.csv")]
 
     @pytest.mark.parametrize("name", ["repeats", "batch"])
     def test_speed_with_arguments_that_cannot_be(self, run: Run, name: str):
