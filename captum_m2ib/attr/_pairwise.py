@@ -24,7 +24,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.layouts import Layout, check_masks
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Explain: TypeAlias = Callable[[Suffix, int, tuple[Any, ...]], Tensor]
@@ -84,6 +84,7 @@ class PairAttribution(_captum.Attribution):
         """Attributions of the inputs' shapes."""
         given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args, len(self.layers))
         count = len(given.inputs)
+        check_masks(self.layouts, given.arguments)
         layers = self.layers[:count]
         taps = [Tap(layer, at_input) for layer in layers]
         parts: list[list[Tensor]] = [[] for _ in given.inputs]

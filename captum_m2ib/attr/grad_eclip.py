@@ -89,17 +89,14 @@ def emphasis(attended: Attended, read: Tensor, counts: Tensor) -> Tensor:
         Tensor: signed, (N, tokens).
     """
     attention, pairs = attended.attention, attended.pairs
-    if len(attention.projection) != 2:
-        raise ValueError(
-            "layers: GradECLIP needs a linear output projection after attention, found none; choose a later block, or "
-            "use AttentionRelevance."
-        )
-    weight, bias = attention.projection
     query, key, value = (_joined(attention.heads(t, pairs)) for t in (attention.query, attention.key, attention.value))
+    weight, bias = attention.projection or (None, None)
     if weight is None or weight.shape[1] != query.shape[-1]:
+        heads, found = attended.gradient.shape[1], "none" if weight is None else f"one of {weight.shape[1]}"
         raise ValueError(
-            f"layers: GradECLIP needs an output projection of {query.shape[-1]} channels after attention, got "
-            f"{None if weight is None else weight.shape[1]}; use AttentionRelevance."
+            "layers: GradECLIP takes queries and keys through the output projection of their attention, and looked for "
+            f"a linear map of {query.shape[-1]} channels ({heads} heads side by side) as what follows it, but found "
+            f"{found}, as where heads are modules of their own; use AttentionRelevance, which needs none."
         )
     bias = None if bias is None else bias.to(query.dtype)
     query, key = (F.normalize(F.linear(tensor, weight.to(query.dtype), bias), dim=-1) for tensor in (query, key))

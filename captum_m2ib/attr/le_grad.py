@@ -101,7 +101,7 @@ class _Watch:
 
     def around(self, forward: Forward) -> Forward:
         def watched(arguments: tuple[Any, ...]) -> Any:
-            with interpose(self):
+            with interpose(self, is_observer=True):
                 return forward(arguments)
 
         return watched

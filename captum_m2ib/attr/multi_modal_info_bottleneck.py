@@ -20,7 +20,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.descent import LayerRecord, optimise
 from captum_m2ib.engine.gates import GateFilter, Prior
 from captum_m2ib.engine.layers import Layer, LayerLike
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.layouts import Layout, check_masks
 from captum_m2ib.engine.settings import LayerSettings, PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.suffix import Tap
@@ -301,6 +301,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         given = Explained.ensure(self._objective, inputs, target, additional_forward_args, len(self.layers))
         layouts = self._layouts_among(len(given.inputs) + len(given.additional))
         count = len(given.inputs)
+        check_masks(layouts, given.arguments)
         layers, priors = self.layers[:count], self.priors[:count]
         for layer, tensor in zip(layers, given.inputs, strict=True):
             check_entry(layer, tensor, "mixed with noise")

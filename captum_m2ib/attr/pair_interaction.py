@@ -18,7 +18,7 @@ from captum_m2ib.attr._scoring import roots_of
 from captum_m2ib.attr._units import sum_units
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layouts import Layout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import Layout, TextLayout, check_masks, real_tokens
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 
@@ -112,6 +112,7 @@ class PairInteraction(PairAttribution):
                 "layers."
             )
         check_count("n_steps", n_steps)
+        check_masks(self.layouts, given.arguments)
         references = replace(given, arguments=_references(self.layouts, given.arguments, baselines))
         pairs_at_once, steps_at_once = rows_at_once(internal_batch_size, n_steps)
         taps = [Tap(layer, attribute_to_layer_input) for layer in self.layers]

@@ -20,7 +20,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, check_masks
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 
@@ -124,6 +124,7 @@ class RISE(_captum.Attribution):
         if not 0 < probability < 1:
             raise ValueError(f"probability: expected a number between 0 and 1, got {probability!r}.")
         given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args)
+        check_masks(self.layouts, given.arguments)
         pairs_at_once, masks_at_once = rows_at_once(internal_batch_size, n_masks)
         maps = []
         with tqdm(

@@ -93,7 +93,7 @@ class Consistency:
         concerned = [call for call in self._recording.calls if call.reach & indices]
         if any(call.unseen or call.operators for call in concerned):
             values = {index: self._moved(index, 2).requires_grad_() for index in indices}
-            watch = _Derivatives(self._recording, Replayer(self._recording, self._reuse, values, 2))
+            watch = _Derivatives(self._recording, Replayer(self._recording, self._reuse, values, 2), indices)
             with intercept(watch), watch.dependence:
                 score = self._score(repeat_pairs(self._arguments, self._recording.pairs, 2), 2)
             self._check_operators(score, indices)
@@ -147,6 +147,9 @@ class Consistency:
         self._check_arguments()
         self._check_modules(values)
         self._check_state(values, None)
+        if any(call.operators for call in self._recording.calls):
+            # Dynamic quantisation rounds by what else is in the batch; its missing derivative is told elsewhere.
+            return
         moved = (plain - self._recording.score).abs().max()
         if (plain - made).abs().max() > _SHARE * moved:
             raise RuntimeError(
@@ -294,8 +297,10 @@ class _Traced(Replayer):
 class _Derivatives:
     """Follows a rerun, and raises where a value that moved, made by no operation within sight, has no derivative."""
 
-    def __init__(self, recording: Recording, replayer: Replayer) -> None:
+    def __init__(self, recording: Recording, replayer: Replayer, indices: frozenset[int]) -> None:
         self._recording = recording
+        self._indices = indices
+        self._unseen = [kept for call in recording.calls for kept in call.unseen]
         self._replayer = replayer
         self._frames = Frames(lambda tensor: tensor)
         self.dependence = Dependence(self._frames.of_unseen)
@@ -310,10 +315,10 @@ class _Derivatives:
                 self.dependence.of([tensor])
         frame = self._frames.leave()
         self.dependence.mark(tensors_in(made), NOTHING)
-        recorded = self._recording.calls[place].unseen
-        for kept, (tensor, _) in zip(recorded, frame.unseen.values(), strict=False):
+        call = self._recording.calls[place]
+        for tensor, _ in frame.unseen.values() if call.reach & self._indices else ():
             with self.dependence.resting():
-                if not tensor.requires_grad and _has_moved(kept, tensor):
+                if not tensor.requires_grad and not any(_is_kept(kept, tensor) for kept in self._unseen):
                     raise RuntimeError(
                         f"forward_func: {self._recording.name_of(place)} computes outside of torch, such as in NumPy "
                         "or in a list of numbers, where nothing has a derivative, so a map would leave out what goes "
@@ -322,10 +327,10 @@ class _Derivatives:
         return made
 
 
-def _has_moved(kept: Kept, tensor: Tensor) -> bool:
-    """Whether a tensor of a rerun of two draws per pair is not what the recorded pass had in its place."""
+def _is_kept(kept: Kept, tensor: Tensor) -> bool:
+    """Whether a tensor of a rerun of two draws per pair is what the recorded pass had."""
     before = kept.value if kept.axis is None else kept.axis.repeat(kept.value, 2)
-    return before.shape != tensor.shape or not nearly_equal(before, tensor.detach())
+    return before.shape == tensor.shape and nearly_equal(before, tensor.detach())
 
 
 def _graph(score: Tensor) -> Iterator[Any]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.dependence import NOTHING, Reach, storage_of
+from captum_m2ib.engine.interception import met_modules
 
 
 class Frame:
@@ -23,16 +24,11 @@ class Frame:
         operators (dict): The names of operators that are not torch's own, as keys.
     """
 
-    def __init__(self, module: nn.Module, received: Reach, outer: Frame | None) -> None:
+    def __init__(self, module: nn.Module, received: Reach) -> None:
         self.module = module
         self.received = received
         self.unseen: dict[int, tuple[Tensor, Any]] = {}
         self.operators: dict[str, None] = {}
-        self._held: set[int] = _held_below(module) if outer is None else outer._held
-
-    def owns(self, key: int) -> bool:
-        """Whether a storage belonged to the modules before they ran, or is a parameter that was loaded since."""
-        return key in self._held or key in {storage_of(one) for one in self.module.parameters(recurse=False)}
 
 
 class Frames:
@@ -46,10 +42,12 @@ class Frames:
     def __init__(self, keep: Callable[[Tensor], Any]) -> None:
         self._keep = keep
         self._running: list[Frame] = []
+        self._held: set[int] = set()
+        self._looked_at = 0
 
     def enter(self, module: nn.Module, received: Reach) -> None:
         """A module is called."""
-        self._running.append(Frame(module, received, self._running[-1] if self._running else None))
+        self._running.append(Frame(module, received))
 
     def leave(self) -> Frame:
         """The innermost call has returned."""
@@ -60,7 +58,7 @@ class Frames:
         if not self._running:
             return NOTHING
         frame, key = self._running[-1], storage_of(tensor)
-        if not frame.received or frame.owns(key):
+        if not frame.received or self._is_held(frame.module, key):
             return NOTHING
         # Without gradients are the insides of functions that bring their own derivative, and what is held fixed.
         if torch.is_grad_enabled() and tensor.is_floating_point() and key not in frame.unseen:
@@ -72,12 +70,14 @@ class Frames:
         if self._running:
             self._running[-1].operators[name] = None
 
+    def _is_held(self, module: nn.Module, key: int) -> bool:
+        """Whether a storage belonged to a module before it ran, or is a parameter of the running one, loaded since."""
+        met = met_modules()
+        self._held.update(storage_of(tensor) for one in met[self._looked_at :] for tensor in _held_by(one))
+        self._looked_at = len(met)
+        return key in self._held or key in {storage_of(one) for one in module.parameters(recurse=False)}
 
-def _held_below(module: nn.Module) -> set[int]:
-    """The storages of all that a module and those below it hold."""
-    held = set()
-    for one in module.modules():
-        for tensor in (*one._parameters.values(), *one._buffers.values(), *vars(one).values()):
-            if isinstance(tensor, Tensor):
-                held.add(storage_of(tensor))
-    return held
+
+def _held_by(module: nn.Module) -> list[Tensor]:
+    found = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return [one for one in found if isinstance(one, Tensor)]

@@ -71,17 +71,23 @@ def intercept(handler: Handler) -> Iterator[None]:
                 nn.Module.__call__ = _original_call  # type: ignore[method-assign]
 
 
+def met_modules() -> list[nn.Module]:
+    """The modules that this thread's passes were said to use or have called so far, with all below them."""
+    found: list[nn.Module] = _state.borrower.modules
+    return found
+
+
 def current_handler() -> Handler | None:
     """What this thread's module calls are routed through at present."""
     return getattr(_state, "handler", None)
 
 
 @contextlib.contextmanager
-def interpose(handler: Handler) -> Iterator[None]:
+def interpose(handler: Handler, is_observer: bool = False) -> Iterator[None]:
     """Route this thread's module calls through ``handler(proceed, aside, module, args, kwargs)``.
 
     ``proceed`` goes on to whatever intercepts already; ``aside`` runs the module without it, so that only the calls
-    inside are seen there.
+    inside are seen there. An observer only looks on, and is left out of passes that are none of its.
     """
     outer = current_handler()
 
@@ -89,7 +95,7 @@ def interpose(handler: Handler) -> Iterator[None]:
         return original(module, *args, **kwargs) if outer is None else outer(original, module, args, kwargs)
 
     def through(original: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        if getattr(_state, "unobserved", False):
+        if is_observer and getattr(_state, "unobserved", False):
             return go_on(original, module, *args, **kwargs)
         return handler(partial(go_on, original), original, module, args, kwargs)
 
@@ -99,7 +105,7 @@ def interpose(handler: Handler) -> Iterator[None]:
 
 @contextlib.contextmanager
 def unobserved(modes: int) -> Iterator[None]:
-    """Run passes past every interposed handler, and past all but the first so many modes that follow functions."""
+    """Run passes past every observer that is interposed, and past all but the first so many modes of functions."""
     outer, _state.unobserved = getattr(_state, "unobserved", False), True
     lifted = [torch._C._pop_torch_function_stack() for _ in range(torch._C._len_torch_function_stack() - modes)]
     try:
@@ -151,6 +157,7 @@ _ATTENTION_SWITCHES = ("_attn_implementation", "_attn_implementation_internal")
 
 class _Borrower:
     def __init__(self, warn: bool) -> None:
+        self.modules: list[nn.Module] = []
         self._taken: dict[int, Any] = {}
         self._warned = not warn
 
@@ -165,6 +172,7 @@ class _Borrower:
                 )
             if id(module) in self._taken:
                 continue
+            self.modules.append(module)
             # A function in a module's guise, made anew for each pass, is always in training mode: nobody chose it.
             self._borrow(module, "training", quietly=module is root and is_stateless(module))
             self._borrow_attention(getattr(module, "config", None))

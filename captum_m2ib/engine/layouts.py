@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_m2ib.engine.rows import Shared
+
 HALVINGS = (1, 2, 4, 8, 16, 32, 64)
 
 _CELL = 16
@@ -133,7 +135,14 @@ def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Ten
         return None
     if layout.mask_argument is not None and layout.mask_argument < len(arguments):
         mask = arguments[layout.mask_argument]
+        mask = mask.value if isinstance(mask, Shared) else mask
         if isinstance(mask, Tensor):
+            if mask.shape != inputs.shape[:2]:
+                raise ValueError(
+                    f"additional_forward_args: expected the mask (argument {layout.mask_argument} of forward_func, "
+                    f"counted from 0) to be of shape (N, L), {tuple(inputs.shape[:2])} for these inputs, got "
+                    f"{tuple(mask.shape)}; pass 1 for each real token or patch and 0 for each that is padding."
+                )
             return mask.bool()
     if isinstance(layout, PackedLayout) or inputs.is_floating_point():
         return None
@@ -143,6 +152,13 @@ def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Ten
         ends = (inputs == layout.end_token_id).int()
         return ends.cumsum(1) - ends < 1
     return None if layout.pad_token_id is None else inputs != layout.pad_token_id
+
+
+def check_masks(layouts: Sequence[Layout | None], arguments: Sequence[Any]) -> None:
+    """Raise where a mask has another shape than its inputs, before any model meets it."""
+    for layout, inputs in zip(layouts, arguments, strict=False):
+        if layout is not None and isinstance(inputs, Tensor) and inputs.ndim > 1:
+            real_tokens(layout, inputs, arguments)
 
 
 def real_elements(layout: Layout | None, hidden: Tensor, modality: int, arguments: Sequence[Any]) -> Tensor | None:

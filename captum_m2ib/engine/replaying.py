@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_m2ib.engine.interception import Handler, current_handler, is_stateless
+from captum_m2ib.engine.interception import Handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
 from captum_m2ib.engine.recording import Call, Kept, Output, Recording
 
@@ -24,7 +24,6 @@ class Replayer:
     Attributes:
 
         place (int): The position of the next call in the recording.
-        is_observed (bool): Whether another handler stands before this one.
     """
 
     def __init__(self, recording: Recording, reuse: Reuse | None, values: dict[int, Tensor], draws: int) -> None:
@@ -34,10 +33,8 @@ class Replayer:
         self._replaced = frozenset(values)
         self._draws = draws
         self.place = 0
-        self.is_observed = False
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        self.is_observed |= current_handler() is not self
         call, reuse = self._next(module), self._reuse
         tap = call.tap if call.tap in self._replaced else None
         if tap is not None and self._recording.taps[tap].at_input:

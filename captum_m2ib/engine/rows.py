@@ -45,7 +45,7 @@ def slice_pairs(argument: Any, pairs: int, start: int, count: int) -> Any:
 
 
 def as_given(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The arguments that the caller's own call of the model would have."""
+    """The arguments of the caller's own call, fit to take part in autograd."""
     return tuple(_plain(one) for one in arguments)
 
 

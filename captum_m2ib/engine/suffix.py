@@ -86,9 +86,8 @@ class Suffix:
         """
         pairs, kind = self._recording.pairs, frozenset(values)
         arguments = repeat_pairs(self._arguments, pairs, draws)
-        replayer = Replayer(self._recording, self._reuse, values, draws)
         try:
-            with intercept(replayer):
+            with intercept(Replayer(self._recording, self._reuse, values, draws)):
                 score = check_score(self._forward(arguments), pairs * draws, pairs)
         except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
             if kind not in self._checked and not isinstance(error, torch.cuda.OutOfMemoryError):
@@ -96,7 +95,7 @@ class Suffix:
                     self._consistency.explain_failure(values, draws, error)
             raise
         is_differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values.values())
-        self._check(kind, values, draws, None if replayer.is_observed or draws == 1 else score, is_differentiable)
+        self._check(kind, values, draws, None if draws == 1 else score, is_differentiable)
         if is_differentiable and not score.requires_grad:
             names = ", ".join(repr(self.taps[index].layer.name) for index in values)
             raise RuntimeError(

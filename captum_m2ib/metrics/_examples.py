@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from captum_m2ib.engine.suffix import check_score
+from captum_m2ib.engine.rows import check_score, unwrap
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Order = Literal["morf", "lerf", "random"]
@@ -109,7 +109,7 @@ def join_arguments(inputs: Any, additional_forward_args: Any) -> tuple[Any, ...]
     if len(set(sizes)) > 1 or not sizes[0]:
         raise ValueError(
             f"inputs: expected the same number of examples, at least one, in every input and additional argument, got "
-            f"{sizes}; repeat what examples share."
+            f"{sizes}; wrap what examples share, as captum_m2ib.Shared(tensor)."
         )
     return arguments
 
@@ -141,7 +141,7 @@ def rows_of(arguments: Sequence[Any], rows: Tensor, replaced: Mapping[int, Tenso
 @torch.no_grad()
 def run(forward_func: Callable[..., Any], arguments: Sequence[Any], rows: int) -> Tensor:
     """Scores, (rows,), in at least float32."""
-    scores = check_score(forward_func(*arguments), rows, rows)
+    scores = check_score(forward_func(*unwrap(arguments)), rows, rows)
     return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 

@@ -68,7 +68,7 @@ class NoisedPass:
     def _run(self, arguments: tuple[Any, ...]) -> Any:
         if self.watch is None:
             return self.forward(arguments)
-        with interpose(self.watch):
+        with interpose(self.watch, is_observer=True):
             return self.forward(arguments)
 
     def measured(

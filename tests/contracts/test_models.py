@@ -207,8 +207,8 @@ def test_no_work_is_done_twice(model: zoo.Model, choice: int, monkeypatch: pytes
         expected = whole * (pairs + 1) / pairs
         for layer, tower, of_tower in zip(layers, towers, work, strict=True):
             forward = of_tower - prefix_flops(case, layer, tower) + joined
-            # Before the descent the gates close in eight draws without gradients.
-            expected += 8 * forward + steps * draws * (forward + backward_flops(case, layer))
+            # Before the descent the gates close in eight draws without gradients, held against one whole pass.
+            expected += whole + 8 * forward + steps * draws * (forward + backward_flops(case, layer))
     found = count_flops(
         lambda: case.attribute(MultiModalInfoBottleneck(case.forward, layers), n_steps=steps, n_samples=draws)
     )

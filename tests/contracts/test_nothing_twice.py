@@ -18,7 +18,8 @@ CLOSED = 2 + 6
 
 
 def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
-    """One pass over the pairs and a copy, then per modality what follows the layer: closed, and each step."""
+    """One pass over the pairs and a copy, then per modality what follows the layer, closed and each step, and one pass
+    that the first of these is held against."""
     pairs = len(case.inputs[0])
     planted = [torch.cat([a, a[:1]]) for a in (*case.inputs, *case.additional)]
     for root in case.roots:
@@ -38,7 +39,7 @@ def expected_flops(case: Case, suffixes, n_steps: int, n_samples: int) -> int:
         closed = count_flops(
             lambda suffix=suffix, shape=shape: suffix(torch.randn(pairs * CLOSED, *shape), mask(CLOSED))
         )
-        total += n_steps * step + closed
+        total += n_steps * step + closed + count_flops(lambda: case.forward(*case.inputs, *case.additional))
     return total
 
 
@@ -140,9 +141,10 @@ def test_order_of_the_towers_does_not_matter():
             module.register_forward_hook(lambda module, *_: calls.update([module]))
     method = MultiModalInfoBottleneck(score, [image.blocks[1], text.blocks[1]], case.layouts)
     case.attribute(method, n_steps=6)
-    assert calls[text.embed] == calls[image.embed] == calls[image.blocks[0]] == calls[text.blocks[1]] == 1
-    # Recorded, closed at most three draws at a time, and six steps.
-    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 1 + 3 + 6
+    # Recorded, and for each modality held against the whole once.
+    assert calls[text.embed] == calls[image.embed] == calls[image.blocks[0]] == calls[text.blocks[1]] == 1 + 2
+    # Besides, closed at most three draws at a time, and six steps.
+    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 1 + 2 + 3 + 6
 
 
 def test_only_the_explained_modality_runs():
@@ -152,8 +154,8 @@ def test_only_the_explained_modality_runs():
     for module in case.roots[0].modules():
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     case.method().attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
-    assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1
-    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + CLOSED // 2 + 5
+    assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1 + 1
+    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + 1 + CLOSED // 2 + 5
 
 
 def test_parameters_receive_no_gradient(case: Case):
@@ -185,4 +187,4 @@ def test_a_part_used_by_both_sides_of_the_layer():
     for module in (shared, block):
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     MultiModalInfoBottleneck(score, [block]).attribute(torch.randn(2, 3, 8), n_steps=5, n_samples=2)
-    assert calls[block] == 1 and calls[shared] == 2 + CLOSED // 2 + 5
+    assert calls[block] == 1 + 1 and calls[shared] == 2 + 2 + CLOSED // 2 + 5
