@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("captum-m2ib: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
         print(f"captum-m2ib: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
@@ -93,8 +93,9 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
-        "processor; its code is run (default: shipped model)",
+        help="hub id or directory of a transformers checkpoint, an adapter or a SentenceTransformer; of open_clip "
+        "hf-hub:ORG/NAME or open_clip:ARCHITECTURE:WEIGHTS; or module:function, a Python function that returns a "
+        "DualEncoder with a processor, whose code is run (default: shipped model)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")

@@ -9,7 +9,7 @@ processor, the towers' layouts, and the layers worth explaining at.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of, similarity
 from captum_m2ib.encoders.checkpoints import (
-    check_checkpoint,
+    find_source,
     find_statistics,
     load_model,
     load_open_clip,
@@ -150,7 +150,9 @@ class DualEncoder(nn.Module):
 
         Args:
 
-            model (str or PathLike): Hub id, or a local directory of the same form.
+            model (str or PathLike): Hub id, or a local directory of the same form: a checkpoint of transformers; an
+                adapter of one (LoRA, ...), which peft reads and which is added to the weights; or a SentenceTransformer
+                that holds one. Names of open_clip are for :meth:`from_open_clip`.
             revision (str, optional): Branch, tag or commit on the hub. Default: None
             torch_dtype (torch.dtype, optional): Default: None (float32, whatever the file holds)
             device (torch.device or str, optional): Default: None (stays on the CPU)
@@ -161,11 +163,12 @@ class DualEncoder(nn.Module):
 
         Raises:
             OSError: if there is no such checkpoint, or its safetensors weights are missing, damaged or incomplete.
+            ImportError: if it is an adapter and peft is not installed.
             TypeError: if the model has no two towers.
         """
-        check_checkpoint(model)
-        loaded = load_model(model, revision, torch_dtype or torch.float32)
-        encoder = cls(loaded.eval(), processor=load_processor(model, revision))
+        source = find_source(model, revision)
+        loaded = load_model(source, torch_dtype or torch.float32)
+        encoder = cls(loaded.eval(), processor=load_processor(source, revision))
         encoder.statistics.update(find_statistics(model, revision))
         return encoder.to(device) if device is not None else encoder
 
@@ -423,13 +426,13 @@ class DualEncoder(nn.Module):
         text = [index for index, side in enumerate(self.sides) if side.modality == "text"]
         return vocabulary_statistics(wanted) if any(wanted is self.embeddings_of(index) for index in text) else None
 
-    def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
+    def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
 
         Args:
 
-            images (picture or sequence of pictures): Paths, PIL images or uint8 arrays (H, W, 3). A single picture
-                is paired with every caption.
+            images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column
+                of a table or anything else that can be gone through. A single picture is paired with every caption.
             captions (str or sequence of str): A single caption is paired with every picture.
 
         Returns:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,7 +73,7 @@ class Pairs:
 def prepare_pairs(
     processor: Any,
     names: Sequence[str],
-    images: PictureLike | Sequence[PictureLike],
+    images: PictureLike | Iterable[PictureLike],
     captions: str | Sequence[str],
     longest: int | None,
     padding: str,
@@ -85,7 +85,7 @@ def prepare_pairs(
 
         processor: A transformers processor, or a :class:`TransformAndTokenizer`.
         names (sequence of str): What ``forward_func`` reads, in its order: first the two inputs.
-        images (picture or sequence of pictures): A single picture is paired with every caption.
+        images (picture or iterable of pictures): A single picture is paired with every caption.
         captions (str or sequence of str): A single caption is paired with every picture.
         longest (int or None): How many tokens the model reads at most, where it says so.
         padding (str): How transformers tokenizers pad.

@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -75,8 +75,12 @@ def _open(file: str | io.BytesIO) -> Image:
 def _checked_path(path: str | os.PathLike[str], name: str) -> str:
     """A path that leads to a file; a pipe or a device would never end."""
     given = os.fspath(path)
-    if "://" in given:
-        raise ValueError(f"{name}: {given[:200]} is an address; nothing is fetched, give a file or its bytes.")
+    # A path object of an address has lost one of its slashes.
+    if "://" in given or given.startswith(("http:/", "https:/")):
+        raise ValueError(
+            f"{name}: {given[:200]} is an address, and nothing is fetched; download it first and give the file or its "
+            "bytes."
+        )
     if "\0" in given or not os.path.exists(given):
         raise ValueError(f"{name}: there is no file {given}; check the path.")
     if not os.path.isfile(given):
@@ -136,10 +140,18 @@ def _check_size(size: tuple[int, int], name: str, called: str) -> None:
 
 
 def load_pictures(images: Any) -> list[Image]:
-    """Read one picture or a sequence of them, naming in errors which one is at fault."""
-    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
-    single = isinstance(images, (str, os.PathLike, *_BYTES)) or not isinstance(images, Sequence)
-    given = [images] if single and not is_batch else list(images)
+    """Read one picture or several, naming in errors which one is at fault."""
+    given = [images] if _is_single(images) else list(images)
     if not given:
         raise ValueError("images: expected at least one image, got none.")
     return [load_picture(image, f"images[{index}]") for index, image in enumerate(given)]
+
+
+def _is_single(images: Any) -> bool:
+    """Whether something is no batch of pictures: a picture, or nothing that can be gone through."""
+    from PIL import Image
+
+    if isinstance(images, np.ndarray):
+        # Arrays of objects hold paths, as the column of a table does.
+        return images.ndim != 4 and images.dtype != object
+    return isinstance(images, (str, os.PathLike, Mapping, Image.Image, *_BYTES)) or not isinstance(images, Iterable)

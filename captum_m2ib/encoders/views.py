@@ -63,13 +63,14 @@ def view_of(picture: Image, received: Tensor, process: Processed, owner: Any) ->
 
     Examples::
 
-        >>> import torch
+        >>> import numpy as np, torch
         >>> from PIL import Image
         >>> def centre(picture):  # a processor that cuts out the middle
         ...     return torch.from_numpy(np.asarray(picture)[:, 10:30] / 255).permute(2, 0, 1)
         >>> whole = Image.fromarray(np.zeros((20, 40, 3), dtype=np.uint8))
-        >>> view_of(whole, centre(whole), centre, centre).region
-        Region(left=10.0, top=0.0, right=30.0, bottom=20.0, width=40, height=20)
+        >>> region = view_of(whole, centre(whole), centre, centre).region
+        >>> [round(edge) for edge in region[:4]]  # left, top, right, bottom
+        [10, 0, 30, 20]
     """
     if received.ndim != 3:
         width, height = picture.size

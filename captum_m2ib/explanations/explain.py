@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
@@ -18,7 +18,7 @@ __all__ = ["explain"]
 
 def explain(
     encoder: DualEncoder,
-    images: PictureLike | Sequence[PictureLike],
+    images: PictureLike | Iterable[PictureLike],
     captions: str | Sequence[str],
     *,
     method: Method = "m2ib",
@@ -31,8 +31,8 @@ def explain(
     Args:
 
         encoder (DualEncoder): With a processor, as :meth:`DualEncoder.from_pretrained` loads it.
-        images (picture or sequence of pictures): Paths, PIL images or uint8 arrays (H, W, 3); a single one is paired
-            with every caption.
+        images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column of a
+            table or anything else that can be gone through; a single one is paired with every caption.
         captions (str or sequence of str): One per image; a single one is paired with every image.
         method (optional): A name of :data:`captum_m2ib.attr.registry.METHODS`, such as ``"legrad"``; any attribution
             method of this package or of Captum, made of the encoder or of a view of it from

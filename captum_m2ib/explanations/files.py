@@ -23,9 +23,7 @@ from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import (
     at_display_size,
     heat_colors,
-    is_shown_signed,
     overlay,
-    per_pixels,
     token_html,
 )
 
@@ -218,8 +216,8 @@ pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-siz
 def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
     wording = WORDINGS[explanation.unit]
     picture, values = explanation.shown(original)
-    heat, scale = per_pixels(values.astype(np.float64), wording)
-    is_signed = is_shown_signed(heat, explanation.unit)
+    heat, scale = wording.per_pixels(values.astype(np.float64))
+    is_signed = wording.is_signed(heat)
     shown = at_display_size(picture)
     pictures = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
     figures = "\n".join(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 
@@ -29,6 +30,27 @@ class Wording:
         """The title of a picture under a map."""
         is_empty = not heat.any() if self.name != "bits" else not heat.max() > 0
         return self.empty if is_empty else self.found
+
+    def is_signed(self, heat: NDArray[Any]) -> bool:
+        """Whether a map is drawn on both sides of zero; bits below zero could only be rounding."""
+        return self.name != "bits" and bool((heat < 0).any())
+
+    def per_pixels(self, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
+        r"""A map counted per 1, 100, 10,000 ... pixels, so that its maximum is readable.
+
+        Args:
+
+            values (numpy.ndarray): The map, per pixel.
+
+        Returns:
+            tuple: the map, as it is where sums mean nothing, and what its numbers are called.
+        """
+        if not self.has_totals:
+            return values, self.name
+        top, count = float(np.abs(values).max()), 1
+        while 0 < top * count < 0.1 and count < 1_000_000:
+            count *= 100
+        return values * count, f"{self.name} per pixel" if count == 1 else f"{self.name} per {count:,} pixels"
 
     def number(self, value: float) -> str:
         r"""A number in a few characters.

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from captum_m2ib.explanations.lettering import INK, clean_token, elide, text_width, visible, write
-from captum_m2ib.explanations.units import WORDINGS, Wording, format_bits
+from captum_m2ib.explanations.units import WORDINGS, format_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -263,11 +263,11 @@ def pair_figure(
     values, flags = _checked_tokens(tokens, token_bits, special)
     wording = WORDINGS[unit]
     if patch_bits is None:
-        heat, scale = per_pixels(pixels, wording)
+        heat, scale = wording.per_pixels(pixels)
     else:
         heat = _checked_map(patch_bits, "patch_bits")
         scale = f"{wording.name} per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
-    is_signed = is_shown_signed(heat, unit)
+    is_signed = wording.is_signed(heat)
 
     # All lengths in inches, from the top left, turned into figure fractions by `axes_at`.
     width, margin, gap, bar_width, bar_room = 9.0, 0.35, 0.3, 0.16, 0.85
@@ -435,11 +435,6 @@ def _cold_colors() -> NDArray[np.float32]:
     return colors
 
 
-def is_shown_signed(heat: NDArray[Any], unit: str) -> bool:
-    """Whether a map is drawn on both sides of zero; bits below zero could only be rounding."""
-    return unit != "bits" and bool((heat < 0).any())
-
-
 def _luminance(color: NDArray[np.float64]) -> float:
     """Relative luminance of an sRGB colour (WCAG 2): black text contrasts more above 0.179, white below."""
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
@@ -452,16 +447,6 @@ def _hottest(values: NDArray[np.float64], percentile: float) -> float:
     top = float(np.percentile(values, percentile))
     # A map with few hot spots can have a percentile of zero and still not be empty.
     return top if top > 0 else float(values.max())
-
-
-def per_pixels(values: NDArray[np.float64], wording: Wording) -> tuple[NDArray[np.float64], str]:
-    """The map counted per 1, 100, 10,000 ... pixels, so that its maximum is readable, and what it is called."""
-    if not wording.has_totals:
-        return values, wording.name
-    top, count = float(np.abs(values).max()), 1
-    while 0 < top * count < 0.1 and count < 1_000_000:
-        count *= 100
-    return values * count, f"{wording.name} per pixel" if count == 1 else f"{wording.name} per {count:,} pixels"
 
 
 def _checked_picture(image: ArrayLike) -> NDArray[np.uint8]:
