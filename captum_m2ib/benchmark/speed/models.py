@@ -79,8 +79,8 @@ def measure(name: str, repeats: int = 3) -> dict[str, Any]:
         repeats (int, optional): Timed runs of each method. Default: 3
 
     Returns:
-        dict: parameters in millions, and per method GFLOP, seconds from the shortest to the longest, and the process's peak
-        memory up to its end above the loaded model, in MiB.
+        dict: parameters in millions, and per method GFLOP, seconds from the shortest to the longest, and the peak
+        memory of the process up to its end, above the loaded model, in MiB.
     """
     build, length, end, masked = MODELS[name]
     torch.manual_seed(0)
