@@ -6,6 +6,7 @@ Whatever the user can get wrong ends in one line on stderr that says what and wh
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import os
 import sys
@@ -18,7 +19,6 @@ from captum_m2ib.audit import command as audit
 from captum_m2ib.benchmark.command import add_benchmark
 
 if TYPE_CHECKING:
-    from captum_m2ib.attr import MultiModalInfoBottleneck
     from captum_m2ib.encoders.dual_encoder import DualEncoder
     from captum_m2ib.explanations.explanation import Explanation
 
@@ -49,14 +49,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("captum-m2ib: interrupted.", file=sys.stderr)
         return 130
-    except (ValueError, OSError, RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError, TypeError, ArithmeticError, MemoryError) as error:
         print(f"captum-m2ib: {_one_line(error)}", file=sys.stderr)
         return 2
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """A parser that asks for some of its help only when it is shown: what names methods takes seconds to import."""
+
+    def __init__(self, *given: Any, **options: Any) -> None:
+        super().__init__(*given, **options)
+        self.late: list[tuple[argparse.Action, Callable[[], str]]] = []
+
+    def format_help(self) -> str:
+        for action, make in self.late:
+            action.help = make()
+        return super().format_help()
+
+
+def _parser() -> _Parser:
+    parser = _Parser(
         prog="captum-m2ib",
         description="Explain which parts of a picture and which words of a caption make them match, in bits.",
     )
@@ -80,8 +93,9 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
-        "processor; its code is run (default: shipped model)",
+        help="hub id or directory of a transformers checkpoint, an adapter or a SentenceTransformer; of open_clip "
+        "hf-hub:ORG/NAME or open_clip:ARCHITECTURE:WEIGHTS; or module:function, a Python function that returns a "
+        "DualEncoder with a processor, whose code is run (default: shipped model)",
     )
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
@@ -94,7 +108,12 @@ def _add_explain(commands: Any) -> None:
         metavar=("IMAGE_LAYER", "TEXT_LAYER"),
         help="dotted names, or inputs[0] for the picture itself (default: what is recommended)",
     )
-    parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
+    method = parser.add_argument("--method", metavar="NAME", default="m2ib")
+    parser.late.append((method, _methods_help))
+    parser.add_argument("--published", action="store_true", help="--method m2ib-published")
+    parser.add_argument(
+        "--whole", action="store_true", help="lay the map over the whole picture, of which the model may see a part"
+    )
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the method's)")
     parser.add_argument("--samples", type=int, help="draws per step (default: the method's)")
@@ -130,34 +149,38 @@ def _explain(given: argparse.Namespace) -> None:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
     if given.published and given.layers:
         raise ValueError("--published: chooses the layers itself; leave out --layers or --published.")
+    if given.published and given.method not in ("m2ib", "m2ib-published"):
+        raise ValueError(f"--published: is a method of its own; leave out --published or --method {given.method}.")
+    from captum_m2ib.attr.registry import METHODS
     from captum_m2ib.explanations.explain import explain
     from captum_m2ib.explanations.files import check_output
 
+    if given.method not in METHODS:
+        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {given.method!r}.")
+
     output = check_output(given.output)
+    if given.whole and output.suffix.lower() not in (".png", ".html"):
+        raise ValueError(f"--whole: is for figures and pages, .png or .html, got {given.output}; leave it out.")
     image, text = (given.image, given.text) if given.image is not None else _example()
     if given.image is not None:
         from captum_m2ib.encoders.pictures import load_picture
 
         image = load_picture(given.image, "IMAGE")
-    encoder = _load(given)
+    method = _method(_load(given), given)
     with warnings.catch_warnings():
         if not given.no_check:
             # The check says so.
             warnings.simplefilter("ignore", captum_m2ib.NothingToExplainWarning)
         explanation = explain(
-            encoder,
+            method.forward_func,
             image,
             text,
-            method=_method(encoder, given),
-            beta=given.beta,
-            n_steps=given.steps,
-            n_samples=given.samples,
-            seed=given.seed,
-            joint=given.joint,
+            method=method,
             check=not given.no_check,
             show_progress=sys.stderr.isatty(),
+            **_settings(method, given),
         )[0]
-    explanation.save(output)
+    explanation.save(output, image if given.whole else None)
     print(_summary(explanation))
     print(f"picture  {os.fspath(output)}" if output.suffix.lower() == ".png" else f"written  {os.fspath(output)}")
 
@@ -208,24 +231,50 @@ def _device(name: str | None) -> str | None:
     return name
 
 
-def _method(encoder: DualEncoder, given: argparse.Namespace) -> MultiModalInfoBottleneck:
-    from captum_m2ib.attr import MultiModalInfoBottleneck
+def _methods_help() -> str:
+    from captum_m2ib.attr.registry import METHODS
 
-    if given.published:
-        return MultiModalInfoBottleneck.published(encoder)
-    layers = getattr(given, "layers", None)
-    return MultiModalInfoBottleneck(encoder, layers=layers)
+    return "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + " (default: %(default)s)"
+
+
+def _method(encoder: DualEncoder, given: argparse.Namespace) -> Any:
+    from captum_m2ib.attr.registry import method_named
+
+    return method_named("m2ib-published" if given.published else given.method, encoder, given.layers)
+
+
+def _settings(method: Any, given: argparse.Namespace) -> dict[str, Any]:
+    """What was asked for of the method, once it is known to take that."""
+    asked = {"beta": given.beta, "n_steps": given.steps, "n_samples": given.samples, "joint": given.joint or None}
+    flags = {"beta": "--beta", "n_steps": "--steps", "n_samples": "--samples", "joint": "--joint"}
+    found = {name: value for name, value in asked.items() if value is not None}
+    takes = inspect.signature(method.attribute).parameters
+    if unknown := [flags[name] for name in found if name not in takes]:
+        raise ValueError(f"{', '.join(unknown)}: {given.method} takes no such setting; leave it out.")
+    return {**found, "seed": given.seed} if "seed" in takes else found
 
 
 def _summary(explanation: Explanation) -> str:
-    top = ", ".join(f"{token} {bits:.2f}" for token, bits in explanation.top_tokens(5))
+    from captum_m2ib.explanations.units import WORDINGS
+
+    wording = WORDINGS[explanation.unit]
+    top = ", ".join(f"{token} {_amount(bits, explanation.unit, 2)}" for token, bits in explanation.top_tokens(5))
+    totals = (explanation.image_total_bits, explanation.token_total_bits)
+    image, text = (
+        f"{_amount(total, explanation.unit, 1)} {wording.name}" if wording.has_totals else wording.name
+        for total in totals
+    )
     return (
         f"caption  {explanation.caption}\n"
         f"score    {explanation.score:.3f} (cosine similarity)\n"
-        f"image    {explanation.image_total_bits:.1f} bits\n"
-        f"text     {explanation.token_total_bits:.1f} bits; most in: {top}"
+        f"image    {image}\n"
+        f"text     {text}; most in: {top}"
         + "".join(f"\n{'check' if not i else '':9}{line}" for i, line in enumerate(explanation.check_lines))
     )
+
+
+def _amount(value: float, unit: str, digits: int) -> str:
+    return f"{value:.{digits}f}" if unit == "bits" else f"{value:.2g}"
 
 
 def _train(given: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import captum_m2ib
 from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, explain
+from captum_m2ib.attr.registry import METHODS, method_named, unit_of
 from captum_m2ib.cli import main
 from captum_m2ib.scenes.grounds import GROUNDS
 
@@ -151,6 +153,49 @@ class TestExplain:
         mixed = settings("--layers", "inputs[0]", TEXT_BLOCK, *QUICK)
         assert mixed["layers"] == ["inputs[0]", TEXT_BLOCK] and mixed["priors"] == ["pair", "N(0, variance)"]
 
+    @pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+    def test_every_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, name: str):
+        target = tmp_path / "result.npz"
+        given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target)
+        status, out, err = run(*given, "--method", name, *(QUICK if name.startswith("m2ib") else ()))
+        assert (status, err) == (0, "")
+        found = Explanation.load(target)
+        assert found.unit == unit_of(method_named(name, DualEncoder.from_pretrained(checkpoint)))
+        image, text = (line.partition(" ")[2].strip() for line in out.splitlines()[2:4])
+        pattern = {
+            "bits": r"\d+\.\d bits",
+            "score": r"-?[\d.e-]+ units of the score",
+            "relative": "relative values",
+        }[found.unit]
+        assert re.fullmatch(pattern, image) and re.fullmatch(pattern + "; most in: .*", text)
+        assert out.count(" map ") == 2
+
+    def test_settings_reach_another_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
+        target = tmp_path / "result.npz"
+        options = ("--steps", 3, "--layers", IMAGE_BLOCK, TEXT_BLOCK, "--output", target)
+        assert run("explain", picture, CAPTION, "--model", checkpoint, "--method", "nib", *options).status == 0
+        found = Explanation.load(target)
+        layers = [IMAGE_BLOCK, TEXT_BLOCK]
+        assert found.settings == {"method": "NarrowingInfoBottleneck", "layers": layers, "n_steps": 3}
+
+    def test_help_names_every_method(self, capsys: pytest.CaptureFixture[str]):
+        with pytest.raises(SystemExit):
+            main(["explain", "--help"])
+        # Lines are broken at hyphens too.
+        shown = " ".join(capsys.readouterr().out.split()).replace("- ", "-")
+        assert all(f"{name}: {method.about}" in shown for name, method in METHODS.items())
+
+    @pytest.mark.parametrize("suffix", [".png", ".html"])
+    def test_the_whole_picture(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, suffix: str):
+        target = tmp_path / f"result{suffix}"
+        given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target, "--no-check", *QUICK)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert run(*given).status == 0
+            seen = target.read_bytes()
+            assert run(*given, "--whole").status == 0
+        assert target.read_bytes() != seen
+
     def test_same_seed_same_file(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
         maps = []
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -245,6 +290,14 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--published", "--layers", IMAGE_BLOCK, TEXT_BLOCK),
         r"--layers.*--published|--published.*--l",
     ),
+    "unknown method": (("--method", "legard"), r"--method: expected one of m2ib, .*legrad, rise, got 'legard'"),
+    "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
+    "fixed layers": (("--method", "m2ib-published", "--layers", IMAGE_BLOCK, TEXT_BLOCK), r"layers: those of m2ib-p"),
+    "settings of another method": (
+        ("--method", "legrad", "--beta", "1", "--joint"),
+        r"--beta, --steps, --samples, --joint: legrad takes no such setting; leave it out",
+    ),
+    "whole picture as data": (("--whole", "--output", "result.npz"), r"--whole: is for figures and pages.*result.npz"),
     "unknown device": (("--device", "nonsense"), r"device"),
 }
 
@@ -523,12 +576,13 @@ class TestTrainScenes:
 class TestBenchmark:
     def test_speed(self, run: Run, monkeypatch: pytest.MonkeyPatch):
         calls = []
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.measure", lambda *given: calls.append(given) or "report")
-        monkeypatch.setattr("captum_m2ib.benchmark.speed.loops.render", lambda report: f"table of the {report}")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.measure", lambda *given: calls.append(given) or "report")
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.render", lambda report: f"table of the {report}")
         options = ("--repeats", 2, "--batch", 5, "--layer", 1, "--device", "cpu")
         assert run("benchmark", "speed", *options) == Result(0, "table of the report\n", "")
-        assert run("benchmark", "speed").status == 0
-        assert calls == [(2, 5, 1, "cpu"), (3, 8, 9, "cpu")]
+        monkeypatch.setattr("captum_m2ib.benchmark.speed.ways.write", lambda *given: calls.append(given))
+        assert run("benchmark", "speed", "--csv", "costs.csv").status == 0
+        assert calls == [(2, 5, 1, "cpu"), (3, 8, 9, "cpu"), ("report", "costs.csv")]
 
     @pytest.mark.parametrize("name", ["repeats", "batch"])
     def test_speed_with_arguments_that_cannot_be(self, run: Run, name: str):

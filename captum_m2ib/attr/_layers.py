@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.wrappers import no_towers
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
 
@@ -21,6 +22,11 @@ def recommended(forward_func: Any) -> Sequence[LayerLike | None]:
 
 def encoder_of(forward_func: Any, how: str, example: str) -> DualEncoder:
     """What layers can be chosen for; else an error that says how they were to be, and what to give instead."""
+    if isinstance(forward_func, nn.Module) and not isinstance(forward_func, DualEncoder):
+        raise ValueError(
+            f"layers: they can only be {how} for a dual encoder: {no_towers(forward_func)} Or name one layer per "
+            f"input, e.g. layers=({example})."
+        )
     if not isinstance(forward_func, DualEncoder):
         raise ValueError(
             f"layers: they can only be {how} for a DualEncoder, got {type(forward_func).__name__}; name one layer per "

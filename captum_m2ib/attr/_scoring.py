@@ -10,19 +10,20 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.encoders.dual_encoder import DualEncoder, is_dual_encoder
+from captum_m2ib.encoders.wrappers import unwrap
 from captum_m2ib.engine.layers import Layer
 
 Forward: TypeAlias = Callable[[tuple[Any, ...]], Any]
 
 
 def as_forward_func(forward_func: Any) -> Any:
-    """A raw dual encoder becomes a DualEncoder; everything else that can be called stays as it is."""
-    if (
-        isinstance(forward_func, nn.Module)
-        and not isinstance(forward_func, DualEncoder)
-        and is_dual_encoder(forward_func)
-    ):
-        return DualEncoder(forward_func)
+    """A dual encoder, raw or wrapped, becomes a DualEncoder; everything else that can be called stays as it is."""
+    if isinstance(forward_func, nn.Module):
+        inside = unwrap(forward_func)
+        if isinstance(inside, DualEncoder):
+            return inside
+        if is_dual_encoder(inside):
+            return DualEncoder(forward_func)
     if not callable(forward_func):
         raise TypeError(f"forward_func: expected a model or a callable, got {type(forward_func).__name__}.")
     return forward_func

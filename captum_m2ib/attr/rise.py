@@ -17,7 +17,6 @@ from captum_m2ib.attr._layers import check_entry, ensure_layers
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.attr._units import spread_units, sum_units
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.towers import find_embeddings
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer
@@ -169,7 +168,7 @@ def _embeddings(forward_func: Any) -> Sequence[LayerLike | None]:
     if not isinstance(forward_func, DualEncoder):
         return ()
     first, second = (
-        find_embeddings(forward_func.tower_of(index)) if isinstance(layout, TextLayout) else None
+        forward_func.embeddings_of(index) if isinstance(layout, TextLayout) else None
         for index, layout in enumerate(forward_func.layouts)
     )
     return (first, second) if first is None or second is None else forward_func.told_apart((first, second))

@@ -14,6 +14,8 @@ from captum_m2ib.encoders.pictures import load_picture
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from captum_m2ib.encoders.dual_encoder import DualEncoder
+
 
 class RowError(ValueError):
     """Why a row cannot be explained; ``kind`` says what is at fault."""
@@ -111,6 +113,12 @@ def read_region(size: tuple[int, int], boxes: Any, mask: Any) -> Image | None:
         # The far edge of a box is not inside it.
         draw.rectangle([round(x0), round(y0), max(round(x1) - 1, round(x0)), max(round(y1) - 1, round(y0))], fill=255)
     return region.convert("RGB")
+
+
+def seen_region(encoder: DualEncoder, region: Image, caption: str) -> np.ndarray:
+    """A region as the model sees it: prepared like the picture itself, and black where there is no picture."""
+    pairs = encoder.prepare(region, caption)
+    return pairs.pictures[0] if pairs.regions[0] is None else pairs.regions[0].crop(region.convert("RGB"))
 
 
 def cover_of(region: np.ndarray, grid: Sequence[int]) -> np.ndarray:

@@ -16,7 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from captum_m2ib.audit.decode import RowError, cover_of, read_ahead, read_caption, read_picture, read_region
+from captum_m2ib.audit.decode import (
+    RowError,
+    cover_of,
+    read_ahead,
+    read_caption,
+    read_picture,
+    read_region,
+    seen_region,
+)
 from captum_m2ib.audit.measures import cosine, half_scores, jpeg, patch_maps
 from captum_m2ib.audit.processes import survive_fork
 from captum_m2ib.audit.rows import read_boxes
@@ -402,9 +410,7 @@ class Worker:
         """Which share of the map's bits, and of its area, lies inside the given boxes or mask."""
         if pair.region is None:
             return {}
-        # Prepared like the picture itself, the region is cropped as the model's processor crops.
-        seen = self._encoder.prepare(pair.region, pair.caption).pictures[0]
-        cover = cover_of(seen, bits.shape)
+        cover = cover_of(seen_region(self._encoder, pair.region, pair.caption), bits.shape)
         total = bits.sum(dtype=np.float64)
         return {
             "inside_share": float((bits * cover).sum() / total) if total > 0 else None,

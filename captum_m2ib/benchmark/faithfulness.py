@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.towers import token_tables
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.metrics import (
     deletion,
@@ -130,9 +129,9 @@ def token_table(encoder: Any) -> LayerLike:
     Raises:
         ValueError: if it cannot be found.
     """
-    if isinstance(encoder, DualEncoder):
-        for _, table in token_tables(encoder.tower_of(1).named_modules()):
-            return table
+    found = encoder.token_table_of(1) if isinstance(encoder, DualEncoder) else None
+    if found is not None:
+        return found
     raise ValueError(
         f"embedding: found no table of tokens in {type(encoder).__name__}; pass the layer that turns ids into rows, "
         "e.g. embedding='text_model.embeddings.token_embedding'."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -17,14 +17,7 @@ from typing import Any, TypeAlias
 
 from captum.attr import InputXGradient, IntegratedGradients, Saliency
 
-from captum_m2ib.attr import (
-    RISE,
-    AttentionRelevance,
-    GradECLIP,
-    LeGrad,
-    MultiModalInfoBottleneck,
-    NarrowingInfoBottleneck,
-)
+from captum_m2ib.attr import MultiModalInfoBottleneck, registry
 from captum_m2ib.benchmark.adapters import (
     Ablation,
     CentrePrior,
@@ -181,15 +174,29 @@ def _both(**choices: tuple[Any, ...]) -> tuple[tuple[Setting, ...], tuple[Settin
 _BLOCKS = tuple(range(12))
 _EITHER = (False, True)
 
+# Of this package's own methods those that have something to choose.
+_CHOICES = {
+    "nib": _both(layer=_BLOCKS, n_steps=(10, 50)),
+    "grad-eclip": _both(layer=_BLOCKS),
+    "relevance": _both(layer=_BLOCKS),
+    "legrad": _both(layer=_BLOCKS),
+}
+
+ON_REQUEST = ("m2ib-fine", "m2ib-late", "rise")
+"""Methods that are left out unless they are asked for: variants of ours, and RISE, which takes 4000 passes per map."""
+
+
+def _own(on_request: bool) -> Iterator[Family]:
+    """The methods of this package, but for those that are left out, or those."""
+    for method in registry.METHODS.values():
+        if (method.name in ON_REQUEST) == on_request:
+            yield Family(method.name, method.make, (), _CHOICES.get(method.name, ((), ())), method.seeded)
+
+
 FAMILIES: dict[str, Family] = {
     family.name: family
     for family in (
-        Family("m2ib", MultiModalInfoBottleneck, seeded=True),
-        Family("m2ib-published", MultiModalInfoBottleneck.published, seeded=True),
-        Family("nib", NarrowingInfoBottleneck, (), _both(layer=_BLOCKS, n_steps=(10, 50))),
-        Family("grad-eclip", GradECLIP, (), _both(layer=_BLOCKS)),
-        Family("relevance", AttentionRelevance, (), _both(layer=_BLOCKS)),
-        Family("legrad", LeGrad, (), _both(layer=_BLOCKS)),
+        *_own(on_request=False),
         Family("grad-cam", GradCAM, ("relu",), _both(layer=_BLOCKS, relu=_EITHER)),
         Family("saliency", partial(OnEmbeddings, method=Saliency), ("smooth",), (_settings(smooth=(True,)), ())),
         Family(
@@ -206,13 +213,28 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("feature-ablation", Ablation, ("cell", "smooth"), (_settings(cell=(None, 16), smooth=_EITHER), ())),
         Family("occlusion", OcclusionWindow, ("window", "smooth"), (_settings(window=(1, 2, 3), smooth=_EITHER), ())),
-        Family("rise", RISE, seeded=True),
+        *_own(on_request=True),
         Family("centre", CentrePrior),
         Family("random", RandomMap, seeded=True),
     )
 }
 
 _FLOORS = ("centre", "random")
+
+
+def _late(encoder: DualEncoder, layers: Any = None) -> MultiModalInfoBottleneck:
+    """Ours at the paper's layers, which are late ones."""
+    late = encoder.published_layers() if layers is None else layers
+    return MultiModalInfoBottleneck(encoder, layers=late, statistics=("pair", "pair"))
+
+
+_FINE: Setting = {"n_steps": 8, "n_samples": 9}
+
+VARIANTS = (
+    Method("m2ib-fine", FAMILIES[OURS], (_FINE, _FINE)),
+    Method("m2ib-late", Family("m2ib-late", _late, seeded=True)),
+)
+"""Ours otherwise than at its defaults: with six times the passes, and behind late blocks instead of at the inputs."""
 
 
 def tuned_methods(path: str | os.PathLike[str] = SETTINGS_FILE) -> dict[str, Method]:
@@ -263,12 +285,10 @@ def methods(settings: str | os.PathLike[str] = SETTINGS_FILE) -> dict[str, Metho
         found[name] = Method(name, family, is_floor=name in _FLOORS)
         if f"{name}-tuned" in tuned:
             found[f"{name}-tuned"] = tuned[f"{name}-tuned"]
+        found |= {method.name: method for method in VARIANTS if name == OURS}
     return found
 
 
 METHODS: dict[str, Method] = methods()
 
-SLOW = ("rise",)
-"""Methods that are left out unless they are asked for: RISE as published needs 4000 passes per map."""
-
-DEFAULT = tuple(name for name in METHODS if name not in SLOW)
+DEFAULT = tuple(name for name in METHODS if name not in ON_REQUEST)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from captum_m2ib.audit.decode import cover_of
+from captum_m2ib.audit.decode import cover_of, seen_region
 from captum_m2ib.engine.layouts import PackedLayout, packed_grid
 from captum_m2ib.metrics import auroc, pointing_game, relevance_mass
 
@@ -30,8 +30,7 @@ def truth_of(encoder: DualEncoder, region: Any, caption: str, grid: Sequence[int
     Returns:
         Tensor: boolean, (1, height, width): cells of which at least half lies inside.
     """
-    seen = encoder.prepare(region, caption).pictures[0]
-    return torch.from_numpy(cover_of(seen, grid) >= 0.5).unsqueeze(0)
+    return torch.from_numpy(cover_of(seen_region(encoder, region, caption), grid) >= 0.5).unsqueeze(0)
 
 
 def grids_of(encoder: DualEncoder, pairs: Pairs, maps: Tensor) -> list[Tensor]:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from captum_m2ib import _captum
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.towers import find_embeddings
 from captum_m2ib.engine.batch_axis import BatchAxis
 from captum_m2ib.engine.interception import Handler, borrowing, current_handler, intercept
 from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
@@ -359,7 +358,7 @@ def _text_modality(forward_func: Any) -> int:
 
 
 def _embedding_of(forward_func: Any, modality: int) -> LayerLike:
-    found = find_embeddings(forward_func.tower_of(modality)) if isinstance(forward_func, DualEncoder) else None
+    found = forward_func.embeddings_of(modality) if isinstance(forward_func, DualEncoder) else None
     if found is None:
         raise ValueError(
             f"embedding: found no layer of {type(forward_func).__name__} that embeds tokens; pass the module, e.g. "

@@ -8,19 +8,17 @@ processor, the towers' layouts, and the layers worth explaining at.
 
 from __future__ import annotations
 
-import functools
-import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of, similarity
 from captum_m2ib.encoders.checkpoints import (
-    check_checkpoint,
+    find_source,
     find_statistics,
     load_model,
     load_open_clip,
@@ -29,14 +27,10 @@ from captum_m2ib.encoders.checkpoints import (
 from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
-from captum_m2ib.encoders.towers import (
-    config_of,
-    device_of,
-    find_embeddings,
-    refine,
-    stages_of,
-    vocabulary_statistics,
-)
+from captum_m2ib.encoders.processors import as_processor
+from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
+from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
+from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.engine.statistics import ChannelStatistics
@@ -52,51 +46,8 @@ _OWN = {
 }
 
 
-class _Tower(nn.Module):
-    """One tower as a module that returns its embedding, so that the whole tower is one call.
-
-    It refers to the model without owning it: the model stays registered once, under its own names.
-    """
-
-    def __init__(self, model: nn.Module, side: Side) -> None:
-        super().__init__()
-        self.model: nn.Module
-        self.__dict__["model"] = model
-        self.side = side
-        self.training = False
-
-    def forward(self, inputs: Tensor, *extras: Any) -> Any:
-        side = self.side
-        method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
-        if not side.named:
-            return method(inputs, *extras)
-        given = {
-            name: value for name, value in zip(side.arguments, (inputs, *extras), strict=False) if value is not None
-        }
-        run = method if isinstance(side.encode, str) else functools.partial(side.encode, self.model)
-        if self._is_resized(inputs) and "interpolate_pos_encoding" in inspect.signature(run).parameters:
-            given["interpolate_pos_encoding"] = True
-        return run(**given)
-
-    def _is_resized(self, inputs: Tensor) -> bool:
-        """Whether pictures come in another size than the tower stores positions for."""
-        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
-        if self.side.modality != "image" or native is None or inputs.ndim != 4:
-            return False
-        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
-
-
-def _embedding(output: Any, owner: str) -> Tensor:
-    output = output[0] if isinstance(output, tuple) and output else output
-    for name in (None, "image_embeds", "text_embeds", "pooler_output"):
-        found = output if name is None else getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return found
-    raise TypeError(
-        f"model: expected {owner} to return an embedding per example, (N, dimensions), as a tensor or under "
-        f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
-        "that returns it."
-    )
+# Under which names one model, or two towers, are registered.
+_NAMES = {1: ("model",), 2: ("image_tower", "text_tower")}
 
 
 class DualEncoder(nn.Module):
@@ -110,7 +61,8 @@ class DualEncoder(nn.Module):
         modalities (tuple[str, str], optional): What is compared: two of ``"image"``, ``"text"``, ``"audio"`` and
             ``"video"``, such as ("image", "image") for pictures compared through one tower. Default: None (what the
             model compares; ("image", "text") for two towers)
-        processor (optional): The processor of the model, for :meth:`prepare`. Default: None
+        processor (optional): The processor of the model, for :meth:`prepare`, or two functions, (preprocess, tokenize)
+            (see :mod:`captum_m2ib.encoders.processors`). Default: None
         layouts (tuple, optional): Layouts of the towers where they cannot be derived. Default: None
         statistics (mapping, optional): Layer name to :class:`ChannelStatistics`, for the standardised prior.
             Default: None
@@ -128,6 +80,11 @@ class DualEncoder(nn.Module):
         torch.Size([2])
     """
 
+    model: nn.Module
+    image_tower: nn.Module
+    text_tower: nn.Module
+    _towers: tuple[TowerCall, TowerCall]
+
     def __init__(
         self,
         *towers: nn.Module,
@@ -137,27 +94,48 @@ class DualEncoder(nn.Module):
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> None:
         super().__init__()
-        self._towers: tuple[_Tower, _Tower]
         if len(towers) not in (1, 2):
             raise TypeError(f"towers: expected one model or two towers, got {len(towers)} arguments.")
-        if len(towers) == 1:
-            self.model = towers[0]
-            self._family = _known_family(towers[0])
-            self.sides = _chosen_sides(self._family, modalities, towers[0])
-        else:
-            self.image_tower, self.text_tower = towers
-            self._family = Family(tuple(_OWN.values()))
-            self.sides = _chosen_sides(self._family, modalities or ("image", "text"), towers[0])
-        # Outside the registry of modules, so that parameters keep the model's own names.
-        self.__dict__["_towers"] = tuple(
-            _Tower(tower, side)
-            for tower, side in zip(towers if len(towers) == 2 else towers * 2, self.sides, strict=True)
-        )
-        self._slots = _slots(self.sides)
-        self._layouts = tuple(layouts) if layouts is not None else self._derived_layouts(processor)
-        self.processor = processor
+        self.processor = as_processor(processor if processor is not None else processor_in(towers[0]))
         self.statistics: dict[str, ChannelStatistics] = dict(statistics or {})
-        self.training = any(tower.training for tower in towers)
+        self._modalities = modalities
+        self._given_layouts = tuple(layouts) if layouts is not None else None
+        self._hold(dict(zip(_NAMES[len(towers)], towers, strict=True)))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        held = [known for known in _NAMES[1] + _NAMES[2] if known in self.__dict__.get("_modules", ())]
+        if name not in _NAMES[1] + _NAMES[2] or not held:
+            super().__setattr__(name, value)
+            return
+        if name not in held:
+            raise AttributeError(
+                f"{name}: this DualEncoder is made of {' and '.join(held)}; set that, or make a new DualEncoder."
+            )
+        self._hold({known: value if known == name else self._modules[known] for known in held})
+        # They were measured on what has been replaced.
+        self.statistics = {}
+
+    def _hold(self, towers: Mapping[str, Any]) -> None:
+        """Register the model or the towers, and derive all that is known of them."""
+        names, modules = list(towers), [unwrap(tower) for tower in towers.values()]
+        is_one = len(modules) == 1
+        family = _known_family(modules[0]) if is_one else Family(tuple(_OWN.values()))
+        sides = _chosen_sides(family, self._modalities or (None if is_one else ("image", "text")), modules[0])
+        calls = [
+            TowerCall(self._modules, name, as_called(side, module))
+            for name, module, side in zip(names * (3 - len(names)), modules * (3 - len(names)), sides, strict=True)
+        ]
+        for name, module in zip(names, modules, strict=True):
+            super().__setattr__(name, module)
+        self._family, self._is_whole = family, sides == family.sides
+        self.sides: tuple[Side, Side] = (calls[0].side, calls[1].side)
+        # Outside the registry of modules, so that parameters keep the model's own names.
+        self.__dict__["_towers"] = tuple(calls)
+        self.__dict__["_wrapped"] = tuple(tower for tower in towers.values() if tower not in modules)
+        self.__dict__["_tokens"] = {}
+        self._slots = _slots(self.sides)
+        self._layouts = self._given_layouts or self._derived_layouts(self.processor)
+        self.training = any(module.training for module in modules)
 
     @classmethod
     def from_pretrained(
@@ -172,7 +150,9 @@ class DualEncoder(nn.Module):
 
         Args:
 
-            model (str or PathLike): Hub id, or a local directory of the same form.
+            model (str or PathLike): Hub id, or a local directory of the same form: a checkpoint of transformers; an
+                adapter of one (LoRA, ...), which peft reads and which is added to the weights; or a SentenceTransformer
+                that holds one. Names of open_clip are for :meth:`from_open_clip`.
             revision (str, optional): Branch, tag or commit on the hub. Default: None
             torch_dtype (torch.dtype, optional): Default: None (float32, whatever the file holds)
             device (torch.device or str, optional): Default: None (stays on the CPU)
@@ -183,11 +163,12 @@ class DualEncoder(nn.Module):
 
         Raises:
             OSError: if there is no such checkpoint, or its safetensors weights are missing, damaged or incomplete.
+            ImportError: if it is an adapter and peft is not installed.
             TypeError: if the model has no two towers.
         """
-        check_checkpoint(model)
-        loaded = load_model(model, revision, torch_dtype or torch.float32)
-        encoder = cls(loaded.eval(), processor=load_processor(model, revision))
+        source = find_source(model, revision)
+        loaded = load_model(source, torch_dtype or torch.float32)
+        encoder = cls(loaded.eval(), processor=load_processor(source, revision))
         encoder.statistics.update(find_statistics(model, revision))
         return encoder.to(device) if device is not None else encoder
 
@@ -250,7 +231,7 @@ class DualEncoder(nn.Module):
                     f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
                     "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
                 )
-        return _similarity(*self._joined(*self._outputs(first, second, additional)))
+        return similarity(*self._joined(*self._outputs(first, second, additional)))
 
     def similarities(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
         r"""Cosine similarity of every first input with every second one; each tower runs once.
@@ -279,7 +260,7 @@ class DualEncoder(nn.Module):
                 "embedding serves several pairs; score the pairs one by one."
             )
         one, other = self._joined(*self._outputs(first, second, additional))
-        return _similarity(one.unsqueeze(1), other.unsqueeze(0))
+        return similarity(one.unsqueeze(1), other.unsqueeze(0))
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
         given = dict(zip(self._slots[2:], additional, strict=False))
@@ -292,6 +273,7 @@ class DualEncoder(nn.Module):
             )
         outputs = []
         for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
+            tower.check_configuration()
             extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
             while extras and extras[-1] is None:
                 extras.pop()
@@ -301,13 +283,13 @@ class DualEncoder(nn.Module):
     @property
     def _join(self) -> Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None:
         """How the two outputs become embeddings where one side reads the other's."""
-        return self._family.join if self.sides == self._family.sides else None
+        return self._family.join if self._is_whole else None
 
     def _joined(self, first: Any, second: Any) -> tuple[Tensor, Tensor]:
         names = [type(tower.model).__name__ for tower in self._towers]
         if self._join is not None:
-            return self._join(self.model, first, _embedding(second, names[1]))
-        return _embedding(first, names[0]), _embedding(second, names[1])
+            return self._join(self.model, first, embedding_of(second, names[1]))
+        return embedding_of(first, names[0]), embedding_of(second, names[1])
 
     @property
     def argument_names(self) -> tuple[str, ...]:
@@ -344,7 +326,7 @@ class DualEncoder(nn.Module):
             Layout or None: None where it cannot be derived.
         """
         modality = self.owner(layer) if modality is None else modality
-        return refine(self.layouts[modality], self.tower_of(modality), layer)
+        return refine(self.layouts[modality], self.tower_of(modality), layer, self.embeddings_of(modality))
 
     def layout_at(self, layer: Layer, modality: int) -> Layout | None:
         r"""The layout where an input is explained: in a layer, or at the input itself.
@@ -368,9 +350,10 @@ class DualEncoder(nn.Module):
         r"""Where names of layers start.
 
         Returns:
-            tuple[nn.Module, ...]: the wrapped model, and this module.
+            tuple[nn.Module, ...]: the wrapped model, this module, and what the model was wrapped in when it was given.
         """
-        return (self.model, self) if "model" in self._modules else (self,)
+        wrapped = (root for root in self.__dict__["_wrapped"] if isinstance(root, nn.Module))
+        return (self.model, self, *wrapped) if "model" in self._modules else (self,)
 
     def owner(self, layer: nn.Module) -> int:
         r"""Which tower a layer belongs to.
@@ -440,16 +423,16 @@ class DualEncoder(nn.Module):
             for name, module in root.named_modules():
                 if module is wanted and name in self.statistics:
                     return self.statistics[name]
-        text = [self.tower_of(i) for i, side in enumerate(self.sides) if side.modality == "text"]
-        return vocabulary_statistics(wanted) if any(wanted is find_embeddings(tower) for tower in text) else None
+        text = [index for index, side in enumerate(self.sides) if side.modality == "text"]
+        return vocabulary_statistics(wanted) if any(wanted is self.embeddings_of(index) for index in text) else None
 
-    def prepare(self, images: PictureLike | Sequence[PictureLike], captions: str | Sequence[str]) -> Pairs:
+    def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
 
         Args:
 
-            images (picture or sequence of pictures): Paths, PIL images or uint8 arrays (H, W, 3). A single picture
-                is paired with every caption.
+            images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column
+                of a table or anything else that can be gone through. A single picture is paired with every caption.
             captions (str or sequence of str): A single caption is paired with every picture.
 
         Returns:
@@ -509,6 +492,44 @@ class DualEncoder(nn.Module):
             return (self.image_tower, self.text_tower)[index]
         return self.sides[index].tower(self.model)
 
+    def embeddings_of(self, index: int) -> nn.Module | None:
+        r"""The module that embeds a tower's tokens, with their positions where it adds them.
+
+        A text tower is run once on two made-up captions: what embeds them is found by what it does, so that adapters
+        and replaced tables are seen as the tower reads them.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            nn.Module or None: None if there is none.
+        """
+        return self._token_modules(index).embeddings
+
+    def token_table_of(self, index: int) -> nn.Module | None:
+        r"""The part of a tower's embeddings that knows no positions: from token ids to rows.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+
+        Returns:
+            nn.Module or None: None if there is none.
+        """
+        return self._token_modules(index).table
+
+    def _token_modules(self, index: int) -> TokenModules:
+        tower = self.tower_of(index)
+        # Adapters may have been put into the tower since.
+        modules, known = list(tower.modules()), self.__dict__["_tokens"].get(index)
+        if known is None or known[0] != modules:
+            call = self._towers[index] if self.sides[index].modality == "text" else None
+            known = modules, find_token_modules(tower, call)
+            self.__dict__["_tokens"][index] = known
+        found: TokenModules = known[1]
+        return found
+
     def stages(self, index: int) -> list[list[nn.Module]]:
         r"""The blocks of one tower, stage by stage; a tower of one resolution has one stage.
 
@@ -552,7 +573,7 @@ class DualEncoder(nn.Module):
         if self.sides[index].modality != "text":
             stages = self.stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
-        found = find_embeddings(tower)
+        found = self.embeddings_of(index)
         if found is None:
             raise ValueError(
                 f"layers: found no table of tokens in the text tower {type(tower).__name__}; name the layers, e.g. "
@@ -582,10 +603,7 @@ def is_dual_encoder(model: Any) -> bool:
 def _known_family(model: nn.Module) -> Family:
     family = family_of(model)
     if family is None:
-        raise TypeError(
-            "model: expected get_image_features and get_text_features, or encode_image and encode_text, got "
-            f"{type(model).__name__}, which offers neither; pass DualEncoder(image_tower, text_tower) instead."
-        )
+        raise TypeError(f"model: {no_towers(model)}")
     return family
 
 
@@ -606,12 +624,6 @@ def _slots(sides: tuple[Side, Side]) -> list[tuple[int, str]]:
     masks = [slot for slot in extras if slot[1] == "attention_mask"]
     inputs = [(index, side.arguments[0]) for index, side in enumerate(sides)]
     return [*inputs, *masks, *(slot for slot in extras if slot not in masks)]
-
-
-def _similarity(first: Tensor, second: Tensor) -> Tensor:
-    # Half-precision scores differ by steps as large as what a token contributes.
-    precise = torch.promote_types(first.dtype, torch.float32)
-    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)
 
 
 def _three_quarters(depth: int) -> int:

@@ -39,6 +39,8 @@ class Side:
         towers (tuple[str, ...]): Names under which the model may keep the tower; the model itself if it has none.
         named (bool, optional): Whether arguments are passed by name. Default: True
         padding (str, optional): How captions are padded: ``"longest"`` or ``"max_length"``. Default: ``"longest"``
+        keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
+            None (second)
     """
 
     modality: str
@@ -47,6 +49,7 @@ class Side:
     towers: tuple[str, ...]
     named: bool = True
     padding: str = "longest"
+    keyword: str | None = None
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The module that holds this side's layers."""
@@ -84,7 +87,7 @@ IMAGE = Side("image", "get_image_features", ("pixel_values",), _VISION)
 TEXT = Side("text", "get_text_features", ("input_ids", "attention_mask"), _TEXT)
 UNMASKED_TEXT = Side("text", "get_text_features", ("input_ids", "attention_mask"), _TEXT, padding="max_length")
 ENCODED_IMAGE = Side("image", "encode_image", ("image",), _VISION, named=False)
-ENCODED_TEXT = Side("text", "encode_text", ("text",), _TEXT, named=False)
+ENCODED_TEXT = Side("text", "encode_text", ("text", "attention_mask"), _TEXT, named=False)
 
 
 def _flava_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:

@@ -1,4 +1,4 @@
-"""An encoder by the name that a command line takes: a hub id, a directory, or a Python function that makes one."""
+"""An encoder by the name that a command line takes: a hub id, a directory, one of open_clip's, or a Python function."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ def load_named(
 
     Args:
 
-        model (str or PathLike): What :meth:`DualEncoder.from_pretrained` takes, or ``module:function``: a Python
-            function without arguments that returns a :class:`DualEncoder` with a processor. Its code is run. The module
-            may lie in the working directory.
+        model (str or PathLike): What :meth:`DualEncoder.from_pretrained` takes; a model of open_clip as
+            ``hf-hub:ORG/NAME``, ``local-dir:PATH``, the path itself, or ``open_clip:ARCHITECTURE:WEIGHTS`` with a tag
+            or a file of weights; or ``module:function``, a Python function without arguments that returns a
+            :class:`DualEncoder` with a processor. Its code is run. The module may lie in the working directory.
         revision (str, optional): Branch, tag or commit on the hub. Default: None
         device (torch.device or str, optional): Default: None (where it was made)
 
@@ -29,13 +30,18 @@ def load_named(
         DualEncoder: in eval mode.
 
     Raises:
-        OSError: as for :meth:`DualEncoder.from_pretrained`.
+        OSError, ImportError: as for :meth:`DualEncoder.from_pretrained` and :meth:`DualEncoder.from_open_clip`.
         TypeError: if the name is that of no function.
         ValueError: if there is no such module or function, it needs what is not installed, or returns something else.
     """
-    if not is_function(model):
-        return DualEncoder.from_pretrained(model, revision=revision, device=device)
     name = os.fspath(model)
+    known = _open_clip_name(name)
+    if known is not None:
+        if revision is not None:
+            raise ValueError(f"revision: {name} is a model of open_clip, which has none; leave it out.")
+        return DualEncoder.from_open_clip(*known, device=device)
+    if not is_function(name):
+        return DualEncoder.from_pretrained(name, revision=revision, device=device)
     if revision is not None:
         raise ValueError(f"revision: {name} is a Python function, which has none; leave it out.")
     made = _call(name)
@@ -49,9 +55,28 @@ def load_named(
     return made if device is None else made.to(device)
 
 
-def is_function(model: str | os.PathLike[str]) -> bool:
+def is_function(name: str) -> bool:
     """Whether a model's name is that of a Python function, ``module:function``."""
-    return isinstance(model, str) and re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", model) is not None
+    return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d]\w*", name) is not None
+
+
+def _open_clip_name(name: str) -> tuple[str, str | None] | None:
+    """What open_clip calls a model, and its weights; None if it is none of its models."""
+    if name.startswith(("hf-hub:", "local-dir:")):
+        return name, None
+    if name.startswith("open_clip:"):
+        _, architecture, weights = [*name.split(":", 2), ""][:3]
+        if not architecture or not weights:
+            raise ValueError(
+                f"model: expected open_clip:ARCHITECTURE:WEIGHTS, where WEIGHTS is a tag of open_clip or a file, got "
+                f"{name}; without weights they would be random."
+            )
+        return architecture, weights
+    if os.path.isfile(os.path.join(name, "open_clip_config.json")) and not os.path.isfile(
+        os.path.join(name, "config.json")
+    ):
+        return f"local-dir:{name}", None
+    return None
 
 
 def _call(name: str) -> object:

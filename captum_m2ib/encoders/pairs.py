@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from captum_m2ib.encoders.pictures import PictureLike, load_pictures, seen_part, shown_part
+from captum_m2ib.encoders.pictures import PictureLike, load_pictures
+from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture
+from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.spelling import Speller, unknown_tokens
+from captum_m2ib.encoders.views import View, view_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +32,10 @@ class Pairs:
         captions (tuple[str, ...]): The captions as given.
         tokens (tuple[tuple[str, ...], ...]): Per pair, the token at each of the L positions as a string.
         special (tuple[tuple[bool, ...], ...]): Per pair, which tokens the tokenizer added.
-        pictures (tuple[numpy.ndarray, ...]): Per pair, the part of the picture that the model sees, uint8,
+        pictures (tuple[numpy.ndarray, ...]): Per pair, what the model sees of the picture, padding included, uint8,
             (height, width, 3), at a resolution fit for looking at.
+        regions (tuple[Region or None, ...]): Per pair, where that lies in the whole picture; None where the processor
+            does not cut one box. Default: () (not known)
     """
 
     inputs: tuple[Tensor, Tensor]
@@ -37,6 +44,7 @@ class Pairs:
     tokens: tuple[tuple[str, ...], ...]
     special: tuple[tuple[bool, ...], ...]
     pictures: tuple[np.ndarray, ...]
+    regions: tuple[Region | None, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -58,27 +66,14 @@ class Pairs:
             self.tokens,
             self.special,
             self.pictures,
+            self.regions,
         )
-
-
-class OpenClipProcessor:
-    r"""open_clip's transform and tokenizer behind one name.
-
-    Args:
-
-        transform (Callable): The evaluation transform that comes with the model, (picture) -> (C, H, W).
-        tokenizer (Callable): The tokenizer that comes with the model, (captions) -> (N, L).
-    """
-
-    def __init__(self, transform: Callable[..., Any], tokenizer: Callable[..., Any]) -> None:
-        self.transform = transform
-        self.tokenizer = tokenizer
 
 
 def prepare_pairs(
     processor: Any,
     names: Sequence[str],
-    images: PictureLike | Sequence[PictureLike],
+    images: PictureLike | Iterable[PictureLike],
     captions: str | Sequence[str],
     longest: int | None,
     padding: str,
@@ -88,9 +83,9 @@ def prepare_pairs(
 
     Args:
 
-        processor: A transformers processor, or an :class:`OpenClipProcessor`.
+        processor: A transformers processor, or a :class:`TransformAndTokenizer`.
         names (sequence of str): What ``forward_func`` reads, in its order: first the two inputs.
-        images (picture or sequence of pictures): A single picture is paired with every caption.
+        images (picture or iterable of pictures): A single picture is paired with every caption.
         captions (str or sequence of str): A single caption is paired with every picture.
         longest (int or None): How many tokens the model reads at most, where it says so.
         padding (str): How transformers tokenizers pad.
@@ -99,91 +94,110 @@ def prepare_pairs(
     Returns:
         Pairs: on the CPU.
     """
+    reader, tokenizer = parts_of(processor)
     texts, pictures = _align(_captions(captions), load_pictures(images))
-    if isinstance(processor, OpenClipProcessor):
-        values, ids, tokens, special, shown = _by_open_clip(processor, pictures, texts)
-        found = {names[0]: values, names[1]: ids}
-    else:
-        found, tokens, special, shown = _by_transformers(processor, pictures, texts, longest, padding, names)
+    found, views = _read_pictures(processor, reader, pictures, names[0])
+    ids, found["attention_mask"] = _read_captions(tokenizer, texts, longest, padding)
+    found[names[1]] = ids
+    speller = Speller(tokenizer)
+    tokens = tuple(speller.row(row) for row in ids.tolist())
+    special = tuple(tuple(token in speller.special for token in row) for row in ids.tolist())
     extras = [found.get(name) for name in names[2:]]
     while extras and extras[-1] is None:
         extras.pop()
     return Pairs(
-        (found[names[0]].to(dtype), found[names[1]]), tuple(extras), tuple(texts), tokens, special, tuple(shown)
+        (found[names[0]].to(dtype), found[names[1]]),
+        tuple(extras),
+        tuple(texts),
+        tokens,
+        special,
+        tuple(view.picture for view in views),
+        tuple(view.region for view in views),
     )
 
 
 def padding_of(processor: Any, otherwise: int | None) -> int | None:
     """The id that a processor's tokenizer pads captions with, or another where it does not say."""
-    tokenizer = getattr(processor, "tokenizer", None)
-    inner = getattr(tokenizer, "tokenizer", tokenizer) if isinstance(processor, OpenClipProcessor) else tokenizer
-    found = getattr(inner, "pad_token_id", None)
+    found = getattr(Speller(getattr(processor, "tokenizer", None)).vocabulary, "pad_token_id", None)
     return found if isinstance(found, int) else otherwise
 
 
-def _by_transformers(
-    processor: Any, pictures: list[Any], texts: list[str], longest: int | None, padding: str, names: Sequence[str]
-) -> Any:
-    tokenizer = processor.tokenizer
-    encoded = _tokenize(tokenizer, texts, longest, padding)
-    read = dict(processor.image_processor(images=pictures, return_tensors="pt"))
-    ids = encoded["input_ids"]
-    specials = set(tokenizer.all_special_ids) - _unknown_tokens(tokenizer)
-    found = {names[1]: ids, "attention_mask": encoded.get("attention_mask"), **read}
-    # Packed patches cover the whole picture.
-    whole = "spatial_shapes" in read
-    size = read["pixel_values"].shape[-2:]
-    shown = [shown_part(p) if whole else seen_part(p, processor.image_processor, size) for p in pictures]
-    tokens = tuple(tuple(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist())
-    return found, tokens, tuple(tuple(token in specials for token in row) for row in ids.tolist()), shown
+def _read_pictures(processor: Any, reader: Any, pictures: list[Any], name: str) -> tuple[dict[str, Any], list[View]]:
+    """What the model reads of the pictures, by its names, and what it sees of each."""
+    if not hasattr(processor, "image_processor") and not hasattr(reader, "preprocess"):
+
+        def read_one(picture: Any) -> Tensor:
+            return read_picture(reader, picture)
+
+        values = torch.stack([read_one(picture) for picture in pictures])
+        return {name: values}, [view_of(*each, read_one, reader) for each in zip(pictures, values, strict=True)]
+
+    def read_all(pictures: list[Any]) -> dict[str, Any]:
+        return dict(reader(images=pictures, return_tensors="pt"))
+
+    def planes(picture: Any) -> Tensor:
+        return _planes(read_all([picture]), 0)
+
+    read = read_all(pictures)
+    views = [view_of(picture, _planes(read, index), planes, reader) for index, picture in enumerate(pictures)]
+    return {name: read["pixel_values"], **read}, views
 
 
-def _by_open_clip(processor: OpenClipProcessor, pictures: list[Any], texts: list[str]) -> Any:
-    values = torch.stack([processor.transform(picture) for picture in pictures])
-    ids = processor.tokenizer(texts)
-    spell, specials = _speller(processor.tokenizer)
-    tokens = tuple(tuple(spell(token) for token in row) for row in ids.tolist())
-    special = tuple(tuple(token in specials for token in row) for row in ids.tolist())
-    return values, ids, tokens, special, [_transformed(processor.transform, picture) for picture in pictures]
+def _planes(read: dict[str, Any], index: int) -> Tensor:
+    """One picture as the model receives it, (C, h, w); packed patches put side by side."""
+    pixels: Tensor = read["pixel_values"][index]
+    if "spatial_shapes" not in read:
+        return pixels
+    rows, columns = read["spatial_shapes"][index].tolist()
+    side = math.isqrt(pixels.shape[-1] // 3)
+    patches = pixels[: rows * columns].view(rows, columns, side, side, 3)
+    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
 
 
-def _speller(tokenizer: Any) -> tuple[Callable[[int], str], set[int]]:
-    """How a tokenizer of open_clip spells one token, and the ids of its special tokens."""
-    inner: Any = getattr(tokenizer, "tokenizer", None)
-    if hasattr(inner, "convert_ids_to_tokens"):
-        return inner.convert_ids_to_tokens, set(inner.all_special_ids)
-    if hasattr(tokenizer, "decoder"):
-        # Its padding has the id of a real token, "!".
-        return lambda token: tokenizer.decoder.get(token, str(token)), set(tokenizer.all_special_ids)
-    return str, set()
+def _read_captions(tokenizer: Any, texts: list[str], longest: int | None, padding: str) -> tuple[Tensor, Tensor | None]:
+    """Token ids, (N, L), and the mask where the tokenizer makes one."""
+    if hasattr(tokenizer, "model_max_length"):
+        encoded = _tokenize(tokenizer, texts, longest, padding)
+        return encoded["input_ids"], encoded.get("attention_mask")
+    ids, mask = read_captions(tokenizer, texts)
+    for text in texts:
+        count = _count(Speller(tokenizer).vocabulary, text)
+        if count is not None and count > ids.shape[1]:
+            _warn_of_cut(text, count, f"the tokenizer makes {ids.shape[1]} tokens")
+    return ids, mask
 
 
-def _transformed(transform: Any, picture: Any) -> np.ndarray:
-    """The part of a picture that a transform shows the model: its steps up to the one that makes a tensor."""
-    for step in getattr(transform, "transforms", ()):
-        changed = step(picture)
-        if not hasattr(changed, "size") or isinstance(changed, Tensor):
-            break
-        picture = changed
-    return shown_part(picture.convert("RGB"))
+def _count(vocabulary: Any, text: str) -> int | None:
+    """How many tokens a text has, start and end included, where the tokenizer can tell without cutting it."""
+    if hasattr(vocabulary, "model_max_length"):
+        return len(vocabulary(text)["input_ids"])
+    return len(vocabulary.encode(text)) + 2 if hasattr(vocabulary, "decoder") else None
+
+
+def _warn_of_cut(caption: str, count: int, reason: str) -> None:
+    warnings.warn(f"captions: {reason}, {caption[:40]!r}... has {count}; the rest is cut.", UserWarning, stacklevel=6)
 
 
 def _tokenize(tokenizer: Any, captions: list[str], longest: int | None, padding: str) -> Any:
-    limit = min(longest or tokenizer.model_max_length, tokenizer.model_max_length)
-    unknown = _unknown_tokens(tokenizer)
+    stated = tokenizer.model_max_length
+    limit = min(longest or stated, stated)
+    reason = f"the model reads {limit} tokens"
+    # Positions of RoBERTa start behind padding: two of them are no room for tokens.
+    if longest is not None and limit < longest - 2:
+        reason = (
+            f"the tokenizer says that the model reads {limit} tokens, the text tower has {longest} positions; set "
+            f"processor.tokenizer.model_max_length = {longest} if it was trained on them. Until then {limit} are read"
+        )
+    unknown = unknown_tokens(tokenizer)
     for caption, ids in zip(captions, tokenizer(captions)["input_ids"], strict=True):
         if len(ids) > limit:
-            warnings.warn(
-                f"captions: the model reads {limit} tokens, {caption[:40]!r}... has {len(ids)}; the rest is cut.",
-                UserWarning,
-                stacklevel=5,
-            )
+            _warn_of_cut(caption, len(ids), reason)
         if unknown & set(ids):
             warnings.warn(
                 f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown words all "
                 "look the same to the model.",
                 UserWarning,
-                stacklevel=5,
+                stacklevel=6,
             )
     return tokenizer(captions, padding=padding, truncation=True, max_length=limit, return_tensors="pt")
 
@@ -212,8 +226,3 @@ def _align(captions: list[str], pictures: list[Any]) -> tuple[list[str], list[An
         captions * count if len(captions) == 1 else captions,
         pictures * count if len(pictures) == 1 else pictures,
     )
-
-
-def _unknown_tokens(tokenizer: Any) -> set[int]:
-    """Ids that stand for words the tokenizer does not know; CLIP's own knows every word and names its end token."""
-    return {tokenizer.unk_token_id} - {None, tokenizer.eos_token_id, tokenizer.pad_token_id}

@@ -1,4 +1,4 @@
-"""Read pictures safely, and show the part of them that a model sees."""
+"""Read pictures safely: their sizes are checked before they are decoded, and nothing is fetched."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import io
 import os
 import threading
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -21,9 +21,6 @@ PictureLike: TypeAlias = "Image | np.ndarray | bytes | str | os.PathLike[str]"
 MAXIMUM_PIXELS = 50_000_000
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _BYTES = (bytes, bytearray, memoryview)
-# From this side on ConvNeXt's processor resizes without cutting.
-_NEVER_CROPPED = 384
-_SHOWN_SIDE = 448
 
 
 def load_picture(picture: PictureLike, name: str = "image") -> Image:
@@ -78,8 +75,12 @@ def _open(file: str | io.BytesIO) -> Image:
 def _checked_path(path: str | os.PathLike[str], name: str) -> str:
     """A path that leads to a file; a pipe or a device would never end."""
     given = os.fspath(path)
-    if "://" in given:
-        raise ValueError(f"{name}: {given[:200]} is an address; nothing is fetched, give a file or its bytes.")
+    # A path object of an address has lost one of its slashes.
+    if "://" in given or given.startswith(("http:/", "https:/")):
+        raise ValueError(
+            f"{name}: {given[:200]} is an address, and nothing is fetched; download it first and give the file or its "
+            "bytes."
+        )
     if "\0" in given or not os.path.exists(given):
         raise ValueError(f"{name}: there is no file {given}; check the path.")
     if not os.path.isfile(given):
@@ -139,61 +140,18 @@ def _check_size(size: tuple[int, int], name: str, called: str) -> None:
 
 
 def load_pictures(images: Any) -> list[Image]:
-    """Read one picture or a sequence of them, naming in errors which one is at fault."""
-    is_batch = isinstance(images, np.ndarray) and images.ndim == 4
-    single = isinstance(images, (str, os.PathLike, *_BYTES)) or not isinstance(images, Sequence)
-    given = [images] if single and not is_batch else list(images)
+    """Read one picture or several, naming in errors which one is at fault."""
+    given = [images] if _is_single(images) else list(images)
     if not given:
         raise ValueError("images: expected at least one image, got none.")
     return [load_picture(image, f"images[{index}]") for index, image in enumerate(given)]
 
 
-def seen_part(picture: Image, processor: Any, size: Sequence[int]) -> np.ndarray:
-    r"""The part of a picture that an image processor hands to the model, at a resolution fit for looking at.
+def _is_single(images: Any) -> bool:
+    """Whether something is no batch of pictures: a picture, or nothing that can be gone through."""
+    from PIL import Image
 
-    Args:
-
-        picture (PIL.Image.Image): The whole picture.
-        processor: A transformers image processor that resizes and perhaps crops the centre.
-        size (sequence of int): Height and width of what the model receives, in pixels.
-
-    Returns:
-        numpy.ndarray: uint8, (height, width, 3), the longer side at most 448.
-    """
-    left, top, right, bottom = 0.0, 0.0, float(picture.width), float(picture.height)
-    scale = _pixels_per_pixel(picture, processor)
-    if scale is not None:
-        width, height = min(size[1] * scale[0], right), min(size[0] * scale[1], bottom)
-        left, top = (right - width) / 2, (bottom - height) / 2
-        right, bottom = left + width, top + height
-    return shown_part(picture, (left, top, right, bottom))
-
-
-def _pixels_per_pixel(picture: Image, processor: Any) -> tuple[float, float] | None:
-    """How many of the picture's pixels, across and down, make one of the model's where the centre is cut out."""
-    size = getattr(processor, "size", None)
-    edge, share = _entry(size, "shortest_edge"), getattr(processor, "crop_pct", None)
-    if edge and share and edge < _NEVER_CROPPED:
-        # ConvNeXt's processor enlarges first, and cuts the centre without being told to.
-        return (min(picture.size) / int(edge / share),) * 2
-    if share or not getattr(processor, "do_center_crop", False):
-        return None
-    if not getattr(processor, "do_resize", False):
-        return 1.0, 1.0
-    if edge:
-        return (min(picture.size) / edge,) * 2
-    width, height = _entry(size, "width"), _entry(size, "height")
-    return (picture.width / width, picture.height / height) if width and height else (1.0, 1.0)
-
-
-def shown_part(picture: Image, box: tuple[float, float, float, float] | None = None) -> np.ndarray:
-    """A box (left, top, right, bottom) of a picture, or all of it, with its longer side at most 448, uint8."""
-    left, top, right, bottom = box or (0.0, 0.0, float(picture.width), float(picture.height))
-    ratio = min(1.0, _SHOWN_SIDE / max(right - left, bottom - top))
-    shown = max(1, round((right - left) * ratio)), max(1, round((bottom - top) * ratio))
-    return np.asarray(picture.resize(shown, box=(left, top, right, bottom)))
-
-
-def _entry(size: Any, name: str) -> int | None:
-    value = size.get(name) if isinstance(size, Mapping) else getattr(size, name, None)
-    return value if isinstance(value, int) else None
+    if isinstance(images, np.ndarray):
+        # Arrays of objects hold paths, as the column of a table does.
+        return images.ndim != 4 and images.dtype != object
+    return isinstance(images, (str, os.PathLike, Mapping, Image.Image, *_BYTES)) or not isinstance(images, Iterable)

@@ -1,4 +1,4 @@
-"""What a tower's modules tell of it: its layout, its blocks, its embeddings.
+"""What a tower's modules tell of it: its layout, its blocks.
 
 Everything is read from names and sizes that model libraries share, so a new tower usually needs nothing here; what is
 particular to one kind is one line of a table.
@@ -6,7 +6,6 @@ particular to one kind is one line of a table.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from captum_m2ib.engine.layers import tensors_in
 from captum_m2ib.engine.layouts import HALVINGS, Layout, PackedLayout, PatchLayout, TextLayout
-from captum_m2ib.engine.statistics import ChannelStatistics, RunningStatistics
 
 _CLASS_TOKENS = ("class_embedding", "cls_token", "class_token", "dist_token", "distillation_token")
 _REGISTERS = ("register_tokens", "reg_token", "registers")
@@ -111,10 +108,9 @@ def text_layout(tower: nn.Module, mask: int | None) -> TextLayout:
     return TextLayout(mask, pad_token_id=pad if mask is None else None)
 
 
-def refine(layout: Layout | None, tower: nn.Module, layer: nn.Module) -> Layout | None:
-    """A tower's layout as it holds in one of its layers."""
+def refine(layout: Layout | None, tower: nn.Module, layer: nn.Module, embeddings: nn.Module | None) -> Layout | None:
+    """A tower's layout as it holds in one of its layers; ``embeddings`` is what embeds its tokens."""
     if isinstance(layout, TextLayout) and layout.reads_padding:
-        embeddings = find_embeddings(tower)
         inside = embeddings is not None and any(layer is module for module in embeddings.modules())
         # A mask keeps words from reading padding, but the pooled last position may be padding that reads words.
         return layout if inside else replace(layout, pad_token_id=None, mask_argument=None)
@@ -137,16 +133,16 @@ def stages_of(tower: nn.Module) -> list[list[nn.Module]]:
     return _split_at_strides(blocks)
 
 
-def find_embeddings(tower: nn.Module) -> nn.Module | None:
-    """The module that embeds a text tower's tokens, with their positions where it adds them."""
-    named = [(name, module) for name, module in tower.named_modules() if name]
-    whole = (module for name, module in named if name.split(".")[-1] == "embeddings")
-    return next(whole, None) or next((table for name, table in token_tables(named)), None)
-
-
 def embeds_text(tower: nn.Module) -> bool:
     """Whether the tower has a table of tokens."""
     return any(True for _ in token_tables(tower.named_modules()))
+
+
+def token_tables(named: Any) -> Iterator[tuple[str, nn.Embedding]]:
+    """Of named modules those that turn token ids into rows, not positions or segments."""
+    for name, module in named:
+        if isinstance(module, nn.Embedding) and not any(word in name for word in ("position", "type", "relative")):
+            yield name, module
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -160,40 +156,12 @@ def device_of(module: nn.Module) -> torch.device:
     return next((one.device for one in module.parameters() if not one.is_meta), torch.device("cpu"))
 
 
-def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
-    """Channels over every token of the vocabulary, each at one position, positions cycling."""
-    tables = {name: module for name, module in embeddings.named_modules() if isinstance(module, nn.Embedding)}
-    tokens = next((table for _, table in token_tables(tables.items())), None)
-    if tokens is None:
-        return None
-    running = RunningStatistics()
-    with torch.no_grad():
-        if tokens is embeddings and not tokens.weight.is_meta:
-            running.update(tokens.weight)
-            return running.result()
-        positions = next((table for name, table in tables.items() if "position" in name), None)
-        # Some tables keep their first rows for padding.
-        length = 64 if positions is None else positions.num_embeddings - 1 - (positions.padding_idx or -1)
-        by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
-        for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
-            output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
-            running.update(tensors_in(output)[0].flatten(0, -2))
-    return running.result()
-
-
 def _trunk(tower: nn.Module) -> nn.Module:
     """What holds the blocks: open_clip wraps towers of timm and transformers, and keeps its own under a name."""
     for name in ("trunk", "transformer"):
         if isinstance(getattr(tower, name, None), nn.Module):
             return getattr(tower, name)
     return tower
-
-
-def token_tables(named: Any) -> Iterator[tuple[str, nn.Embedding]]:
-    """Of named modules those that turn token ids into rows, not positions or segments."""
-    for name, module in named:
-        if isinstance(module, nn.Embedding) and not any(word in name for word in ("position", "type", "relative")):
-            yield name, module
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -74,9 +74,9 @@ class Check:
         """Which pairs have nothing to lose, (N,) boolean, on the CPU."""
         return nothing_to_lose(self.score, Stakes(self.range, self.closed))
 
-    def verdicts(self) -> list[str]:
-        """One of :data:`captum_m2ib.engine.verdict.VERDICTS` per pair."""
-        return verdicts(self.margin, self.kept, self.is_idle)
+    def verdicts(self, by_margin: bool = False) -> list[str]:
+        """One of :data:`captum_m2ib.engine.verdict.VERDICTS` per pair; of a map without gates that of its margin."""
+        return verdicts(self.margin, torch.ones_like(self.kept) if by_margin else self.kept, self.is_idle)
 
     def _lost(self, left: Tensor) -> Tensor:
         return (self.score.float() - left.float().mean(1)) * self._weight

@@ -28,7 +28,7 @@ _original_call: Any = None
 
 
 @contextlib.contextmanager
-def borrowing(*roots: Any) -> Iterator[None]:
+def borrowing(*roots: Any, warn: bool = True) -> Iterator[None]:
     r"""Set the stage for recording and rerunning: autograd on, models in eval mode, parameters without gradients.
 
     Whatever is changed is given back at the end: the training flag of every module called, ``requires_grad`` of
@@ -37,8 +37,9 @@ def borrowing(*roots: Any) -> Iterator[None]:
     Args:
 
         *roots: Modules known beforehand (modules met on the way are treated alike).
+        warn (bool, optional): Whether to say that a model was in training mode. Default: True
     """
-    borrower, outer = _Borrower(), getattr(_state, "borrower", None)
+    borrower, outer = _Borrower(warn), getattr(_state, "borrower", None)
     try:
         with torch.inference_mode(False), torch.enable_grad(), _plain_execution(), _standing_between():
             _state.borrower = borrower
@@ -164,10 +165,10 @@ _ATTENTION_SWITCHES = ("_attn_implementation", "_attn_implementation_internal")
 
 
 class _Borrower:
-    def __init__(self) -> None:
+    def __init__(self, warn: bool) -> None:
         self.modules: list[nn.Module] = []
         self._taken: dict[int, Any] = {}
-        self._warned = False
+        self._warned = not warn
 
     def take(self, root: nn.Module) -> None:
         if id(root) in self._taken:

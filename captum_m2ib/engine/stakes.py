@@ -21,7 +21,7 @@ from torch import Tensor
 from captum_m2ib.engine.verdict import LEAST_SHARE
 
 CLOSED_DRAWS = 2
-HALVES = 6
+HALVES = 4
 """Draws with all gates closed, and with half of them closed; each comes with its opposite."""
 
 # A forward pass in single precision repeats its scores to some hundred times the last digit, not to the digit itself.

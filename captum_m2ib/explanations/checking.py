@@ -23,17 +23,23 @@ FIGURES = ("score", "closed", "range", "kept", "lost_top", "lost_random")
 """What is measured of a modality, beside its verdict."""
 
 
-def pair_checks(checks: Sequence[Check]) -> list[dict[str, Any]]:
+def pair_checks(checks: Sequence[Check], has_gates: bool = True) -> list[dict[str, Any]]:
     r"""The checks of a batch, pair by pair.
 
     Args:
 
         checks (sequence of Check): The image's and the text's.
+        has_gates (bool, optional): Whether the maps come from gates, so that what these keep can be said; else verdicts
+            are those of the margins alone. Default: True
 
     Returns:
         list[dict]: per pair what :attr:`captum_m2ib.Explanation.check` holds.
     """
     columns = {name: _columns(check) for name, check in zip(MODALITIES, checks, strict=True)}
+    if not has_gates:
+        for column, check in zip(columns.values(), checks, strict=True):
+            column["kept"] = [None] * len(check.score)
+            column["verdict"] = check.verdicts(by_margin=True)
     found = []
     for i in range(len(checks[0].score)):
         pair = {name: {figure: values[i] for figure, values in column.items()} for name, column in columns.items()}
@@ -68,6 +74,9 @@ def ensure_check(value: Any) -> dict[str, Any]:
         found[name] = {"verdict": part["verdict"]}
         for figure in FIGURES:
             number = part.get(figure)
+            if figure == "kept" and figure in part and number is None:
+                found[name][figure] = None
+                continue
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
                 raise ValueError(f"check: expected a finite number as the {name}'s {figure}, got {number!r:.80}")
             found[name][figure] = float(number)
@@ -97,7 +106,8 @@ def _reason(part: Mapping[str, Any]) -> str:
         return "the score is about as high with everything hidden, so there is nothing to explain"
     lost = f"hiding what it marks takes {_percent(part['lost_top'])} of what the score can lose"
     reason = f"{lost}, random parts {_percent(part['lost_random'])}"
-    return f"{reason}; it keeps only {_percent(part['kept'])}" if part["kept"] < HOLDING_KEPT else reason
+    kept = part["kept"]
+    return f"{reason}; it keeps only {_percent(kept)}" if kept is not None and kept < HOLDING_KEPT else reason
 
 
 def _percent(share: float) -> str:

@@ -17,28 +17,33 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
-from captum_m2ib.explanations.visualization import (
-    format_bits,
-    pair_figure,
-)
+from captum_m2ib.explanations.units import WORDINGS
+from captum_m2ib.explanations.visualization import pair_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from PIL.Image import Image
+
+    from captum_m2ib.encoders.pictures import PictureLike
 
 __all__ = ["Explanation"]
+
+# Figures and pages draw pictures at about this size.
+_LARGEST_SIDE = 720
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    r"""How many bits each part of one image–text pair contributes to the model's score.
+    r"""What each part of one image–text pair contributes to the model's score, in bits unless ``unit`` says otherwise.
 
     Arrays are copied and made read-only; ``settings`` and ``record`` are copied as JSON: tuples become lists.
 
     Args:
 
-        image (numpy.ndarray): The part of the picture that the model saw, uint8, (H, W, 3), at any resolution.
+        image (numpy.ndarray): What the model saw of the picture, padding included, uint8, (H, W, 3), at any resolution.
         caption (str): The caption as it was given.
         tokens (tuple[str, ...]): Display tokens, without padding, the model's special tokens included.
         special (tuple[bool, ...]): For each token, whether it is special (start, end, ...) rather than part of the
@@ -54,11 +59,17 @@ class Explanation:
         check (dict, optional): Whether the maps name what the score rests on: of ``"image"`` and of ``"text"`` the
             figures of :mod:`captum_m2ib.engine.check` (``score``, ``closed``, ``range``, ``kept``, ``lost_top``,
             ``lost_random``) and a ``verdict``, ``"holds"``, ``"weak"`` or ``"fails"``; and the worse of the two as the
-            pair's ``verdict``. Default: None (not checked)
+            pair's ``verdict``. ``kept`` is None for a method that has no gates. Default: None (not checked)
+        unit (str, optional): What the values are in: ``"bits"``; ``"score"``, units of the score that sum to about
+            what it gains over a baseline; or ``"relative"``, numbers that only compare within one map. The last two may
+            be below zero. Default: "bits"
+        region (Region, optional): Where ``image`` lies in the whole picture: left, top, right and bottom in its pixels,
+            its width and its height. It reaches beyond the picture where the model saw padding. Default: None (not
+            known, as where a processor does not cut one box)
 
     Raises:
-        ValueError: for shapes or lengths that do not fit, values with NaN or infinity, or settings or a record that
-            JSON cannot hold.
+        ValueError: for shapes or lengths that do not fit, values with NaN or infinity, an unknown unit, a region that
+            is none, or settings or a record that JSON cannot hold.
 
     Examples::
 
@@ -80,6 +91,8 @@ class Explanation:
     settings: dict[str, Any]
     record: dict[str, Any] | None = None
     check: dict[str, Any] | None = None
+    unit: str = "bits"
+    region: Region | None = None
 
     def __post_init__(self) -> None:
         image = np.array(self.image)
@@ -94,6 +107,8 @@ class Explanation:
             )
         if not np.isfinite(self.score):
             raise ValueError(f"score must be finite, got {self.score}")
+        if self.unit not in WORDINGS:
+            raise ValueError(f"unit must be one of {', '.join(WORDINGS)}, got {self.unit!r}")
         image.setflags(write=False)
         values = {
             "image": image,
@@ -106,6 +121,7 @@ class Explanation:
             "settings": _json_copy(self.settings, "settings"),
             "record": None if self.record is None else _json_copy(self.record, "record"),
             "check": None if self.check is None else ensure_check(self.check),
+            "region": None if self.region is None else Region.ensure(self.region),
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -114,20 +130,24 @@ class Explanation:
         caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
         rows, columns = self.image_bits.shape
         check = "" if self.check is None else f", check: {self.check['verdict']}"
+        wording = WORDINGS[self.unit]
+        image, text = (
+            wording.amount(total) if wording.has_totals else wording.name
+            for total in (self.image_total_bits, self.token_total_bits)
+        )
         return (
-            f"Explanation({caption!r}, score={self.score:.4g}, "
-            f"image: {format_bits(self.image_total_bits)} bits over {rows} x {columns} pixels, "
-            f"text: {format_bits(self.token_total_bits)} bits over {len(self.tokens)} tokens{check})"
+            f"Explanation({caption!r}, score={self.score:.4g}, image: {image} over {rows} x {columns} pixels, "
+            f"text: {text} over {len(self.tokens)} tokens{check})"
         )
 
     @property
     def image_total_bits(self) -> float:
-        """The bits that the whole image contributes."""
+        """The bits that the whole image contributes, or whatever the unit is."""
         return float(self.image_bits.sum(dtype=np.float64))
 
     @property
     def token_total_bits(self) -> float:
-        """The bits that the whole text contributes, special tokens included."""
+        """The bits that the whole text contributes, special tokens included, or whatever the unit is."""
         return float(self.token_bits.sum(dtype=np.float64))
 
     def top_tokens(self, k: int = 5, *, include_special: bool = False) -> list[tuple[str, float]]:
@@ -159,24 +179,78 @@ class Explanation:
         """What a notebook shows."""
         return to_png(self)
 
-    def plot(self) -> Figure:
+    def bits_over(self, original: PictureLike) -> NDArray[np.float32]:
+        r"""The map laid over the whole picture, of which the model may have seen a part only.
+
+        Args:
+
+            original (picture): The whole picture that was explained, or the same in another size: a path, a PIL image,
+                bytes or a uint8 array.
+
+        Returns:
+            numpy.ndarray: float32, (height, width) of the whole picture; 0 where the model did not look. Its sum is
+            ``image_total_bits`` but for what lies on padding.
+
+        Raises:
+            ValueError: if the place is not known, or the picture is of other proportions.
+
+        Examples::
+
+            >>> explanation = explain(encoder, images[0], captions[0], n_steps=2)[0]
+            >>> bool((explanation.bits_over(images[0]) >= 0).all())
+            True
+        """
+        return self._laid_over(_loaded(original))
+
+    def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+        r"""A picture and the map that lies on it.
+
+        Args:
+
+            original (picture, optional): The whole picture, as for :meth:`bits_over`. Default: None (what the model
+                saw)
+
+        Returns:
+            tuple: uint8, (H, W, 3), and float32, (h, w).
+
+        Raises:
+            ValueError: as for :meth:`bits_over`.
+        """
+        if original is None:
+            return self.image, self.image_bits
+        picture = _loaded(original)
+        picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
+        return np.asarray(picture), self._laid_over(picture)
+
+    def plot(self, original: PictureLike | None = None) -> Figure:
         r"""The explanation as a figure; see :func:`captum_m2ib.explanations.visualization.pair_figure`.
+
+        Args:
+
+            original (picture, optional): The whole picture, to lay the map over it instead of over what the model saw;
+                as for :meth:`bits_over`. Default: None
 
         Returns:
             matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
+
+        Raises:
+            ValueError: as for :meth:`bits_over`.
         """
+        picture, bits = self.shown(original)
         return pair_figure(
-            self.image,
-            self.image_bits,
+            picture,
+            bits,
             self.tokens,
             self.token_bits,
             score=self.score,
             caption=self.caption,
             special=self.special,
             notes=[f"check: {line}" for line in self.check_lines],
+            unit=self.unit,
+            image_total=self.image_total_bits,
         )
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], original: PictureLike | None = None) -> Path:
         r"""Write the explanation to a file; the name's ending says how.
 
         ``.png``: the figure. ``.html``: one page that needs no other file. ``.npz`` and ``.json``: data that
@@ -185,18 +259,27 @@ class Explanation:
         Args:
 
             path (str or PathLike): The file, in a directory that exists.
+            original (picture, optional): For a figure or a page the whole picture, as for :meth:`plot`. Default: None
 
         Returns:
             Path: the path that was written.
 
         Raises:
-            ValueError: if the name ends in anything else.
+            ValueError: if the name ends in anything else, or as for :meth:`bits_over`.
             FileNotFoundError: if the directory does not exist.
         """
         path = check_output(path)
         write = one_of(WRITERS, path)
-        replace_file(path, write(self))
+        replace_file(path, write(self, original))
         return path
+
+    def _laid_over(self, picture: Image) -> NDArray[np.float32]:
+        if self.region is None:
+            raise ValueError(
+                "original: where the map lies in the whole picture is not known: the model's processor does not cut "
+                "one box, or the explanation comes from an older file; leave original out."
+            )
+        return self.region.scaled(*picture.size).lay(self.image_bits)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Explanation:
@@ -220,6 +303,12 @@ class Explanation:
             return cls(**read(data))
         except Exception as error:
             raise ValueError(f"{str(path)!r} does not hold an explanation: {error}") from error
+
+
+def _loaded(original: PictureLike) -> Image:
+    from captum_m2ib.encoders.pictures import load_picture
+
+    return load_picture(original, "original")
 
 
 def _frozen_floats(values: Any, name: str, *, ndim: int) -> NDArray[np.float32]:

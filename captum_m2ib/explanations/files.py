@@ -18,13 +18,22 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_m2ib.explanations.visualization import at_display_size, format_bits, heat_colors, overlay, token_html
+from captum_m2ib.encoders.regions import Region
+from captum_m2ib.explanations.units import WORDINGS
+from captum_m2ib.explanations.visualization import (
+    at_display_size,
+    heat_colors,
+    overlay,
+    token_html,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_FORMAT, _VERSION = "captum_m2ib.explanation", 2
-_READ = (1, 2)
+    from captum_m2ib.encoders.pictures import PictureLike
+
+_FORMAT, _VERSION = "captum_m2ib.explanation", 3
+_READ = (1, 2, 3)
 _MAX_PIXELS = 128_000_000
 
 
@@ -59,7 +68,12 @@ class Explained(Protocol):
     def image_total_bits(self) -> float: ...
     @property
     def token_total_bits(self) -> float: ...
-    def plot(self) -> Figure: ...
+    @property
+    def unit(self) -> str: ...
+    @property
+    def region(self) -> Region | None: ...
+    def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
+    def plot(self, original: PictureLike | None = None) -> Figure: ...
 
 
 def check_output(path: str | os.PathLike[str]) -> Path:
@@ -78,9 +92,9 @@ def check_output(path: str | os.PathLike[str]) -> Path:
     return path
 
 
-def to_png(explanation: Explained) -> bytes:
+def to_png(explanation: Explained, original: PictureLike | None = None) -> bytes:
     buffer = io.BytesIO()
-    explanation.plot().savefig(buffer, format="png")
+    explanation.plot(original).savefig(buffer, format="png")
     return buffer.getvalue()
 
 
@@ -96,6 +110,8 @@ def _header(explanation: Explained) -> dict[str, Any]:
         "settings": explanation.settings,
         "record": explanation.record,
         "check": explanation.check,
+        "unit": explanation.unit,
+        "region": explanation.region,
     }
 
 
@@ -107,11 +123,17 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(map(str, _READ))
         raise ValueError(f"its version is {header.get('version')!r}; this release reads versions {known}")
     fields = {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
-    # Version 1 knew no checks.
-    return {**fields, "check": header.get("check")}
+    # Version 1 knew no checks, and version 2 neither other units than bits nor regions.
+    return {**fields, "check": header.get("check"), "unit": header.get("unit", "bits"), "region": header.get("region")}
 
 
-def _to_npz(explanation: Explained) -> bytes:
+def _without_original(original: PictureLike | None, kind: str) -> None:
+    if original is not None:
+        raise ValueError(f"original: {kind} holds what the model saw and where; leave it out, or give it to plot().")
+
+
+def _to_npz(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    _without_original(original, ".npz")
     arrays: dict[str, Any] = {name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")}
     if explanation.patch_bits is not None:
         arrays["patch_bits"] = explanation.patch_bits
@@ -127,7 +149,8 @@ def _from_npz(data: bytes) -> dict[str, Any]:
         return {**_fields(json.loads(str(stored["header"]))), **arrays}
 
 
-def _to_json(explanation: Explained) -> bytes:
+def _to_json(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    _without_original(original, ".json")
     patch_bits = explanation.patch_bits
     document = {
         **_header(explanation),
@@ -190,22 +213,22 @@ pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-siz
 """.strip()
 
 
-def _to_html(explanation: Explained) -> bytes:
-    heat = explanation.image_bits
-    shown = at_display_size(explanation.image)
-    pictures = (
-        ("picture", shown),
-        (
-            "where its information is" if heat.max() > 0 else "no information anywhere",
-            overlay(shown, heat),
-        ),
-    )
+def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    wording = WORDINGS[explanation.unit]
+    picture, values = explanation.shown(original)
+    heat, scale = wording.per_pixels(values.astype(np.float64))
+    is_signed = wording.is_signed(heat)
+    shown = at_display_size(picture)
+    pictures = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
     figures = "\n".join(
         f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/jpeg;base64,'
-        f'{_encoded(picture, "JPEG", quality=90, subsampling=0)}"></figure>'
-        for name, picture in pictures
+        f'{_encoded(panel, "JPEG", quality=90, subsampling=0)}"></figure>'
+        for name, panel in pictures
     )
-    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in heat_colors(24))
+    colors = heat_colors(24, signed=is_signed)
+    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
+    most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
+    least = f"−{most:.3g}" if is_signed else "0"
     details = [("settings", explanation.settings)]
     if explanation.record is not None:
         details.append(("record of the optimisation", explanation.record))
@@ -218,7 +241,11 @@ def _to_html(explanation: Explained) -> bytes:
         for name, value in details
     )
     caption = html.escape(explanation.caption) or "(empty caption)"
-    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special)
+    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
+    totals = [f"cosine similarity {explanation.score:.3f}"]
+    if wording.has_totals:
+        both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
+        totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
     page = f"""<!DOCTYPE html>
 <html>
 <head>
@@ -233,14 +260,13 @@ def _to_html(explanation: Explained) -> bytes:
 </head>
 <body>
 <h1><bdi>{caption}</bdi></h1>
-<p class="totals">cosine similarity {explanation.score:.3f} · image {_bits(explanation.image_total_bits)} ·
-text {_bits(explanation.token_total_bits)}</p>
+<p class="totals">{" · ".join(totals)}</p>
 {check}<div class="pictures">
 {figures}
 </div>
 <div class="bar" style="background:linear-gradient(to right,{stops})"></div>
-<div class="scale"><span>0</span><span>bits per pixel</span><span>{max(float(heat.max()), 0.0):.3g}</span></div>
-<h2>tokens, bits below each</h2>
+<div class="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>
+<h2>tokens, {wording.name} below each</h2>
 <div>
 {tokens}
 </div>
@@ -251,11 +277,7 @@ text {_bits(explanation.token_total_bits)}</p>
     return page.encode("utf-8", "replace")
 
 
-def _bits(value: float) -> str:
-    return html.escape(f"{format_bits(value)} bits")
-
-
-WRITERS: dict[str, Callable[[Explained], bytes]] = {
+WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
     ".png": to_png,
     ".html": _to_html,
     ".npz": _to_npz,

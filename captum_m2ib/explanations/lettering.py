@@ -6,6 +6,8 @@ import unicodedata
 from functools import cache
 from typing import Any
 
+from captum_m2ib.encoders.spelling import byte_alphabet
+
 INK = "#1b1b1f"
 
 
@@ -124,22 +126,9 @@ def visible(text: str) -> str:
     return "".join(kept)
 
 
-@cache
-def _byte_alphabet() -> dict[str, int]:
-    """How byte-level tokenizers write bytes: printable Latin-1 as itself, the rest from U+0100 on."""
-    alphabet, spare = {}, 0x100
-    for byte in range(256):
-        if chr(byte).isprintable() and byte != 0x20:
-            alphabet[chr(byte)] = byte
-        else:
-            alphabet[chr(spare)] = byte
-            spare += 1
-    return alphabet
-
-
 def _decode_bytes(token: str) -> str:
     """The text that a byte-level piece stands for; other pieces, and parts of a character, stay."""
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     try:
         return bytes(alphabet[character] for character in token).decode("utf-8")
     except (KeyError, UnicodeDecodeError):

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from captum_m2ib.explanations.lettering import INK, clean_token, elide, text_width, visible, write
+from captum_m2ib.explanations.units import WORDINGS, format_bits
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,6 +46,7 @@ def overlay(
     maximum: float | None = None,
     percentile: float = 100.0,
     strength: float = 0.85,
+    signed: bool = False,
 ) -> NDArray[np.uint8]:
     r"""Lay a map of bits over a picture as heat.
 
@@ -52,12 +54,13 @@ def overlay(
 
         image (array): The picture, uint8, (H, W, 3).
         bits (array): The map, (h, w); its first row is the picture's top. Any resolution: it is resized to the picture
-            bilinearly. Negative values count as zero.
+            bilinearly.
         maximum (float, optional): The value drawn in the hottest colour. Default: None (the map's own, see
             ``percentile``)
         percentile (float, optional): Which percentile of the map is drawn in the hottest colour when ``maximum`` is not
             given; below 100, a few extreme values do not hide the rest. Default: 100.0
         strength (float, optional): The opacity of the hottest colour, in (0, 1]. Default: 0.85
+        signed (bool, optional): Draw values below zero in green, on the same scale. Default: False (they count as zero)
 
     Returns:
         numpy.ndarray: uint8, (H, W, 3). A map that is zero everywhere gives the dimmed picture.
@@ -74,26 +77,34 @@ def overlay(
     from PIL import Image
 
     picture, values = _checked_picture(image), _checked_map(bits)
-    top = _hottest(values, percentile) if maximum is None else float(maximum)
+    top = _hottest(np.abs(values) if signed else values, percentile) if maximum is None else float(maximum)
     size = (picture.shape[1], picture.shape[0])
     resized = np.asarray(Image.fromarray(values.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
-    level = np.clip(resized / top, 0.0, 1.0) if top > 0 else np.zeros_like(resized)
+    level = np.clip(resized / top, -1.0 if signed else 0.0, 1.0) if top > 0 else np.zeros_like(resized)
 
-    colors, opacity = heat_ramp(strength)
-    index = np.rint(level * (len(colors) - 1)).astype(np.intp)
     base = picture.astype(np.float32) / 255
     base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
-    mixed = base + opacity[index][..., None] * (colors[index] - base)
-    return np.rint(mixed * 255).astype(np.uint8)
+    return np.rint(_heated(base, level, strength) * 255).astype(np.uint8)
 
 
-def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
+def _heated(base: NDArray[np.float32], level: NDArray[Any], strength: float) -> NDArray[np.float32]:
+    """Colours, (..., 3), under heat of levels from -1 to 1."""
+    colors, opacity = heat_ramp(strength)
+    below = _cold_colors()
+    index = np.rint(np.abs(level) * (len(colors) - 1)).astype(np.intp)
+    chosen = np.where((level < 0)[..., None], below[index], colors[index])
+    mixed: NDArray[np.float32] = base + opacity[index][..., None] * (chosen - base)
+    return mixed
+
+
+def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -> NDArray[np.float32]:
     r"""The colours of :func:`overlay` from zero to the maximum on a mid-grey picture.
 
     Args:
 
         n (int, optional): How many colours. Default: 256
         strength (float, optional): As for :func:`overlay`. Default: 0.85
+        signed (bool, optional): Start from minus the maximum instead of from zero. Default: False
 
     Returns:
         numpy.ndarray: float32, (n, 3), in [0, 1].
@@ -101,9 +112,8 @@ def heat_colors(n: int = 256, *, strength: float = 0.85) -> NDArray[np.float32]:
     Raises:
         ValueError: if ``strength`` is out of range.
     """
-    colors, opacity = heat_ramp(strength)
-    seen = _DIM * 0.5 + opacity[:, None] * (colors - _DIM * 0.5)
-    return seen[np.rint(np.linspace(0, len(seen) - 1, n)).astype(np.intp)].astype(np.float32)
+    grey = np.full((n, 3), _DIM * 0.5, dtype=np.float32)
+    return _heated(grey, np.linspace(-1 if signed else 0, 1, n), strength).astype(np.float32)
 
 
 def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -126,29 +136,6 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).resize(size, kernel))
 
 
-def format_bits(value: float) -> str:
-    r"""A number of bits in at most about five characters.
-
-    Args:
-
-        value (float): The number, not negative.
-
-    Returns:
-        str: for example ``0``, ``<0.01``, ``0.42``, ``31.4`` or ``1280``.
-
-    Examples::
-
-        >>> format_bits(0.42), format_bits(31.42), format_bits(1280.3)
-        ('0.42', '31.4', '1280')
-    """
-    size = abs(value)
-    if size == 0:
-        return "0"
-    if size < 0.005:
-        return "<0.01" if value > 0 else ">-0.01"
-    return f"{value:.2f}" if size < 9.995 else f"{value:.1f}" if size < 99.95 else f"{value:.0f}"
-
-
 def _format_score(score: float) -> str:
     return f"{score:.3f}".replace("-", "−")
 
@@ -160,8 +147,8 @@ def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple
 
     Args:
 
-        bits (array): One number per token, (tokens,).
-        maximum (float, optional): The value drawn in the deepest blue. Default: None (the largest)
+        bits (array): One number per token, (tokens,); values below zero go to deep green on the same scale.
+        maximum (float, optional): The value drawn in the deepest blue. Default: None (the largest magnitude)
 
     Returns:
         list[tuple[str, str]]: background and text, as ``#rrggbb``.
@@ -178,14 +165,17 @@ def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple
     from matplotlib.colors import to_hex
 
     values = _checked_row(bits)
-    top = float(values.max(initial=0.0)) if maximum is None else float(maximum)
-    level = np.clip(values / top, 0.0, 1.0) if top > 0 else np.zeros_like(values)
-    backgrounds = colormaps["Blues"](0.9 * level)[:, :3]
+    top = float(np.abs(values).max(initial=0.0)) if maximum is None else float(maximum)
+    level = np.clip(values / top, -1.0, 1.0) if top > 0 else np.zeros_like(values)
+    backgrounds = colormaps["Blues"](0.9 * np.abs(level))[:, :3]
+    backgrounds[level < 0] = colormaps["Greens"](0.9 * -level[level < 0])[:, :3]
     backgrounds[level == 0] = 1.0
     return [(to_hex(color), "#000000" if _luminance(color) > 0.179 else "#ffffff") for color in backgrounds]
 
 
-def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None = None) -> str:
+def token_html(
+    tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] | None = None, *, unit: str = "bits"
+) -> str:
     r"""The tokens as HTML: one ``<span>`` each, coloured by its bits, with the bits below it.
 
     Args:
@@ -194,6 +184,7 @@ def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] |
         bits (array): One number per token, (tokens,).
         special (sequence of bool, optional): Which tokens are the model's own (start, end, ...) rather than words; they
             get a dashed edge. Default: None (none of them)
+        unit (str, optional): As for :class:`captum_m2ib.Explanation`. Default: "bits"
 
     Returns:
         str: a fragment with inline styles only, safe to place inside any page.
@@ -207,6 +198,7 @@ def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] |
         True
     """
     values, flags = _checked_tokens(tokens, bits, special)
+    wording = WORDINGS[unit]
     spans = []
     for token, value, flag, (background, ink) in zip(tokens, values, flags, token_colors(values), strict=True):
         style = (
@@ -216,8 +208,8 @@ def token_html(tokens: Sequence[str], bits: ArrayLike, special: Sequence[bool] |
         )
         kind = ", special token" if flag else ""
         spans.append(
-            f'<span style="{style}" title="{value:.6g} bits{kind}"><bdi>{html.escape(visible(token))}</bdi>'
-            f'<span style="display:block;font-size:0.72em">{html.escape(format_bits(value))}</span></span>'
+            f'<span style="{style}" title="{value:.6g} {wording.name}{kind}"><bdi>{html.escape(visible(token))}</bdi>'
+            f'<span style="display:block;font-size:0.72em">{html.escape(wording.number(value))}</span></span>'
         )
     return "\n".join(spans)
 
@@ -234,6 +226,8 @@ def pair_figure(
     patch_bits: ArrayLike | None = None,
     score_name: str = "cosine similarity",
     notes: Sequence[str] = (),
+    unit: str = "bits",
+    image_total: float | None = None,
 ) -> Figure:
     r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
 
@@ -251,6 +245,9 @@ def pair_figure(
             None
         score_name (str, optional): What the score is called in the title. Default: "cosine similarity"
         notes (sequence of str, optional): Lines below the title. Default: ()
+        unit (str, optional): What the values are in, as for :class:`captum_m2ib.Explanation`; all but bits may be below
+            zero. Default: "bits"
+        image_total (float, optional): The image's total. Default: None (the sum of ``image_bits``)
 
     Returns:
         matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
@@ -264,11 +261,13 @@ def pair_figure(
 
     picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
     values, flags = _checked_tokens(tokens, token_bits, special)
+    wording = WORDINGS[unit]
     if patch_bits is None:
-        heat, unit = _per_pixels(pixels)
+        heat, scale = wording.per_pixels(pixels)
     else:
         heat = _checked_map(patch_bits, "patch_bits")
-        unit = f"bits per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
+        scale = f"{wording.name} per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
+    is_signed = wording.is_signed(heat)
 
     # All lengths in inches, from the top left, turned into figure fractions by `axes_at`.
     width, margin, gap, bar_width, bar_room = 9.0, 0.35, 0.3, 0.16, 0.85
@@ -282,7 +281,8 @@ def pair_figure(
     heading = [] if caption is None else _caption_lines(caption, room)
     caption_top = top + bar_height + 0.42
     tokens_top = caption_top + 0.3 + 0.24 * len(heading)
-    rows = _token_rows([visible(token) for token in tokens], values, room)
+    numbers = [wording.number(value) for value in values]
+    rows = _token_rows([visible(token) for token in tokens], numbers, room)
     height = tokens_top + _ROW_PITCH * len(rows) + 0.2
 
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
@@ -295,16 +295,17 @@ def pair_figure(
     page.set(xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
     write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
-    totals = f"image {format_bits(pixels.sum())} bits   ·   text {format_bits(values.sum())} bits"
-    write(page, width - margin, 0.36, totals, size=11.5, ha="right")
+    if wording.has_totals:
+        of_image = wording.amount(pixels.sum() if image_total is None else image_total)
+        totals = f"image {of_image}   ·   text {wording.amount(values.sum())}"
+        write(page, width - margin, 0.36, totals, size=11.5, ha="right")
     page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
     for line, note in enumerate(notes):
         write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=_QUIET)
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2
-    found = "where its information is" if heat.max() > 0 else "no information anywhere"
-    panels = (("picture", shown), (found, overlay(shown, heat)))
+    panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
         write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=_QUIET)
@@ -312,9 +313,9 @@ def pair_figure(
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color=_EDGE, linewidth=0.6)
-    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), float(heat.max()), unit)
+    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed)
 
-    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, bits below each"
+    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, {wording.name} below each"
     write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
     for line, text in enumerate(heading):
         write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
@@ -322,7 +323,7 @@ def pair_figure(
     for line, row in enumerate(rows):
         y = tokens_top + _ROW_PITCH * line
         for index, x, box_width, text in row:
-            _token_box(page, margin + x, y, box_width, text, values[index], colors[index], flags[index])
+            _token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
     return figure
 
 
@@ -331,14 +332,14 @@ _BOX_HEIGHT, _BOX_GAP, _ROW_PITCH = 0.3, 0.07, 0.62
 
 
 def _token_rows(
-    tokens: Sequence[str], values: NDArray[np.float64], room: float
+    tokens: Sequence[str], numbers: Sequence[str], room: float
 ) -> list[list[tuple[int, float, float, str]]]:
     """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
     rows: list[list[tuple[int, float, float, str]]] = []
     x = room + 1
-    for index, (token, value) in enumerate(zip(tokens, values, strict=True)):
+    for index, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
         text = elide(token, room - 0.2, _TOKEN_SIZE)
-        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(format_bits(value), _BITS_SIZE) + 0.06, 0.36)
+        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(number, _BITS_SIZE) + 0.06, 0.36)
         if x + needed > room:
             rows.append([])
             x = 0.0
@@ -353,7 +354,7 @@ def _token_box(
     y: float,
     width: float,
     text: str,
-    value: float,
+    number: str,
     colors: tuple[str, str],
     special: bool,
 ) -> None:
@@ -367,14 +368,16 @@ def _token_box(
     )
     write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
     below = y + _BOX_HEIGHT + 0.1
-    write(page, x + width / 2, below, format_bits(value), size=_BITS_SIZE, color=_QUIET, ha="center")
+    write(page, x + width / 2, below, number, size=_BITS_SIZE, color=_QUIET, ha="center")
 
 
-def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
+def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    maximum = float(np.abs(heat).max() if is_signed else heat.max())
     top = maximum if maximum > 0 else 1.0
-    axes.imshow(heat_colors()[:, None], origin="lower", aspect="auto", extent=(0, 1, 0, top))
+    extent = (0, 1, -top if is_signed else 0, top)
+    axes.imshow(heat_colors(signed=is_signed)[:, None], origin="lower", aspect="auto", extent=extent)
     axes.set_xticks([])
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
@@ -383,7 +386,7 @@ def _heat_bar(axes: Any, maximum: float, unit: str) -> None:
     if maximum <= 0:
         axes.set_yticks([0.0], ["0"])
     axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
-    axes.set_ylabel(unit, fontsize=9.5, color=INK, labelpad=6)
+    axes.set_ylabel(scale, fontsize=9.5, color=INK, labelpad=6)
     axes.spines[:].set(color=_EDGE, linewidth=0.6)
 
 
@@ -424,6 +427,14 @@ def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]
     return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
 
 
+def _cold_colors() -> NDArray[np.float32]:
+    """Colours from just below zero to the least; their lightness rises throughout."""
+    from matplotlib import colormaps
+
+    colors: NDArray[np.float32] = colormaps["BuGn_r"](0.1 + 0.6 * np.linspace(0, 1, 256))[:, :3].astype(np.float32)
+    return colors
+
+
 def _luminance(color: NDArray[np.float64]) -> float:
     """Relative luminance of an sRGB colour (WCAG 2): black text contrasts more above 0.179, white below."""
     linear = np.where(color <= 0.04045, color / 12.92, ((color + 0.055) / 1.055) ** 2.4)
@@ -436,14 +447,6 @@ def _hottest(values: NDArray[np.float64], percentile: float) -> float:
     top = float(np.percentile(values, percentile))
     # A map with few hot spots can have a percentile of zero and still not be empty.
     return top if top > 0 else float(values.max())
-
-
-def _per_pixels(values: NDArray[np.float64]) -> tuple[NDArray[np.float64], str]:
-    """The map counted per 1, 100, 10,000 ... pixels, so that its maximum is readable, and the unit."""
-    top, count = float(values.max()), 1
-    while 0 < top * count < 0.1 and count < 1_000_000:
-        count *= 100
-    return values * count, "bits per pixel" if count == 1 else f"bits per {count:,} pixels"
 
 
 def _checked_picture(image: ArrayLike) -> NDArray[np.uint8]:

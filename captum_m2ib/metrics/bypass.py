@@ -26,7 +26,6 @@ from tqdm.auto import tqdm
 from captum_m2ib.attr._arguments import Explained, format_additional, rows_at_once
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.towers import find_embeddings
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
@@ -340,7 +339,7 @@ def _towers(
 def _layers_of(encoder: Any, index: int) -> list[LayerLike | None]:
     """A picture itself, a tower's embeddings and blocks; of one tower that reads both inputs, the calls on this one."""
     found: list[Any] = [block for stage in encoder.stages(index) for block in stage]
-    embeddings = find_embeddings(encoder.tower_of(index))
+    embeddings = encoder.embeddings_of(index)
     # In a picture's tower, a table of its own is no embedding of the picture.
     if embeddings is not None and (encoder.sides[index].modality == "text" or not isinstance(embeddings, nn.Embedding)):
         found = [embeddings, *found]

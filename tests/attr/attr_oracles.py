@@ -61,8 +61,8 @@ def measure_range(
         return [score([g[d] for g in gates], [eps[d] for eps in drawn]).detach() for d in range(len(gates[0]))]
 
     closed = scores(CLOSED, [torch.zeros(2, *shape).double() for shape in shapes])
-    is_open = [torch.stack([blur(one) for one in fields]) > 0 for fields in draws(FIELDS, 6, one_channel=True)]
-    halves = scores(HALVES, [given.double().expand(6, *s) for given, s in zip(is_open, shapes, strict=True)])
+    is_open = [torch.stack([blur(one) for one in fields]) > 0 for fields in draws(FIELDS, 4, one_channel=True)]
+    halves = scores(HALVES, [given.double().expand(4, *s) for given, s in zip(is_open, shapes, strict=True)])
     found = [
         range_of(float(before[pair]), [float(s[pair]) for s in closed], [float(s[pair]) for s in halves])
         for pair in range(len(before))

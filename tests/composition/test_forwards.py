@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, PatchLayout, TextLayout
 from captum_m2ib.composition import EmbeddingForward, GridForward, TokenGradCam
-from captum_m2ib.encoders.towers import find_embeddings
 from captum_m2ib.engine.layers import find_hidden, get_at
 
 NAMES = """
@@ -43,7 +42,7 @@ def test_embeddings_in_place_of_ids(family: Family):
 @pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
 def test_the_grid_changes_no_score(family: Family, modality: int):
     case = family.build()
-    layer = find_embeddings(case.forward.tower_of(1)) if modality else case.layers[0][0]
+    layer = case.forward.embeddings_of(1) if modality else case.layers[0][0]
     view = GridForward(case.forward, layer)
     expected = case.forward(*case.inputs, *case.additional).detach()
     close(view(*case.inputs, *case.additional).detach(), expected, atol=1e-6)

@@ -25,7 +25,7 @@ from captum_m2ib import (
     save_statistics,
 )
 from captum_m2ib.encoders.dual_encoder import is_dual_encoder
-from captum_m2ib.encoders.pictures import load_picture, seen_part
+from captum_m2ib.encoders.pictures import load_picture
 
 WORDS = ["[unk]", "[pad]", "a", "cat", "dog", "on", "the", "mat", "red", "and"]
 END, START = 63, 62
@@ -413,17 +413,6 @@ def test_orientation_is_applied(tmp_path: Path):
     exif[0x0112] = 6
     Image.fromarray(picture(60, 40)).save(path, exif=exif)
     assert load_picture(path).size == (40, 60)
-
-
-def test_seen_part_is_what_the_processor_keeps(encoder: DualEncoder):
-    whole = Image.fromarray(picture(90, 30))
-    seen = seen_part(whole, encoder.processor.image_processor, (32, 32))
-    assert seen.shape == (30, 30, 3)
-    np.testing.assert_array_equal(seen, np.asarray(whole)[:, 30:60])
-    uncropped = seen_part(whole, SimpleNamespace(do_center_crop=False), (32, 32))
-    np.testing.assert_array_equal(uncropped, np.asarray(whole))
-    large = seen_part(Image.new("RGB", (2000, 1000)), SimpleNamespace(), (32, 32))
-    assert large.shape == (224, 448, 3)
 
 
 def test_more_arguments_than_the_model_reads_are_refused():

@@ -500,7 +500,8 @@ def test_open_clip_prepares_with_its_own_tokenizer_and_transform(from_open_clip:
     assert all(pairs.special[0][begin + 3 : len(expected)]) and all(pairs.special[0][:begin])
     received = pairs.inputs[0].permute(0, 2, 3, 1).numpy() * IMAGENET["image_std"] + IMAGENET["image_mean"]
     for pixels, shown in zip(received, pairs.pictures, strict=True):
-        np.testing.assert_allclose(pixels * 255, shown, atol=1)
+        expected = Image.fromarray(shown).resize((32, 32), Image.Resampling.BICUBIC)
+        np.testing.assert_allclose(pixels * 255, np.asarray(expected), atol=5)
     with torch.no_grad():
         images, texts = saved.encode_image(pairs.inputs[0]), saved.encode_text(pairs.inputs[1])
         torch.testing.assert_close(encoder(*pairs.inputs), torch.cosine_similarity(images, texts))

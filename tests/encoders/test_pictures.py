@@ -106,7 +106,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path):
 
 
 def test_addresses_are_not_fetched():
-    with pytest.raises(ValueError, match=r"^image: https://example.org/a.png is an address; nothing is fetched"):
+    with pytest.raises(ValueError, match=r"^image: https://example.org/a.png is an address, and nothing is fetched"):
         load_picture("https://example.org/a.png")
 
 

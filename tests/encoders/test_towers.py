@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
 from captum_m2ib.encoders.families import FAMILIES, family_of
-from captum_m2ib.encoders.towers import find_embeddings, refine, stages_of, vocabulary_statistics
+from captum_m2ib.encoders.tables import vocabulary_statistics
+from captum_m2ib.encoders.towers import refine, stages_of
 from captum_m2ib.engine.layouts import HALVINGS, to_units
 
 HIERARCHY = HALVINGS[:5]
@@ -149,13 +150,13 @@ def test_vocabulary_statistics_of_a_bare_table_are_its_rows():
 
 def test_vocabulary_statistics_cover_positions_that_start_late():
     encoder = zoo.encoder_of(zoo.model_named("registers_roberta"))
-    embeddings = find_embeddings(encoder.model.text_model)
+    embeddings = encoder.embeddings_of(1)
     assert vocabulary_statistics(embeddings).count == 64
 
 
 def test_a_tower_without_blocks_has_no_stages():
     assert stages_of(nn.Linear(2, 2)) == []
-    assert refine(None, nn.Linear(2, 2), nn.Linear(2, 2)) is None
+    assert refine(None, nn.Linear(2, 2), nn.Linear(2, 2), None) is None
 
 
 # Two libraries, one set of weights.

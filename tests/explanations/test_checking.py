@@ -12,7 +12,7 @@ from matplotlib.text import Text
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, NothingToExplainWarning, explain
-from captum_m2ib.benchmark.scenes.verdicts import check_maps
+from captum_m2ib.attr.map_check import check_maps
 from captum_m2ib.engine.check import FRACTIONS, Check, joined, verdicts
 from captum_m2ib.engine.suffix import Suffix
 from captum_m2ib.engine.verdict import worst

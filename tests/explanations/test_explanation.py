@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.explanation import Explanation
 
 MEASURED = {"score": 0.3, "closed": 0.1, "range": 0.2, "kept": 1 / 3, "lost_top": 1.1, "lost_random": -1e-17}
@@ -17,6 +18,8 @@ CHECK = {
     "text": {**MEASURED, "kept": 1.0, "verdict": "holds"},
     "verdict": "weak",
 }
+# The model saw the right half of a picture, and as much padding below.
+REGION = Region(50.0, 0.0, 100.0, 30.0, 100, 20)
 
 
 def make(**changes):
@@ -33,6 +36,8 @@ def make(**changes):
         "settings": {"beta": (0.1, 0.2), "model": "é</pre><b>", "seed": None},
         "record": {"score": [0.1, 0.2], "score_after": 1e-17},
         "check": CHECK,
+        "unit": "score",
+        "region": REGION,
     }
     return Explanation(**{**fields, **changes})
 
@@ -50,7 +55,12 @@ def assert_equal(first, second):
 
 @pytest.mark.parametrize("suffix", [".npz", ".json", ".NPZ"])
 @pytest.mark.parametrize(
-    "changes", [{}, {"patch_bits": None, "record": None, "check": None}, {"caption": "\ud800 lone"}]
+    "changes",
+    [
+        {},
+        {"patch_bits": None, "record": None, "check": None, "region": None, "unit": "bits"},
+        {"caption": "\ud800 lone", "unit": "relative"},
+    ],
 )
 def test_round_trip_is_exact(tmp_path, suffix, changes):
     explanation = make(**changes)
@@ -58,22 +68,26 @@ def test_round_trip_is_exact(tmp_path, suffix, changes):
     assert_equal(Explanation.load(str(path)), explanation)
 
 
+@pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
-def test_files_of_the_first_version_are_read(tmp_path, suffix):
-    path = make().save(tmp_path / f"pair{suffix}")
+def test_files_of_earlier_versions_are_read(tmp_path, suffix, version):
+    path = make(unit="bits").save(tmp_path / f"pair{suffix}")
     if suffix == ".json":
         header = json.loads(path.read_text())
     else:
         with np.load(path) as stored:
             arrays = dict(stored)
         header = json.loads(str(arrays["header"]))
-    assert header["version"] == 2 and header.pop("check") == CHECK
-    header["version"] = 1
+    assert header["version"] == 3 and header["check"] == CHECK and header.pop("unit") == "bits"
+    assert header.pop("region") == list(REGION)
+    header["version"] = version
+    if version == 1:
+        del header["check"]
     if suffix == ".json":
         path.write_text(json.dumps(header))
     else:
         np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
-    assert_equal(Explanation.load(path), make(check=None))
+    assert_equal(Explanation.load(path), make(check=None if version == 1 else CHECK, unit="bits", region=None))
 
 
 def test_files_hold_no_pickles(tmp_path):
@@ -222,3 +236,90 @@ def test_pickled_arrays_are_refused(tmp_path):
     path.write_bytes(buffer.getvalue())
     with pytest.raises(ValueError, match="allow_pickle=False"):
         Explanation.load(path)
+
+
+def whole(width=100, height=20):
+    picture = np.full((height, width, 3), 200, np.uint8)
+    picture[:, width // 2 :] = 60
+    return picture
+
+
+def test_a_map_is_laid_over_the_whole_picture():
+    bits = np.zeros((12, 20), np.float32)
+    bits[3, 4:6] = 1.0  # in the picture: 10 columns to the right of the middle, 7.5 rows down
+    bits[9, 3] = 5.0  # on padding
+    found = make(image_bits=bits).bits_over(whole())
+    assert found.shape == (20, 100) and found.dtype == np.float32
+    assert not found[:, :50].any() and found.sum() == pytest.approx(2.0, rel=1e-3)
+    rows, columns = np.indices(found.shape) + 0.5
+    middle = (rows * found).sum() / found.sum(), (columns * found).sum() / found.sum()
+    assert middle == pytest.approx((8.75, 62.5), abs=0.3)
+    twice = make(image_bits=bits).bits_over(Image.fromarray(whole(200, 40)))
+    assert twice.shape == (40, 200) and twice.sum() == pytest.approx(2.0, rel=1e-3)
+    small = make(image_bits=bits).bits_over(whole(25, 5))
+    assert small.shape == (5, 25) and small.sum() == pytest.approx(2.0, rel=0.05)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".html"])
+def test_figures_and_pages_of_the_whole_picture(tmp_path, suffix):
+    explanation = make()
+    picture, bits = explanation.shown(whole())
+    np.testing.assert_array_equal(picture, whole())
+    np.testing.assert_array_equal(bits, explanation.bits_over(whole()))
+    large, bits = explanation.shown(whole(3000, 600))
+    assert large.shape == (144, 720, 3) and bits.shape == (144, 720)
+    panels = [axes.images[0].get_array() for axes in explanation.plot(whole()).axes[1:3]]
+    assert all(panel.shape == (144, 720, 3) for panel in panels)
+    # What the model did not see has no heat.
+    assert np.ptp(panels[1][:, :350].astype(int)) <= 1 < np.ptp(panels[1][:, 370:].astype(int))
+    path = explanation.save(tmp_path / f"pair{suffix}", whole())
+    assert path.read_bytes() != explanation.save(tmp_path / f"seen{suffix}").read_bytes()
+
+
+def test_totals_are_the_same_in_both_figures():
+    words = [
+        [text.get_text() for text in figure.axes[0].texts if "image " in text.get_text()]
+        for figure in (make().plot(), make().plot(whole()))
+    ]
+    assert words[0] == words[1] != []
+
+
+@pytest.mark.parametrize(
+    ("changes", "original", "message"),
+    [
+        ({"region": None}, whole(), r"^original: where the map lies in the whole picture is not known.*leave original"),
+        ({}, whole(50, 20), r"^original: expected the whole picture .* 100 x 20 pixels or .* got 50 x 20"),
+        ({}, "none.png", r"^original: there is no file none.png"),
+    ],
+)
+def test_originals_that_cannot_be(changes, original, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes).plot(original)
+
+
+def test_data_holds_no_original(tmp_path):
+    for suffix in (".npz", ".json"):
+        with pytest.raises(ValueError, match=rf"^original: {suffix} holds what the model saw"):
+            make().save(tmp_path / f"pair{suffix}", whole())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"unit": "nats"}, "^unit must be one of bits, score, relative, got 'nats'"),
+        ({"region": (1, 2, 3)}, "^region: expected left, top, right, bottom, width and height"),
+        ({"region": (0, 0, "a", 1, 1, 1)}, "^region: expected left"),
+        ({"region": (5, 0, 5, 10, 20, 10)}, "^region: expected a part of a picture"),
+        ({"region": (0, 0, float("nan"), 10, 20, 10)}, "^region: expected a part of a picture"),
+        ({"region": (30, 0, 40, 10, 20, 10)}, "^region: expected a part of a picture"),
+    ],
+)
+def test_units_and_regions_that_are_none(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make(**changes)
+
+
+def test_its_short_form_names_the_unit():
+    assert "units of the score over 12 x 20 pixels" in repr(make())
+    assert "image: relative values over" in repr(make(unit="relative")) and "bits over" in repr(make(unit="bits"))

@@ -88,6 +88,21 @@ def test_scale_is_the_maximum_and_can_be_fixed():
     assert lightness(overlay(image, lonely, percentile=95)).max() > lightness(overlay(image, 0 * lonely)).max()
 
 
+def test_signed_maps_have_a_colour_of_their_own_below_zero_on_one_scale():
+    image, bits = grey_picture(1, 401), np.linspace(-2, 2, 401)[None]
+    row = overlay(image, bits, signed=True)[0].astype(int)
+    np.testing.assert_array_equal(row[200:], overlay(image, bits)[0, 200:])
+    assert row[0, 2] > row[0, 0] + 20 and row[-1, 0] > row[-1, 2] + 20
+    brightness = lightness(row[None])[0]
+    assert brightness[0] > brightness[100] > brightness[200] < brightness[300] < brightness[400]
+    # Half as low is as strong as half as high.
+    half = overlay(image, np.where(bits < 0, bits / 2, bits), signed=True)[0].astype(int)
+    assert np.abs(half[0] - row[100]).max() <= 2
+    colors = heat_colors(33, signed=True)
+    np.testing.assert_allclose(colors[16:], heat_colors(17), atol=0.02)
+    assert (colors[0] != colors[-1]).any()
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_values_that_are_not_finite_are_refused(bad):
     bits = np.ones((3, 3))
@@ -194,6 +209,13 @@ def test_token_colors_contrast_everywhere():
     assert token_colors([0.0, 0.0]) == [("#ffffff", "#000000")] * 2
 
 
+def test_tokens_below_zero_are_green_on_the_scale_of_the_others():
+    low, zero, half, high = (code for code, _ in token_colors([-2.0, 0.0, 1.0, 2.0]))
+    assert zero == "#ffffff" and [half, high] == [code for code, _ in token_colors([1.0, 2.0])]
+    red, green, blue = (int(low[i : i + 2], 16) for i in (1, 3, 5))
+    assert green > red + 40 and green > blue + 20
+
+
 def test_heat_colors_get_lighter():
     assert (np.diff(lightness(heat_colors(32))) > -0.01).all()
     assert at_display_size(grey_picture(64, 32)).shape == (720, 360, 3)
@@ -239,6 +261,32 @@ def test_figure_says_score_totals_and_units():
     per_pixel = pair_figure(grey_picture(), bits, ["a"], [1.0], score=0.1)
     assert per_pixel.axes[-1].get_ylabel() == "bits per 100 pixels"
     assert per_pixel.axes[-1].get_ylim() == pytest.approx((0, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("unit", "totals", "bar"),
+    [
+        ("bits", "image 2.00 bits   ·   text −0.50 bits", "bits per 100 pixels"),
+        ("score", "image 2 units of the score   ·   text −0.5 units of the score", "units of the score per 100 pixels"),
+        ("relative", None, "relative values"),
+    ],
+)
+def test_units_in_figures(unit, totals, bar):
+    values = np.full((10, 20), 0.01)
+    values[0, :2] -= (0.02, 0.0)
+    values[1, 0] += 0.02
+    figure = pair_figure(grey_picture(), values, ["a", "b"], [0.5, -1.0], score=0.1, unit=unit)
+    words = [text.get_text().replace("-", "−") for text in figure.axes[0].texts]
+    assert (totals in words) if totals else not any("image" in word for word in words)
+    axes = figure.axes[-1]
+    assert axes.get_ylabel() == bar
+    low, high = axes.get_ylim()
+    assert (low < 0) == (unit != "bits") and (low == pytest.approx(-high) or low == 0)
+    assert ("−1.00" in words) if unit == "bits" else ("−1" in words)
+    shown = "title=" in token_html(["a"], [-1.0], unit=unit)
+    assert shown and {"bits": "bits", "score": "units of the score", "relative": "relative values"}[unit] in (
+        token_html(["a"], [-1.0], unit=unit)
+    )
 
 
 def test_nothing_imports_pyplot():

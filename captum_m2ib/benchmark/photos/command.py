@@ -50,7 +50,8 @@ def add_photos(benchmarks: Any, load: Load) -> None:
         action="extend",
         nargs="+",
         metavar="NAME",
-        help="m2ib, m2ib-published, each rival as published, centre and random (default: all but rise)",
+        help="m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-fine, "
+        "m2ib-late and rise)",
     )
     parser.add_argument("--settings", metavar="FILE", help="a settings.json for -tuned (default: the package's)")
     parser.add_argument(
@@ -83,7 +84,7 @@ def run(given: argparse.Namespace, load: Load) -> None:
     """
     from captum_m2ib.benchmark.choice import named, usable
     from captum_m2ib.benchmark.figure_page import write_page
-    from captum_m2ib.benchmark.methods import FAMILIES, SETTINGS_FILE, SLOW, methods
+    from captum_m2ib.benchmark.methods import FAMILIES, ON_REQUEST, SETTINGS_FILE, methods
     from captum_m2ib.benchmark.parts import Model, write_comparison
     from captum_m2ib.benchmark.photos.coco import read_photos
     from captum_m2ib.benchmark.photos.measures import FIGURES
@@ -100,7 +101,7 @@ def run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.benchmark.tables import terminal
 
     known = methods(given.settings or SETTINGS_FILE)
-    asked = named(given.method or [name for name in FAMILIES if name not in SLOW], known)
+    asked = named(given.method or [name for name in FAMILIES if name not in ON_REQUEST], known)
     plan = Plan(given.split, given.rank, given.limit, given.seed, given.steps, not given.without_faithfulness)
     photos = read_photos(given.data, given.annotations, plan.split, plan.limit)
     encoder = load(given)

@@ -44,7 +44,7 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
         nargs="+",
         metavar="NAME",
         help="methods: m2ib, m2ib-published, each rival as published and with -tuned where it measures best on "
-        "validation, centre and random (default: all but rise)",
+        "validation, centre and random (default: all but m2ib-fine, m2ib-late and rise)",
     )
     parser.add_argument("--probes", type=int, help=f"of each kind (default: 500; with --tune {_TUNING_PROBES})")
     parser.add_argument("--quick", action="store_true", help="fewer probes: about 10 minutes on 2 cores")
@@ -109,10 +109,10 @@ def _plan(given: argparse.Namespace) -> Plan:
 
 def _chosen(given: argparse.Namespace) -> list[Method]:
     from captum_m2ib.benchmark.choice import named
-    from captum_m2ib.benchmark.methods import SETTINGS_FILE, SLOW, methods
+    from captum_m2ib.benchmark.methods import ON_REQUEST, SETTINGS_FILE, methods
 
     known = methods(given.settings or SETTINGS_FILE)
-    return named(given.method or [name for name in known if name not in SLOW], known)
+    return named(given.method or [name for name in known if name not in ON_REQUEST], known)
 
 
 def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:

@@ -21,20 +21,12 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
-from captum_m2ib.attr._priors import defaults_of
-from captum_m2ib.attr._scoring import roots_of
+from captum_m2ib.attr.map_check import check_maps
 from captum_m2ib.benchmark.compare import estimate
 from captum_m2ib.benchmark.scenes.measures import BLOCK
 from captum_m2ib.benchmark.scenes.run import Plan
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.check import Check, verdicts
-from captum_m2ib.engine.closing import check_of, measured_stakes
-from captum_m2ib.engine.gates import gates_of
-from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.settings import Settings
-from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.stakes import NothingToExplainWarning
-from captum_m2ib.engine.suffix import Suffix, Tap
 from captum_m2ib.engine.verdict import VERDICTS
 from captum_m2ib.metrics import relevance_mass
 from captum_m2ib.scenes import ImageProbe, TokenProbe, image_probes, token_probes
@@ -48,7 +40,6 @@ GROUNDS = ("textured", "plain")
 ON_TRUTH = 0.25
 """Where a map is on the truth: the least of the way from an even map's share of the truth to all."""
 
-_SMOOTHING = 1 / 14
 _RANDOM_SEED = 5
 
 
@@ -139,42 +130,10 @@ def _of_block(
     for (source, bits), check in zip(maps.items(), checks, strict=True):
         assert check is not None
         kept = check.kept if source == MAPS[0] else torch.ones_like(check.kept)
-        found = verdicts(check.margin, kept, check.is_idle)
+        found = check.verdicts(by_margin=source != MAPS[0])
         places = on_truth(bits, probes)
         for row in zip(found, check.margin.tolist(), kept.tolist(), places, strict=True):
             yield Checked(ground, ("image", "text")[modality], source, *row)
-
-
-def check_maps(
-    method: MultiModalInfoBottleneck, arguments: tuple[Tensor, ...], modality: int, maps: Sequence[Tensor]
-) -> list[Check]:
-    r"""The check of maps that came from anywhere, at the layer where the method has its gates.
-
-    Args:
-
-        method (MultiModalInfoBottleneck): On the encoder that is explained; its gates are at the picture itself, and
-            at one vector per token.
-        arguments (tuple[Tensor, ...]): All arguments of the encoder, the inputs first.
-        modality (int): Whose maps these are.
-        maps (sequence of Tensor): Of the shape of the modality's input.
-
-    Returns:
-        list[Check]: one per map, with the untouched score as that of the map's gates, which are not known.
-    """
-    layers = method.layers
-    settings = Settings(smoothing=_SMOOTHING).per_layer(defaults_of(layers, method.priors))
-    with borrowing(*roots_of(method.forward_func, layers)):
-        suffix = Suffix(
-            lambda given: method.forward_func(*given), arguments, len(arguments[0]), [Tap(one) for one in layers]
-        )
-        gate = gates_of(
-            suffix, arguments, modality, method.priors[modality], method.layouts[modality], settings, modality
-        )
-        if layers[modality].argument is not None:
-            gate.filter = over_neighbours(_SMOOTHING, gate.hidden, arguments[modality])
-        stakes = measured_stakes(suffix, [gate], settings, 0)
-        spread = [bits if bits.ndim == gate.hidden.ndim else bits.unsqueeze(-1).expand_as(gate.hidden) for bits in maps]
-        return [check_of(suffix, gate, bits, settings, 0, stakes, suffix.score) for bits in spread]
 
 
 def _shuffled(bits: Tensor, real: Tensor) -> Tensor:

@@ -7,18 +7,13 @@ forward pass, which is that of the gates before the last update. So our ``n_step
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from captum_m2ib.attr import LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck
+from captum_m2ib.attr import LayerMultiModalInfoBottleneck
 from captum_m2ib.attr._priors import PUBLISHED
-from captum_m2ib.benchmark.meters import count_flops, in_new_process, peak_of, seconds_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import noise
 from captum_m2ib.engine.information import NATS_PER_BIT
@@ -89,28 +84,6 @@ class _PublishedBottleneck:
         return (mixed, *output[1:]) if isinstance(output, tuple) else mixed
 
 
-@dataclass
-class Cost:
-    """What one way of making both maps costs: work and time per pair, memory for the whole run."""
-
-    gflop: float
-    seconds: tuple[float, float, float]
-    peak_mebibytes: float
-
-
-@dataclass
-class SpeedReport:
-    """The published loop, ours on one pair and on a batch, ours at its default layers, and how far the maps differ."""
-
-    published: Cost
-    ours: Cost
-    batched: Cost
-    default: Cost
-    batch: int
-    differences: tuple[float, float]
-    device: str
-
-
 def base32_encoder(seed: int = 0) -> DualEncoder:
     """A CLIP of ViT-B/32 size with random weights."""
     from transformers import CLIPConfig, CLIPModel
@@ -144,12 +117,6 @@ def run_ours(encoder: DualEncoder, pairs: Inputs, layer: int = 9, n_steps: int =
     return list(maps)
 
 
-def run_default(encoder: DualEncoder, pairs: Inputs, layer: int = 9) -> list[Tensor]:
-    """Both maps of every pair at this library's default layers and prior, whatever ``layer`` says."""
-    method = MultiModalInfoBottleneck(encoder)
-    return list(method.attribute(pairs[:2], additional_forward_args=pairs[2]))
-
-
 def blocks(encoder: DualEncoder, index: int) -> tuple[nn.Module, nn.Module]:
     """One block of each tower of a transformers CLIP."""
     model: Any = encoder.model
@@ -157,84 +124,3 @@ def blocks(encoder: DualEncoder, index: int) -> tuple[nn.Module, nn.Module]:
     if not 0 <= index < depth:
         raise ValueError(f"layer: expected a block from 0 to {depth - 1}, got {index}.")
     return model.vision_model.encoder.layers[index], model.text_model.encoder.layers[index]
-
-
-def measure(repeats: int = 3, batch: int = 8, layer: int = 9, device: str = "cpu") -> SpeedReport:
-    r"""Measure the published loop and ours, run in turn, on the same pairs.
-
-    Args:
-
-        repeats (int, optional): Timed runs of each. Default: 3
-        batch (int, optional): Pairs in a batch of ours. Default: 8
-        layer (int, optional): Block behind which the bottlenecks sit. Default: 9
-        device (str, optional): Default: "cpu"
-
-    Returns:
-        SpeedReport: costs per pair and both modalities; seconds as minimum, median and maximum.
-    """
-    for name, number in (("repeats", repeats), ("batch", batch)):
-        if number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}.")
-    encoder = base32_encoder().to(device)
-    pixels, ids, mask = (part.to(device) for part in random_pairs(batch))
-    pairs, single = (pixels, ids, mask), (pixels[:1], ids[:1], mask[:1])
-    runs: dict[str, Callable[[], Any]] = {
-        "published": lambda: run_published(encoder, single, layer),
-        "ours": lambda: run_ours(encoder, single, layer),
-        "batched": lambda: run_ours(encoder, pairs, layer),
-        "default": lambda: run_default(encoder, single),
-    }
-    share = {"published": 1, "ours": 1, "batched": batch, "default": 1}
-    flops = {name: count_flops(run) / share[name] for name, run in runs.items()}
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in tqdm(range(repeats), desc="Timing", unit="round", disable=None):
-        for name, run in runs.items():
-            times[name].append(seconds_of(run, device) / share[name])
-    peaks = {name: _peak(name, layer, batch, device) for name in runs}
-    costs = {name: Cost(flops[name] / 1e9, _spread(times[name]), peaks[name]) for name in runs}
-    theirs, ours = run_published(encoder, single, layer), run_ours(encoder, single, layer, n_steps=9)
-    first, second = (float((b[0] - a).abs().max() / a.max()) for a, b in zip(theirs, ours, strict=True))
-    return SpeedReport(**costs, batch=batch, differences=(first, second), device=device)
-
-
-def render(report: SpeedReport) -> str:
-    """The report as a table, with the ratios that matter."""
-    rows = [("", "GFLOP", "seconds (min, max)", "peak MiB, whole run")]
-    named = (
-        ("published loop", report.published),
-        ("this library", report.ours),
-        (f"this library, batch of {report.batch}, per pair", report.batched),
-        ("this library, its default layers", report.default),
-    )
-    for name, cost in named:
-        low, median, high = cost.seconds
-        rows.append((name, f"{cost.gflop:.0f}", f"{median:.2f} ({low:.2f}, {high:.2f})", f"{cost.peak_mebibytes:.0f}"))
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    flops = report.published.gflop / report.ours.gflop
-    seconds = report.published.seconds[1] / report.ours.seconds[1]
-    return "\n".join(
-        [
-            f"Both maps of one pair, CLIP of ViT-B/32 size with random weights, 12 tokens, on {report.device}",
-            *lines,
-            f"ratio: {flops:.1f} times fewer FLOPs, {seconds:.1f} times less time",
-            "largest difference of the maps under the same noise, as a share of the maximum: "
-            f"image {report.differences[0]:.1e}, text {report.differences[1]:.1e}",
-        ]
-    )
-
-
-def _spread(values: list[float]) -> tuple[float, float, float]:
-    return min(values), statistics.median(values), max(values)
-
-
-def _peak(name: str, layer: int, batch: int, device: str) -> float:
-    """Peak memory above the loaded model, in MiB, in a process of its own: a peak can only be read once."""
-    return in_new_process(_peak_here, name, layer, batch, device)
-
-
-def _peak_here(name: str, layer: int, batch: int, device: str) -> float:
-    encoder = base32_encoder().to(device)
-    pixels, ids, mask = (part.to(device) for part in random_pairs(batch if name == "batched" else 1))
-    run = {"published": run_published, "default": run_default}.get(name, run_ours)
-    return peak_of(lambda: run(encoder, (pixels, ids, mask), layer), device)

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib.attr.map_check import check_maps
 from captum_m2ib.benchmark.scenes.verdicts import (
     GROUNDS,
     MAPS,
     ON_TRUTH,
     Checked,
-    check_maps,
     main,
     measure,
     on_truth,

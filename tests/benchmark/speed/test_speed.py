@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import os
 import re
 import signal
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,17 +19,11 @@ from torch import nn
 from torch.nn.functional import logsigmoid
 
 from captum_m2ib import DualEncoder
+from captum_m2ib.benchmark.methods import METHODS
 from captum_m2ib.benchmark.speed import loops as speed
-from captum_m2ib.benchmark.speed.loops import (
-    Cost,
-    SpeedReport,
-    blocks,
-    measure,
-    published_map,
-    render,
-    run_ours,
-    run_published,
-)
+from captum_m2ib.benchmark.speed import ways
+from captum_m2ib.benchmark.speed.loops import blocks, published_map, run_ours, run_published
+from captum_m2ib.benchmark.speed.ways import WAYS, Cost, SpeedReport, measure, render, write
 
 MEBIBYTE = 2**20
 
@@ -45,9 +42,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """The benchmark on a small model, with peak memory made up: it is taken in other processes."""
     monkeypatch.setattr(speed, "base32_encoder", tiny_encoder)
     monkeypatch.setattr(speed, "random_pairs", tiny_pairs)
-    monkeypatch.setattr(
-        speed, "_peak", lambda name, *_: {"published": 30.0, "ours": 20.0, "batched": 10.0, "default": 5.0}[name]
-    )
+    monkeypatch.setattr(ways, "_peak", lambda name, *_: 10.0 * list(WAYS).index(name))
     return monkeypatch
 
 
@@ -129,14 +124,27 @@ def test_blocks_are_those_of_both_towers():
 
 def test_measure(tiny: pytest.MonkeyPatch):
     report = measure(repeats=2, batch=3, layer=1)
-    assert (report.batch, report.device) == (3, "cpu")
-    for cost, peak in ((report.published, 30.0), (report.ours, 20.0), (report.batched, 10.0), (report.default, 5.0)):
+    assert (report.batch, report.device, list(report.costs)) == (3, "cpu", list(WAYS))
+    for place, cost in enumerate(report.costs.values()):
         low, median, high = cost.seconds
-        assert 0 < low <= median <= high and cost.peak_mebibytes == peak and cost.gflop > 0
-    assert report.published.gflop > 2 * report.ours.gflop
-    assert report.batched.gflop <= report.ours.gflop * (1 + 1e-9)
+        assert 0 < low <= median <= high and cost.peak_mebibytes == 10.0 * place and cost.gflop > 0
+    flops = {name: cost.gflop for name, cost in report.costs.items()}
+    assert flops["published"] > 2 * flops["ours"] and flops["fine"] > 3 * flops["default"] > 3 * flops["picture"]
+    assert flops["batched"] <= flops["ours"] * (1 + 1e-9)
+    assert flops["integrated"] > flops["picture"] > flops["grad-eclip"] > 0
     assert all(0 <= difference < 0.01 for difference in report.differences)
     assert_table(report)
+
+
+def test_each_way_makes_the_maps_that_the_scenes_are_asked_about():
+    encoder, pairs = tiny_encoder(), tiny_pairs(1)
+    arguments = {"additional_forward_args": pairs[2]}
+    for way in WAYS.values():
+        if way.method is None or way.method in ("m2ib-published", "integrated-gradients"):
+            continue
+        expected = METHODS[way.method](encoder).attribute(pairs[:2], **arguments)
+        assert all(map(torch.equal, way.run(encoder, pairs, 1), expected))
+    assert {way.method for way in WAYS.values()} - {None} <= set(METHODS)
 
 
 def test_the_model_is_made_without_touching_the_random_state(monkeypatch: pytest.MonkeyPatch):
@@ -166,35 +174,52 @@ def test_numbers_are_checked_before_any_work(monkeypatch: pytest.MonkeyPatch, na
 
 def assert_table(report: SpeedReport) -> None:
     lines = render(report).splitlines()
-    assert len(lines) == 8
+    assert len(lines) == 6 + len(WAYS)
     assert lines[0].startswith("Both maps of one pair, ") and lines[0].endswith(f" on {report.device}")
     assert re.split(r" {2,}", lines[1].strip()) == ["GFLOP", "seconds (min, max)", "peak MiB, whole run"]
-    batched, default = f"this library, batch of {report.batch}, per pair", "this library, its default layers"
-    names = ["published loop", "this library", batched, default]
-    for line, name in zip(lines[2:6], names, strict=True):
+    for line, way in zip(lines[2:], WAYS.values(), strict=False):
         found, flops, seconds, peak = re.split(r" {2,}", line)
-        assert found == name and flops.isdigit() and peak.lstrip("-").isdigit()
+        assert found == way.title.format(batch=report.batch) and flops.isdigit() and peak.lstrip("-").isdigit()
         assert re.fullmatch(r"\d+\.\d\d \(\d+\.\d\d, \d+\.\d\d\)", seconds)
-    assert re.fullmatch(r"ratio: \d+\.\d times fewer FLOPs, \d+\.\d times less time", lines[6])
-    assert re.fullmatch(r"largest difference .*: image \d\.\de-?\+?\d+, text \d\.\de-?\+?\d+", lines[7])
+    for line in lines[-4:-1]:
+        assert re.fullmatch(r"[^:]+: \d+\.\d times fewer FLOPs, \d+\.\d times less time", line)
+    assert re.fullmatch(r"largest difference .*: image \d\.\de-?\+?\d+, text \d\.\de-?\+?\d+", lines[-1])
+
+
+def made_up() -> SpeedReport:
+    costs = {name: Cost(900.0, (1, 2, 3), 70.0) for name in WAYS}
+    costs |= {"published": Cost(1000.4, (2, 3, 4), 900.6), "ours": Cost(250.1, (1, 1.5, 2), 80.0)}
+    return SpeedReport(costs, 8, (1.5e-6, 2e-7), "cpu")
 
 
 def test_render():
-    costs = (
-        Cost(1000.4, (2, 3, 4), 900.6),
-        Cost(250.1, (1, 1.5, 2), 80),
-        Cost(200, (0.5, 0.75, 1), 90),
-        Cost(900, (1, 2, 3), 70),
-    )
-    report = SpeedReport(*costs, 8, (1.5e-6, 2e-7), "cpu")
-    assert_table(report)
-    lines = render(report).splitlines()
+    assert_table(made_up())
+    lines = render(made_up()).splitlines()
     assert re.split(r" {2,}", lines[2]) == ["published loop", "1000", "3.00 (2.00, 4.00)", "901"]
-    assert lines[6] == "ratio: 4.0 times fewer FLOPs, 2.0 times less time"
-    assert lines[7].endswith("image 1.5e-06, text 2.0e-07")
+    assert lines[-4] == "published loop and ours at its layer: 4.0 times fewer FLOPs, 2.0 times less time"
+    assert (
+        lines[-2] == "Integrated Gradients and our default, picture alone: 1.0 times fewer FLOPs, 1.0 times less time"
+    )
+    assert lines[-1].endswith("image 1.5e-06, text 2.0e-07")
 
 
-_take_peak = speed._peak_here
+def test_costs_are_written_for_other_programs(tmp_path: Path):
+    write(made_up(), tmp_path / "costs.csv")
+    with (tmp_path / "costs.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["way"] for row in rows] == list(WAYS)
+    assert rows[0] == {
+        "way": "published",
+        "method": "m2ib-published",
+        "gflop": "1000.4",
+        "seconds low": "2.000",
+        "seconds": "3.000",
+        "seconds high": "4.000",
+        "mebibytes": "901",
+    }
+
+
+_take_peak = ways._peak_here
 
 
 def use_memory(*_: Any, **__: Any) -> None:
@@ -205,14 +230,14 @@ def use_memory(*_: Any, **__: Any) -> None:
 def small_peak(name: str, layer: int, batch: int, device: str) -> float:
     """Runs in a process of its own, where nothing is patched yet."""
     speed.base32_encoder, speed.random_pairs = tiny_encoder, tiny_pairs
-    speed.run_published = speed.run_ours = speed.run_default = use_memory
+    ways.WAYS[name] = replace(ways.WAYS[name], run=use_memory)
     return _take_peak(name, layer, batch, device)
 
 
 def test_peak_memory_does_not_depend_on_what_this_process_holds(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speed, "_peak_here", small_peak)
+    monkeypatch.setattr(ways, "_peak_here", small_peak)
     ballast = np.ones(1024 * MEBIBYTE, np.uint8)
-    peak = speed._peak("published", 1, 1, "cpu")
+    peak = ways._peak("published", 1, 1, "cpu")
     assert ballast[-1] == 1
     assert 60 <= peak <= 100
 
@@ -223,18 +248,15 @@ def die(*_: Any) -> float:
 
 
 def test_a_killed_process_is_an_error_and_no_wait(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(speed, "_peak_here", die)
+    monkeypatch.setattr(ways, "_peak_here", die)
     with pytest.raises(RuntimeError, match=r"^the process that ran die was killed before it answered"):
-        speed._peak("published", 1, 1, "cpu")
+        ways._peak("published", 1, 1, "cpu")
 
 
-@pytest.mark.parametrize("name", ["published", "ours", "batched", "default"])
+@pytest.mark.parametrize("name", WAYS)
 def test_peak_memory_of_each_run(tiny: pytest.MonkeyPatch, name: str):
     asked = []
-    tiny.setattr(
-        speed, "run_published", lambda encoder, pairs, layer: asked.append(("published", len(pairs[0]), layer))
-    )
-    tiny.setattr(speed, "run_ours", lambda encoder, pairs, layer: asked.append(("ours", len(pairs[0]), layer)))
-    tiny.setattr(speed, "run_default", lambda encoder, pairs, layer: asked.append(("default", len(pairs[0]), layer)))
-    assert 0 <= speed._peak_here(name, 2, 3, "cpu") < 100
-    assert asked == [(name if name in ("published", "default") else "ours", 3 if name == "batched" else 1, 2)]
+    way = replace(WAYS[name], run=lambda encoder, pairs, layer: asked.append((len(pairs[0]), layer)))
+    tiny.setitem(ways.WAYS, name, way)
+    assert 0 <= ways._peak_here(name, 2, 3, "cpu") < 100
+    assert asked == [(3 if name == "batched" else 1, 2)]

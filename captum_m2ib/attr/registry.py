@@ -1,0 +1,125 @@
+"""The attribution methods of pairs by name, and the unit of what any method says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from captum_m2ib.attr.attention_relevance import AttentionRelevance
+from captum_m2ib.attr.grad_eclip import GradECLIP
+from captum_m2ib.attr.info_bottleneck import InfoBottleneck
+from captum_m2ib.attr.layer_multi_modal_info_bottleneck import LayerMultiModalInfoBottleneck
+from captum_m2ib.attr.le_grad import LeGrad
+from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck
+from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
+from captum_m2ib.attr.rise import RISE
+
+UNITS = ("bits", "score", "relative")
+"""What a map may be in: bits; units of the score, which sum to about what it gains over a baseline; or numbers that
+only compare within one map."""
+
+
+@dataclass(frozen=True)
+class NamedMethod:
+    r"""A method of attribution that is asked for by name.
+
+    Attributes:
+
+        name (str): The name.
+        make (Callable): ``make(forward_func)``, and ``layers=`` unless they are fixed.
+        about (str): What it is, in a few words.
+        seeded (bool): Whether ``attribute`` takes a seed.
+        has_layers (bool): Whether ``make`` takes ``layers``.
+    """
+
+    name: str
+    make: Callable[..., Any]
+    about: str
+    seeded: bool = False
+    has_layers: bool = True
+
+
+METHODS: Mapping[str, NamedMethod] = MappingProxyType(
+    {
+        method.name: method
+        for method in (
+            NamedMethod("m2ib", MultiModalInfoBottleneck, "least information that keeps the score", seeded=True),
+            NamedMethod(
+                "m2ib-published",
+                MultiModalInfoBottleneck.published,
+                "the same with the paper's layers and prior",
+                seeded=True,
+                has_layers=False,
+            ),
+            NamedMethod("nib", NarrowingInfoBottleneck, "gradients while the hidden state narrows"),
+            NamedMethod("grad-eclip", GradECLIP, "values of attention, weighted by gradients"),
+            NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block"),
+            NamedMethod("legrad", LeGrad, "gradients of attention"),
+            NamedMethod("rise", RISE, "mean score under 4000 random masks", seeded=True),
+        )
+    }
+)
+"""Every method of this package that explains both inputs of a pair, in the order of the tables."""
+
+_IN_BITS = (MultiModalInfoBottleneck, LayerMultiModalInfoBottleneck, InfoBottleneck)
+# Of Captum's methods those whose attributions sum to what the score gains over a baseline, at least to first order.
+_IN_SCORE = {
+    "DeepLift",
+    "DeepLiftShap",
+    "GradientShap",
+    "InputXGradient",
+    "IntegratedGradients",
+    "NarrowingInfoBottleneck",
+}
+
+
+def method_named(name: str, forward_func: Callable[..., Any], layers: Any = None) -> Any:
+    r"""A method by its name.
+
+    Args:
+
+        name (str): One of :data:`METHODS`.
+        forward_func (DualEncoder or nn.Module): What it explains.
+        layers (sequence, optional): As the method takes them. Default: None (the method's own)
+
+    Returns:
+        Attribution: the method.
+
+    Raises:
+        ValueError: if there is none of that name, or its layers are fixed.
+
+    Examples::
+
+        >>> type(method_named("legrad", encoder)).__name__
+        'LeGrad'
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}.")
+    named = METHODS[name]
+    if layers is None:
+        return named.make(forward_func)
+    if not named.has_layers:
+        raise ValueError(f"layers: those of {name} are the paper's; leave out layers, or take another method.")
+    return named.make(forward_func, layers=layers)
+
+
+def unit_of(method: Any) -> str:
+    r"""What a method's maps are in.
+
+    Args:
+
+        method: Any object with ``attribute``.
+
+    Returns:
+        str: one of :data:`UNITS`; ``"relative"`` for a method that is not known.
+
+    Examples::
+
+        >>> unit_of(method_named("nib", encoder)), unit_of(method_named("legrad", encoder))
+        ('score', 'relative')
+    """
+    if isinstance(method, _IN_BITS):
+        return "bits"
+    return "score" if type(method).__name__ in _IN_SCORE else "relative"

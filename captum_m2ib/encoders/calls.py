@@ -1,0 +1,152 @@
+"""One tower as one call: what it is given, and the embedding in what it returns."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from captum_m2ib.encoders.families import Side
+from captum_m2ib.encoders.towers import config_of
+
+_BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class TowerCall(nn.Module):
+    """One tower as a module that returns its embedding, so that the whole tower is one call.
+
+    It refers to the model where the encoder registers it, without owning it: there is one owner, under one name.
+    """
+
+    def __init__(self, held: dict[str, nn.Module | None], name: str, side: Side) -> None:
+        super().__init__()
+        self.__dict__["held"] = held
+        self.name, self.side = name, side
+        self.training = False
+
+    @property
+    def model(self) -> Any:
+        """What the encoder holds under the name at this moment."""
+        return self.__dict__["held"][self.name]
+
+    def forward(self, inputs: Tensor, *extras: Any) -> Any:
+        side = self.side
+        method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
+        if not side.named:
+            if side.keyword is not None and extras:
+                return method(inputs, *extras[1:], **{side.keyword: extras[0]})
+            return method(inputs, *extras)
+        given = {
+            name: value for name, value in zip(side.arguments, (inputs, *extras), strict=False) if value is not None
+        }
+        run = method if isinstance(side.encode, str) else functools.partial(side.encode, self.model)
+        if self._is_resized(inputs) and "interpolate_pos_encoding" in inspect.signature(run).parameters:
+            given["interpolate_pos_encoding"] = True
+        return run(**given)
+
+    def check_configuration(self) -> None:
+        """Raise where the model is set to return plain tuples, in which embeddings have no name."""
+        for owner in (self.model, self.side.tower(self.model)):
+            if getattr(getattr(owner, "config", None), "return_dict", None) is False:
+                raise ValueError(
+                    f"model: the configuration of {type(owner).__name__} says return_dict=False, so that outputs come "
+                    "without names; set model.config.return_dict = True, in the towers' configurations, too."
+                )
+
+    def _is_resized(self, inputs: Tensor) -> bool:
+        """Whether pictures come in another size than the tower stores positions for."""
+        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
+        if self.side.modality != "image" or native is None or inputs.ndim != 4:
+            return False
+        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
+
+
+def as_called(side: Side, model: nn.Module) -> Side:
+    """A side with those of its arguments that the model's method takes, and how it takes them."""
+    if not isinstance(side.encode, str):
+        return side
+    taken = _parameters(getattr(model, side.encode) if side.encode else model.forward)
+    if taken is None:
+        return side
+    names = {parameter.name for parameter in taken}
+    first, *others = side.arguments
+    if side.named and first in names:
+        takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken)
+        return replace(side, arguments=(first, *(name for name in others if takes_any or name in names)))
+    side = replace(side, named=False)
+    return _masked(side, taken[1:]) if "attention_mask" in others else side
+
+
+def _masked(side: Side, beyond: list[inspect.Parameter]) -> Side:
+    """A side that reads captions with the mask as it is taken: second, under a name, or not at all."""
+    named = next((parameter for parameter in beyond if "mask" in parameter.name), None)
+    second = beyond[0] if beyond else None
+    if named is not None:
+        return side if named is second and named.kind in _BY_POSITION else replace(side, keyword=named.name)
+    is_any = second is not None and second.kind is inspect.Parameter.VAR_POSITIONAL and not side.encode
+    is_required = second is not None and second.kind in _BY_POSITION and second.default is inspect.Parameter.empty
+    return side if is_any or is_required else replace(side, arguments=side.arguments[:1])
+
+
+def _parameters(method: Any) -> list[inspect.Parameter] | None:
+    """What a method takes, itself left out; None where it does not say."""
+    if hasattr(method, "schema"):
+        # A method that torch has compiled to a script.
+        empty, kind = inspect.Parameter.empty, inspect.Parameter.POSITIONAL_OR_KEYWORD
+        arguments = method.schema.arguments[1:]
+        return [
+            inspect.Parameter(one.name, kind, default=one.default_value if one.has_default_value() else empty)
+            for one in arguments
+        ]
+    try:
+        return list(inspect.signature(method).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def embedding_of(output: Any, owner: str) -> Tensor:
+    r"""The embedding in what a tower returned.
+
+    Args:
+
+        output (Any): A tensor, a tuple that begins with one, or an output object.
+        owner (str): What errors call the tower.
+
+    Returns:
+        Tensor: (N, dimensions).
+
+    Raises:
+        TypeError: if there is none, or it has another number of dimensions.
+    """
+    output = output[0] if isinstance(output, tuple) and output else output
+    for name in (None, "image_embeds", "text_embeds", "pooler_output"):
+        found = output if name is None else getattr(output, name, None)
+        if isinstance(found, Tensor):
+            if found.ndim == 2:
+                return found
+            raise TypeError(
+                f"model: expected {owner} to return an embedding per example, (N, dimensions), got a tensor of shape "
+                f"{tuple(found.shape)}; wrap the tower in a module that pools it, over tokens for example."
+            )
+    raise TypeError(
+        f"model: expected {owner} to return an embedding per example, (N, dimensions), as a tensor or under "
+        f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
+        "that returns it."
+    )
+
+
+def similarity(first: Tensor, second: Tensor) -> Tensor:
+    """Cosine similarity along the last dimension, in float32 at least."""
+    if first.shape[-1] != second.shape[-1]:
+        raise ValueError(
+            f"model: expected both towers to return embeddings of one width, got {first.shape[-1]} and "
+            f"{second.shape[-1]} dimensions; wrap the towers with their projections."
+        )
+    # Half-precision scores differ by steps as large as what a token contributes.
+    precise = torch.promote_types(first.dtype, torch.float32)
+    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)

@@ -1,0 +1,170 @@
+"""The modules that turn a text tower's token ids into rows, found by following a pass, whatever their class.
+
+Adapters wrap a table, copy it or compute its rows anew, and a model may hold a table that nothing reads. What counts is
+what happens: the tower is given two captions that differ in one token, and a module that receives the ids and returns
+rows of which only that token's differ embeds them. Of several, one inside the other, the outermost is read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_m2ib.encoders.towers import config_of, device_of, token_tables
+from captum_m2ib.engine.interception import Handler, borrowing, intercept
+from captum_m2ib.engine.layers import tensors_in
+from captum_m2ib.engine.statistics import ChannelStatistics, RunningStatistics
+
+# Ids that no tokenizer pads with, of which the second stands at one place.
+_ID, _OTHER, _PLACE = 2, 3, 1
+_LENGTH = 8
+# What rounding may change of a row, as a share of what the changed token changes of its own.
+_ROUNDING = 1e-6
+
+
+class TokenModules(NamedTuple):
+    r"""What embeds a text tower's tokens.
+
+    Attributes:
+
+        embeddings (nn.Module or None): From ids to rows, with their positions where it adds them.
+        table (nn.Module or None): The part of it that knows no positions.
+    """
+
+    embeddings: nn.Module | None
+    table: nn.Module | None
+
+
+def find_token_modules(tower: nn.Module, call: Callable[[Tensor], Any] | None = None) -> TokenModules:
+    r"""What embeds a tower's tokens.
+
+    Args:
+
+        tower (nn.Module): The tower.
+        call (Callable, optional): Runs the tower on token ids, (2, L). Default: None (nothing is run)
+
+    Returns:
+        TokenModules: as a pass through the tower shows them, else by their names.
+    """
+    named = [(name, module) for name, module in tower.named_modules() if name]
+    table = next((table for name, table in token_tables(named)), None)
+    whole = next((module for name, module in named if name.split(".")[-1] == "embeddings"), table)
+    if call is None or table is None:
+        return TokenModules(whole, table)
+    seen = _follow(tower, call)
+    return TokenModules(seen.embeddings or whole, seen.table or table)
+
+
+def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
+    """Channels over every token of the vocabulary, each at one position, positions cycling."""
+    tables = {name: module for name, module in embeddings.named_modules() if isinstance(module, nn.Embedding)}
+    tokens = next((table for _, table in token_tables(tables.items())), None)
+    if tokens is None:
+        return None
+    running = RunningStatistics()
+    with torch.no_grad():
+        if tokens is embeddings and not tokens.weight.is_meta:
+            running.update(tokens.weight)
+            return running.result()
+        positions = next((table for name, table in tables.items() if "position" in name), None)
+        # Some tables keep their first rows for padding.
+        length = 64 if positions is None else positions.num_embeddings - 1 - (positions.padding_idx or -1)
+        by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
+        for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
+            output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
+            running.update(tensors_in(output)[0].flatten(0, -2))
+    return running.result()
+
+
+def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:
+    """What embeds the tokens in a pass through the tower; nothing if the tower does not run on such ids."""
+    device = device_of(tower)
+    ids = torch.full((2, _length(tower)), _ID, device=device)
+    ids[1, _PLACE] = _OTHER
+    follower = _Follower(ids)
+    try:
+        with borrowing(tower, warn=False), intercept(follower), torch.no_grad():
+            call(ids)
+    except _Followed:
+        pass
+    except Exception:
+        # A tower that wants other ids is asked for its layers by name.
+        return TokenModules(None, None)
+    return TokenModules(follower.embeddings, follower.table)
+
+
+def _length(tower: nn.Module) -> int:
+    """How many ids a tower takes: all of its context where it takes no fewer."""
+    fixed = getattr(tower, "context_length", None)
+    longest = getattr(config_of(tower, "text_config"), "max_position_embeddings", None)
+    if isinstance(fixed, int):
+        return fixed
+    return max(min(longest, _LENGTH), 2) if isinstance(longest, int) else _LENGTH
+
+
+class _Followed(Exception):
+    """All has been seen: tokens are mixed from here on."""
+
+
+class _Follower:
+    """Notes the outermost modules that embed the ids, each token on its own."""
+
+    def __init__(self, ids: Tensor) -> None:
+        self._ids = ids
+        self._calls = 0
+        self._first: dict[str, tuple[int, nn.Module]] = {}
+
+    @property
+    def embeddings(self) -> nn.Module | None:
+        """Rows that each depend on their own token."""
+        return self._first["rows"][1] if "rows" in self._first else None
+
+    @property
+    def table(self) -> nn.Module | None:
+        """Rows that depend on nothing else."""
+        return self._first["alike"][1] if "alike" in self._first else None
+
+    def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        start = self._calls
+        self._calls += 1
+        received = tensors_in((args, kwargs))
+        output = proceed(module, *args, **kwargs)
+        changed = self._changed(output)
+        if changed is None:
+            return output
+        rows, is_mixed = changed
+        if is_mixed:
+            if self._first:
+                raise _Followed
+            return output
+        if any(self._is_ids(tensor) for tensor in received):
+            self._note("rows", start, module)
+            if torch.equal(rows[0, :1].expand_as(rows[0]), rows[0]):
+                self._note("alike", start, module)
+        return output
+
+    def _note(self, kind: str, start: int, module: nn.Module) -> None:
+        """Keep the first such call, and whatever encloses it in its place."""
+        if kind not in self._first or self._first[kind][0] > start:
+            self._first[kind] = start, module
+
+    def _is_ids(self, tensor: Tensor) -> bool:
+        if tensor.is_floating_point() or tensor.ndim != 2:
+            return False
+        return any(tensor.shape == one.shape and bool((tensor == one).all()) for one in (self._ids, self._ids.T))
+
+    def _changed(self, output: Any) -> tuple[Tensor, bool] | None:
+        """The rows of both captions, and whether the changed token has changed another's; None where none are."""
+        found = next((tensor for tensor in tensors_in(output) if tensor.is_floating_point()), None)
+        pairs, length = self._ids.shape
+        if found is None or found.ndim != 3 or {*found.shape[:2]} != {pairs, length}:
+            return None
+        rows = found if found.shape[0] == pairs else found.transpose(0, 1)
+        change = (rows[0] - rows[1]).float().abs().amax(-1)
+        own = float(change[_PLACE])
+        others = float(change[torch.arange(length, device=change.device) != _PLACE].max())
+        return (rows, others > _ROUNDING * own) if max(own, others) > 0 else None
