@@ -22,8 +22,16 @@ from captum_m2ib.engine.recording import Kept, Recording
 from captum_m2ib.engine.replaying import Replayer, Reuse
 from captum_m2ib.engine.rows import Shared, append_first, as_given, check_score, is_batch, repeat_pairs
 
+# What a function raises that is given what it cannot work on.
+FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError)
+
 Forward = Callable[[tuple[Any, ...]], Any]
 Values = dict[int, Tensor]
+
+_EACH_BY_ITSELF = (
+    "let it score each pair by itself, and wrap what pairs share, as captum_m2ib.Shared(tensor) among "
+    "additional_forward_args."
+)
 
 # Of what a score moves by, the least that no rounding explains however it is amplified.
 _SHARE = 0.05
@@ -75,6 +83,8 @@ class Consistency:
     @torch.no_grad()
     def explain_failure(self, values: Values, draws: int, error: Exception) -> None:
         """Raise what says why a rerun failed with an error, if the model's own pass with its values does not."""
+        if isinstance(error, torch.cuda.OutOfMemoryError):
+            return
         try:
             self._rerun(values, draws)
         except Exception:
@@ -160,6 +170,11 @@ class Consistency:
 
     def _explain_failure(self, values: Values, error: Exception) -> None:
         try:
+            self._score(as_given(self._arguments), 1)
+        except Exception:
+            # The recorded pass, on one pair more, went through.
+            raise ValueError(f"forward_func: on these pairs it fails ({error}); {_EACH_BY_ITSELF}") from error
+        try:
             self._plain(values)
         except Exception:
             return
@@ -213,6 +228,18 @@ class Consistency:
                 ) from error
 
 
+@torch.no_grad()
+def explain_recording(forward: Forward, arguments: tuple[Any, ...], pairs: int, error: Exception) -> None:
+    """Raise what says why a recorded pass failed with an error, if the caller's own call does not."""
+    if isinstance(error, torch.cuda.OutOfMemoryError):
+        return
+    try:
+        score = check_score(forward(as_given(arguments)), pairs, pairs)
+    except Exception:
+        return
+    refuse_shared(forward, arguments, pairs, score, nearly_equal)
+
+
 def refuse_shared(
     forward: Forward,
     arguments: tuple[Any, ...],
@@ -231,7 +258,7 @@ def refuse_shared(
         agree (Callable): Whether scores of the pairs differ by no more than rounding.
 
     Raises:
-        ValueError: if so.
+        ValueError: if it does.
     """
 
     def is_kept(given: tuple[Any, ...]) -> bool:
@@ -252,7 +279,7 @@ def refuse_shared(
             )
     raise ValueError(
         "forward_func: the score of a pair changes with the other pairs in the batch, or it cannot be called with one "
-        "pair more; let it score each pair by itself, and wrap what pairs share, as captum_m2ib.Shared(tensor)."
+        f"pair more; {_EACH_BY_ITSELF}"
     )
 
 

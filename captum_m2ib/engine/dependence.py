@@ -38,6 +38,11 @@ class Dependence(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing compiles while a pass is followed, and being called past the compiler costs as much as following."""
+        return False
+
     def __init__(
         self,
         of_unseen: Callable[[Tensor], Reach] | None = None,

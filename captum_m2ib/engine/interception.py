@@ -41,7 +41,7 @@ def borrowing(*roots: Any, warn: bool = True) -> Iterator[None]:
     """
     borrower, outer = _Borrower(warn), getattr(_state, "borrower", None)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), _plain_execution():
+        with torch.inference_mode(False), torch.enable_grad(), _plain_execution(), _standing_between():
             _state.borrower = borrower
             for root in roots:
                 borrower.take(root)
@@ -54,17 +54,26 @@ def borrowing(*roots: Any, warn: bool = True) -> Iterator[None]:
 @contextlib.contextmanager
 def intercept(handler: Handler) -> Iterator[None]:
     """Route this thread's module calls through ``handler(proceed, module, args, kwargs)``."""
+    with _standing_between():
+        outer, _state.handler = current_handler(), handler
+        try:
+            yield
+        finally:
+            _state.handler = outer
+
+
+@contextlib.contextmanager
+def _standing_between() -> Iterator[None]:
+    """Have module calls come by here. Each change of a class makes torch's next calls slow, so passes share one."""
     global _interceptors, _original_call
     with _lock:
         if _interceptors == 0:
             _original_call = nn.Module.__call__
             nn.Module.__call__ = _call  # type: ignore[method-assign]
         _interceptors += 1
-    outer, _state.handler = current_handler(), handler
     try:
         yield
     finally:
-        _state.handler = outer
         with _lock:
             _interceptors -= 1
             if _interceptors == 0:

@@ -196,9 +196,9 @@ class _Recorder:
             output = self._open(tap, output)
             self._structures[tap] = self._keep(output)
         is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
-        call = self._close(start, tap, received, output, is_changed)
+        reach = self._close(start, received, output, is_changed)
         unseen = tuple(kept for _, kept in frame.unseen.values())
-        self._calls[start] = replace(call, unseen=unseen, operators=tuple(frame.operators))
+        self._calls[start] = Call(module, tap, len(self._calls), reach, None, unseen, tuple(frame.operators))
         return output
 
     def finish(self, score: Tensor) -> Recording:
@@ -253,22 +253,22 @@ class _Recorder:
         self.dependence.mark([passed], frozenset([index]))
         return replace_at(structure, path, passed)
 
-    def _close(self, start: int, tap: int | None, received: list[Tensor], output: Any, is_changed: bool) -> Call:
-        """The entry of a call; its output is noted if a rerun may have that instead."""
-        module, returned, end = self._calls[start].module, tensors_in(output), len(self._calls)
+    def _close(self, start: int, received: list[Tensor], output: Any, is_changed: bool) -> Reach:
+        """What a call depends on; its output is noted if a rerun may have that instead."""
+        returned = tensors_in(output)
         reach = self.dependence.of([*received, *returned]) - _FROM_DATA
         self._types.update(tensor.dtype for tensor in returned if tensor.is_floating_point())
         # Reuse would lose what a module does to its inputs, and the link between an input and an output that is it.
         aliases = {storage_of(tensor) for tensor in received} & {storage_of(tensor) for tensor in returned}
         if is_changed or aliases or not is_transparent(output):
-            return Call(module, tap, end, reach)
+            return reach
         for outputs in (self._loose, self._kept):
             # Whenever such a part could be reused, so could this whole.
             for place in [place for place in outputs if place > start and self._calls[place].reach >= reach]:
                 del outputs[place]
         is_constant = any(_DATA not in self.dependence.of([tensor]) for tensor in returned)
         self._loose[start] = Output(map_leaves(output, lambda tensor: tensor), is_constant)
-        return Call(module, tap, end, reach)
+        return reach
 
     def _before_change(self, tensors: list[Tensor]) -> None:
         """Copy what was returned before an operation changes it in place."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_m2ib.engine.consistency import Consistency
+from captum_m2ib.engine.consistency import FAILURES, Consistency, explain_recording
 from captum_m2ib.engine.interception import intercept, unobserved
 from captum_m2ib.engine.layers import entering
 from captum_m2ib.engine.recording import Tap, record
@@ -56,7 +56,11 @@ class Suffix:
     ) -> None:
         self._forward = entering(forward, [tap.layer for tap in taps])
         self._arguments = arguments
-        self._recording = record(self._forward, arguments, pairs, taps)
+        try:
+            self._recording = record(self._forward, arguments, pairs, taps)
+        except FAILURES as error:
+            explain_recording(self._forward, arguments, pairs, error)
+            raise
         self._reuse = Reuse(self._recording.rows)
         self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
         self._checked: set[frozenset[int]] = set()
@@ -89,8 +93,8 @@ class Suffix:
         try:
             with intercept(Replayer(self._recording, self._reuse, values, draws)):
                 score = check_score(self._forward(arguments), pairs * draws, pairs)
-        except (RuntimeError, ValueError, IndexError, KeyError, TypeError) as error:
-            if kind not in self._checked and not isinstance(error, torch.cuda.OutOfMemoryError):
+        except FAILURES as error:
+            if kind not in self._checked:
                 with unobserved(self._modes):
                     self._consistency.explain_failure(values, draws, error)
             raise

@@ -243,3 +243,12 @@ def test_shared_argument_with_a_row_for_each_pair_by_chance(draws: int):
         expected = model(batch(), classes, index).repeat_interleave(draws, 0)
         handle.remove()
         torch.testing.assert_close(told.run(values, draws), expected)
+
+
+def test_shared_argument_that_no_further_row_fits():
+    model = Classify(lambda m, x: x).double().eval()
+    model.forward = lambda x, weights: (model.first(x).mean(1) @ weights.view(PAIRS, 4).T).sum(1)
+    with borrowing(model):
+        with pytest.raises(ValueError, match=r"argument 1 .* of shape \(2, 4\), is used by all pairs together"):
+            suffix_of(model, model.first, batch(), torch.randn(PAIRS, 4).double())
+        suffix_of(model, model.first, batch(), Shared(torch.randn(PAIRS, 4).double()))
