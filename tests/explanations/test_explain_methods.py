@@ -18,6 +18,7 @@ from captum_m2ib import (
     DualEncoder,
     Explanation,
     GradECLIP,
+    MultiModalInfoBottleneck,
     NarrowingInfoBottleneck,
     PairInteraction,
     PatchLayout,
@@ -267,6 +268,17 @@ def test_what_is_no_method_of_pairs(method: Any, error: type[Exception], message
     made = method(encoder) if isinstance(method, type) else method
     with pytest.raises(error, match=message):
         explain(encoder, PICTURES[0], CAPTIONS[0], method=made)
+
+
+@pytest.mark.parametrize("view", [lambda other: GradECLIP(other), lambda other: GradECLIP(other.model)])
+def test_a_method_of_another_model_is_refused(view: Any, encoder: DualEncoder):
+    other = DualEncoder.from_pretrained(CHECKPOINT)
+    ablation = captum.attr.Saliency(EmbeddingForward(other))
+    for method in (view(other), (GradECLIP(encoder), ablation), MultiModalInfoBottleneck(other)):
+        with pytest.raises(ValueError, match=r"^method: \w+ was made of another model than the encoder; make it of"):
+            explain(encoder, PICTURES[0], CAPTIONS[0], method=method)
+    # A model that was not wrapped yet is the same model.
+    assert explain(encoder, PICTURES[0], CAPTIONS[0], method=GradECLIP(encoder.model), check=False)
 
 
 def test_a_setting_that_a_method_does_not_take(encoder: DualEncoder):
