@@ -63,7 +63,7 @@ class DualEncoder(nn.Module):
             model compares; ("image", "text") for two towers)
         processor (optional): The processor of the model, for :meth:`prepare`, or two functions, (preprocess, tokenize)
             (see :mod:`captum_m2ib.encoders.processors`). Default: None
-        layouts (tuple, optional): Layouts of the towers where they cannot be derived. Default: None
+        layouts (tuple, optional): Layouts of the towers, each None where it is to be derived. Default: None
         statistics (mapping, optional): Layer name to :class:`ChannelStatistics`, for the standardised prior.
             Default: None
 
@@ -90,7 +90,7 @@ class DualEncoder(nn.Module):
         *towers: nn.Module,
         modalities: tuple[str, str] | None = None,
         processor: Any = None,
-        layouts: tuple[Layout | None, ...] | None = None,
+        layouts: Sequence[Layout | None] | None = None,
         statistics: Mapping[str, ChannelStatistics] | None = None,
     ) -> None:
         super().__init__()
@@ -134,7 +134,8 @@ class DualEncoder(nn.Module):
         self.__dict__["_wrapped"] = tuple(tower for tower in towers.values() if tower not in modules)
         self.__dict__["_tokens"] = {}
         self._slots = _slots(self.sides)
-        self._layouts = self._given_layouts or self._derived_layouts(self.processor)
+        given = self._given_layouts or (None, None)
+        self._layouts = tuple(self._derived_layout(i) if layout is None else layout for i, layout in enumerate(given))
         self.training = any(module.training for module in modules)
 
     @classmethod
@@ -298,16 +299,15 @@ class DualEncoder(nn.Module):
         """
         return tuple(name for _, name in self._slots)
 
-    def _derived_layouts(self, processor: Any) -> tuple[Layout | None, ...]:
-        found = []
-        for index, side in enumerate(self.sides):
-            positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
-            layout = derive_layout(side, self.tower_of(index), positions)
-            if isinstance(layout, TextLayout) and layout.reads_padding and processor is not None:
-                # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
-                layout = replace(layout, pad_token_id=padding_of(processor, layout.pad_token_id))
-            found.append(layout)
-        return tuple(found)
+    def _derived_layout(self, index: int) -> Layout | None:
+        side = self.sides[index]
+        positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
+        layout = derive_layout(side, self.tower_of(index), positions)
+        if isinstance(layout, TextLayout) and layout.reads_padding and self.processor is not None:
+            # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
+            pad = padding_of(self.processor)
+            return layout if pad is None else replace(layout, pad_token_id=pad, source="the tokenizer")
+        return layout
 
     @property
     def layouts(self) -> tuple[Layout | None, ...]:

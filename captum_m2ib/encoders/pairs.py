@@ -116,10 +116,10 @@ def prepare_pairs(
     )
 
 
-def padding_of(processor: Any, otherwise: int | None) -> int | None:
-    """The id that a processor's tokenizer pads captions with, or another where it does not say."""
+def padding_of(processor: Any) -> int | None:
+    """The id that a processor's tokenizer pads captions with, or None where it does not say."""
     found = getattr(Speller(getattr(processor, "tokenizer", None)).vocabulary, "pad_token_id", None)
-    return found if isinstance(found, int) else otherwise
+    return found if isinstance(found, int) else None
 
 
 def _read_pictures(processor: Any, reader: Any, pictures: list[Any], name: str) -> tuple[dict[str, Any], list[View]]:

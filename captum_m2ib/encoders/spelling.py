@@ -94,7 +94,9 @@ def _vocabulary(tokenizer: Any) -> Any:
     if isinstance(tokenizer, partial):
         return _vocabulary(tokenizer.func)
     inner = getattr(tokenizer, "tokenizer", None)
-    beside = getattr(tokenizer, "__globals__", {}).get("_tokenizer")
+    # A function beside its table, as OpenAI's is, if it is one that looks there.
+    uses = "_tokenizer" in getattr(getattr(tokenizer, "__code__", None), "co_names", ())
+    beside = tokenizer.__globals__.get("_tokenizer") if uses else None
     for one in (tokenizer, inner, getattr(tokenizer, "__self__", None), beside):
         if hasattr(one, "convert_ids_to_tokens") or hasattr(one, "decoder"):
             return one

@@ -87,6 +87,11 @@ def spectrogram_layout(tower: nn.Module) -> PatchLayout:
 
 def text_layout(tower: nn.Module, mask: int | None) -> TextLayout:
     """The layout of a text tower whose attention mask is the argument at ``mask``."""
+    return replace(_told_layout(tower, mask), source="the model's configuration")
+
+
+def _told_layout(tower: nn.Module, mask: int | None) -> TextLayout:
+    """What the tower and its configuration say of the ends of captions."""
     config = config_of(tower, "text_config")
     suffix = int(_has_parameter(tower, ("cls_emb",)))
     kind = str(getattr(config, "model_type", ""))
@@ -113,7 +118,7 @@ def refine(layout: Layout | None, tower: nn.Module, layer: nn.Module, embeddings
     if isinstance(layout, TextLayout) and layout.reads_padding:
         inside = embeddings is not None and any(layer is module for module in embeddings.modules())
         # A mask keeps words from reading padding, but the pooled last position may be padding that reads words.
-        return layout if inside else replace(layout, pad_token_id=None, mask_argument=None)
+        return layout if inside else replace(layout, pad_token_id=None, mask_argument=None, source=None)
     if isinstance(layout, PatchLayout) and layout.window is not None:
         owners = [m for m in tower.modules() if hasattr(m, "shift_size") and any(layer is c for c in m.modules())]
         shifts = [_side(owner.shift_size) or 0 for owner in owners]

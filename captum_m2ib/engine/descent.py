@@ -10,7 +10,6 @@ all noise is at its mean, 0: one draw that no seed changes. That share trades th
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from captum_m2ib.engine.batch_axis import BatchAxis
+from captum_m2ib.engine.callers import frames_within
 from captum_m2ib.engine.check import Check, joined
 from captum_m2ib.engine.closing import check_of, measured_stakes, parts_of, stakes_of, through
 from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise
@@ -319,13 +319,4 @@ def _join(parts: list[Gated]) -> Gated:
 
 def _warn(pairs: list[int], text: str) -> None:
     which = ", ".join(map(str, pairs[:5])) + (", ..." if len(pairs) > 5 else "")
-    warnings.warn(text.format(which), NothingToExplainWarning, stacklevel=_frames_within() + 1)
-
-
-def _frames_within() -> int:
-    """How many frames up the caller of this package is, so that warnings point at a user's line."""
-    frame, count = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("captum_m2ib", "captum"):
-        frame, count = frame.f_back, count + 1
-    # This function is one of the frames, and not one of the caller's.
-    return count - 1
+    warnings.warn(text.format(which), NothingToExplainWarning, stacklevel=frames_within() + 1)

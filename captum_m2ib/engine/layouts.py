@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from captum_m2ib.engine.padding import believe_ids, between_padding, warn_of_words
 from captum_m2ib.engine.rows import Shared
 
 HALVINGS = (1, 2, 4, 8, 16, 32, 64)
@@ -102,13 +103,17 @@ class TextLayout:
             Default: None
         ends_at_highest (bool, optional): The end token is the one with the highest id, as in CLIP's first vocabulary,
             whatever that id is. Default: False
-        pad_token_id (int, optional): Tokens of this id are padding when there is no mask. Default: None
+        pad_token_id (int, optional): Tokens of this id before the first and after the last other one are padding when
+            there is no mask. Default: None
         reads_padding (bool, optional): The tower reads padding like words, as SigLIP does. Padding is then told from
             words at the embeddings only; in later layers it holds what it has read, and every token counts. Default:
             False
         prefix (int, optional): Tokens that the tower itself puts before the input's. Default: 0
         suffix (int, optional): Tokens that the tower itself puts after them (CoCa's class token). A layer may lack
             the prefix, the suffix or both. Default: 0
+        source (str, optional): Who says which tokens are real, as warnings call it: where the ids in hand end in a run
+            of one id that it takes for words, that is said, and the run is taken for padding unless a mask speaks for
+            it. Default: None (you say so, and nothing is looked for)
 
     Examples::
 
@@ -124,34 +129,74 @@ class TextLayout:
     reads_padding: bool = False
     prefix: int = 0
     suffix: int = 0
+    source: str | None = field(default=None, compare=False)
 
 
 Layout: TypeAlias = PatchLayout | PackedLayout | TextLayout
 
 
 def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
-    """Which tokens or packed patches are real, (N, L) boolean, or None if the layout cannot tell (then all are)."""
+    r"""Which tokens or packed patches are real.
+
+    Args:
+
+        layout (Layout): The tower's layout.
+        inputs (Tensor): The tower's input: token ids, (N, L), or packed patches or embeddings, (N, L, ...).
+        arguments (sequence): All arguments of forward_func.
+
+    Returns:
+        Tensor or None: Boolean, (N, L), or None if the layout cannot tell (then all are).
+
+    Raises:
+        ValueError: if the mask has another shape.
+
+    Warns:
+        UserWarning: if the ids show padding that a derived layout does not know.
+    """
     if isinstance(layout, PatchLayout):
         return None
-    if layout.mask_argument is not None and layout.mask_argument < len(arguments):
-        mask = arguments[layout.mask_argument]
-        mask = mask.value if isinstance(mask, Shared) else mask
-        if isinstance(mask, Tensor):
-            if mask.shape != inputs.shape[:2]:
-                raise ValueError(
-                    f"additional_forward_args: expected the mask (argument {layout.mask_argument} of forward_func, "
-                    f"counted from 0) to be of shape (N, L), {tuple(inputs.shape[:2])} for these inputs, got "
-                    f"{tuple(mask.shape)}; pass 1 for each real token or patch and 0 for each that is padding."
-                )
-            return mask.bool()
+    source = None if isinstance(layout, PackedLayout) or inputs.is_floating_point() else layout.source
+    mask = _mask_of(layout, inputs, arguments)
+    if mask is not None:
+        if source is not None:
+            warn_of_words(inputs, mask, "the mask calls them real")
+        return mask
     if isinstance(layout, PackedLayout) or inputs.is_floating_point():
         return None
+    real = _told_by_ids(layout, inputs)
+    if source is None:
+        return real
+    if real is None:
+        warn_of_words(inputs, real, "there is no mask")
+        return None
+    return believe_ids(inputs, real, layout.pad_token_id, source, layout.reads_padding)
+
+
+def _mask_of(layout: PackedLayout | TextLayout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+    """The mask among the arguments, boolean, (N, L)."""
+    if layout.mask_argument is None or layout.mask_argument >= len(arguments):
+        return None
+    mask = arguments[layout.mask_argument]
+    mask = mask.value if isinstance(mask, Shared) else mask
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.shape != inputs.shape[:2]:
+        raise ValueError(
+            f"additional_forward_args: expected the mask (argument {layout.mask_argument} of forward_func, "
+            f"counted from 0) to be of shape (N, L), {tuple(inputs.shape[:2])} for these inputs, got "
+            f"{tuple(mask.shape)}; pass 1 for each real token or patch and 0 for each that is padding."
+        )
+    return mask.bool()
+
+
+def _told_by_ids(layout: TextLayout, ids: Tensor) -> Tensor | None:
+    """Which tokens the end token, or the id of padding, says are real."""
     if layout.ends_at_highest:
-        return torch.arange(inputs.shape[1], device=inputs.device) <= inputs.argmax(1, keepdim=True)
+        return torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(1, keepdim=True)
     if layout.end_token_id is not None:
-        ends = (inputs == layout.end_token_id).int()
+        ends = (ids == layout.end_token_id).int()
         return ends.cumsum(1) - ends < 1
-    return None if layout.pad_token_id is None else inputs != layout.pad_token_id
+    return None if layout.pad_token_id is None else between_padding(ids, layout.pad_token_id)
 
 
 def check_masks(layouts: Sequence[Layout | None], arguments: Sequence[Any]) -> None:

@@ -81,6 +81,7 @@ def maps_of(
     """
     if isinstance(method, str):
         method = method_named(method, encoder)
+    _check_model(encoder, method)
     if isinstance(method, MultiModalInfoBottleneck):
         return _by_bottleneck(method, pairs, internal_batch_size, check, settings)
     both = tuple(method) if isinstance(method, Sequence) else (method, method)
@@ -90,6 +91,19 @@ def maps_of(
             f"for the picture and for the caption, got {type(method).__name__}."
         )
     return _by_attribution(encoder, both, pairs, internal_batch_size, check, settings)
+
+
+def _check_model(encoder: DualEncoder, method: Method) -> None:
+    """Raise where a method was made of another model than the one whose pairs and scores are shown."""
+    for one in method if isinstance(method, Sequence) else (method,):
+        explained = getattr(one, "forward_func", None)
+        while explained is not None and not isinstance(explained, DualEncoder):
+            explained = getattr(explained, "forward_func", None)
+        if explained is not None and any(explained.tower_of(i) is not encoder.tower_of(i) for i in (0, 1)):
+            raise ValueError(
+                f"method: {_name(one)} was made of another model than the encoder; make it of the one that is given, "
+                f"{_name(one)}(encoder)."
+            )
 
 
 def _by_bottleneck(

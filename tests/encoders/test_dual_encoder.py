@@ -285,6 +285,21 @@ def test_long_captions_warn_and_are_cut(encoder: DualEncoder):
     assert encoder(*pairs.inputs, *pairs.additional_forward_args).shape == (2,)
 
 
+def test_a_tokenizer_that_says_less_than_the_tower_holds_is_blamed(
+    encoder: DualEncoder, monkeypatch: pytest.MonkeyPatch
+):
+    tokenizer = encoder.processor.tokenizer
+    monkeypatch.setattr(tokenizer, "model_max_length", 8)
+    message = (
+        r"^captions: the tokenizer says that the model reads 8 tokens, the text tower has 16 positions; set "
+        r"processor\.tokenizer\.model_max_length = 16 .* has 14; the rest is cut"
+    )
+    with pytest.warns(UserWarning, match=message):
+        assert encoder.prepare(picture(), "cat " * 12).inputs[1].shape == (1, 8)
+    monkeypatch.setattr(tokenizer, "model_max_length", 16)
+    assert encoder.prepare(picture(), "cat " * 12).inputs[1].shape == (1, 14)
+
+
 def test_an_encoder_without_processor_says_so():
     with pytest.raises(ValueError, match=r"^processor: this DualEncoder has none"):
         DualEncoder(tiny_clip()).prepare(picture(), "a cat")
