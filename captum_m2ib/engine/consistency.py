@@ -195,7 +195,10 @@ class Consistency:
                 "forward_func: called twice on the same arguments, it gives different scores; make it draw nothing at "
                 "random, and keep nothing between calls."
             )
-        refuse_shared(self._forward, self._arguments, pairs, score, self._agree)
+        if refuse_shared(self._forward, self._arguments, pairs, score, self._agree):
+            raise ValueError(
+                f"forward_func: the score of a pair changes with the other pairs in the batch; {_EACH_BY_ITSELF}"
+            )
 
     def _check_modules(self, values: Values) -> None:
         """Raise if a module would be given what it does not return."""
@@ -248,8 +251,8 @@ def refuse_shared(
     pairs: int,
     score: Tensor,
     agree: Callable[[Tensor, Tensor], bool],
-) -> None:
-    r"""Raise if one row more changes the scores of the pairs, and say which argument is behind it.
+) -> bool:
+    r"""Raise if one row more changes the scores of the pairs for a single argument that they share.
 
     Args:
 
@@ -259,8 +262,11 @@ def refuse_shared(
         score (Tensor): The scores of the caller's own call.
         agree (Callable): Whether scores of the pairs differ by no more than rounding.
 
+    Returns:
+        bool: whether it changes them for another reason.
+
     Raises:
-        ValueError: if it does.
+        ValueError: if there is such an argument.
     """
 
     def is_kept(given: tuple[Any, ...]) -> bool:
@@ -271,7 +277,7 @@ def refuse_shared(
         return agree(score, found[:pairs])
 
     if is_kept(arguments):
-        return
+        return False
     for index, one in enumerate(arguments):
         if is_batch(one, pairs) and is_kept((*arguments[:index], Shared(one), *arguments[index + 1 :])):
             raise ValueError(
@@ -279,10 +285,7 @@ def refuse_shared(
                 f"by all pairs together, but has {pairs} rows as if there was one for each pair; say that it is "
                 "shared, as captum_m2ib.Shared(tensor) in its place among additional_forward_args."
             )
-    raise ValueError(
-        "forward_func: the score of a pair changes with the other pairs in the batch, or it cannot be called with one "
-        f"pair more; {_EACH_BY_ITSELF}"
-    )
+    return True
 
 
 class _Compared(Replayer):
