@@ -363,8 +363,9 @@ def test_a_layer_costs_its_suffix_and_the_other_tower_runs_once():
     # more before the first layer or in the other tower.
     whole = pairs + 1 + 2 * pairs
     assert first == one == rows[encoder.text_tower.embed] == whole
-    # One look at what is pooled and at the embedding, and the draws of each layer before.
-    assert two <= whole + (2 + 16) * pairs and three <= whole + (2 + 2 * 16) * pairs
+    # One look at what is pooled and at the embedding, and the draws of each layer before; since this test's hooks watch
+    # the passes, what is held against the plain one is a rerun of its own, of two draws.
+    assert two <= whole + (2 + 2 + 16) * pairs and three <= whole + (2 + 2 * (2 + 16)) * pairs
 
 
 def test_an_error_in_the_pass_leaves_the_model_as_found():
