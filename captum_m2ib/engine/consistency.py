@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.batch_axis import nearly_equal
-from captum_m2ib.engine.dependence import NOTHING, Dependence
+from captum_m2ib.engine.dependence import NOTHING, Dependence, Reach
 from captum_m2ib.engine.frames import Frames
 from captum_m2ib.engine.interception import Handler, intercept
 from captum_m2ib.engine.layers import map_leaves, tensors_in
@@ -55,7 +55,7 @@ class Consistency:
         self._reuse = reuse
 
     @torch.no_grad()
-    def check(self, values: Values, draws: int, score: Tensor | None) -> None:
+    def check(self, values: Values, draws: int, score: Tensor | None, checked: Reach) -> None:
         r"""Compare a rerun with the model's own pass.
 
         Args:
@@ -63,6 +63,8 @@ class Consistency:
             values (dict): Per tap index the hidden state of the rerun, (N * draws, ...).
             draws (int): Rows per pair.
             score (Tensor or None): Its scores; None to rerun from other values than the recorded ones.
+            checked (frozenset[int]): The taps of earlier comparisons. What comes behind one of them ran then, and what
+                it leaves behind would have shown; where it is done before these taps open, it need not run again.
 
         Raises:
             RuntimeError: if they differ by more than rounding.
@@ -76,7 +78,7 @@ class Consistency:
                 self._explain_failure(self._first_draw(values, draws), error)
                 raise
         own = self._first_draw(values, draws)
-        made, plain = score.detach().unflatten(0, (-1, draws))[:, 0], self._plain(own)
+        made, plain = score.detach().unflatten(0, (-1, draws))[:, 0], self._plain(own, checked)
         if not self._agree(plain, made):
             self._explain(own, plain, made)
 
@@ -122,8 +124,8 @@ class Consistency:
     def _rerun(self, values: Values, draws: int) -> Tensor:
         return self._through(Replayer(self._recording, self._reuse, values, draws), draws)
 
-    def _plain(self, values: Values) -> Tensor:
-        with intercept(Replayer(self._recording, None, values, 1)):
+    def _plain(self, values: Values, checked: Reach = NOTHING) -> Tensor:
+        with intercept(Replayer(self._recording, self._reuse, values, 1, True, checked)):
             return self._score(as_given(self._arguments), 1)
 
     def _through(self, handler: Handler, draws: int) -> Tensor:
@@ -209,7 +211,7 @@ class Consistency:
 
     def _check_state(self, values: Values, error: Exception | None) -> None:
         """Raise if a module that is given the same as before returns something else when others do not run."""
-        whole, part = (_Traced(self._recording, reuse, values) for reuse in (None, self._reuse))
+        whole, part = (_Traced(self._recording, self._reuse, values, 1, run_all) for run_all in (True, False))
         with intercept(whole):
             self._score(as_given(self._arguments), 1)
         try:
@@ -287,8 +289,7 @@ class _Compared(Replayer):
     """Runs every module, and finds the first that does not return what a rerun would have instead."""
 
     def __init__(self, recording: Recording, reuse: Reuse, values: Values) -> None:
-        super().__init__(recording, None, values, 1)
-        self._handed = reuse
+        super().__init__(recording, reuse, values, 1, run_all=True)
         self.stale: int | None = None
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -296,8 +297,8 @@ class _Compared(Replayer):
         made = super().__call__(proceed, module, args, kwargs)
         call = self._recording.calls[place]
         output = None if call.reach & self._replaced else call.output
-        if self.stale is None and output is not None and self._handed.fits_any_rows(output):
-            instead = self._handed.hand_out(output.structure, 1)
+        if self.stale is None and output is not None and self._reuse.fits_any_rows(output):
+            instead = self._reuse.hand_out(output.structure, 1)
             if not _same(tensors_in(made), tensors_in(instead)):
                 self.stale = place
         return made
@@ -306,8 +307,8 @@ class _Compared(Replayer):
 class _Traced(Replayer):
     """Keeps what every module receives and returns, None where it fails, in the order in which they end."""
 
-    def __init__(self, recording: Recording, reuse: Reuse | None, values: Values) -> None:
-        super().__init__(recording, reuse, values, 1)
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
         self.seen: dict[int, tuple[list[Tensor], list[Tensor] | None]] = {}
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_m2ib.engine.dependence import NOTHING, Reach
 from captum_m2ib.engine.interception import Handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
 from captum_m2ib.engine.recording import Call, Kept, Output, Recording
@@ -17,21 +18,35 @@ class Replayer:
     Args:
 
         recording (Recording): The pass to follow.
-        reuse (Reuse or None): What earlier reruns of the recording left for this one; None to run every module.
+        reuse (Reuse): What earlier reruns of the recording left for this one.
         values (dict): Per tap index the hidden state that replaces it, (N * draws, ...).
         draws (int): Rows per pair.
+        run_all (bool, optional): Run every module, whether it depends on the replaced taps or not. Default: False
+        behind (frozenset[int], optional): With ``run_all``, taps: what comes behind one of these and is done before
+            the first replaced tap opens is reused all the same. Default: none
 
     Attributes:
 
         place (int): The position of the next call in the recording.
     """
 
-    def __init__(self, recording: Recording, reuse: Reuse | None, values: dict[int, Tensor], draws: int) -> None:
+    def __init__(
+        self,
+        recording: Recording,
+        reuse: Reuse,
+        values: dict[int, Tensor],
+        draws: int,
+        run_all: bool = False,
+        behind: Reach = NOTHING,
+    ) -> None:
         self._recording = recording
         self._reuse = reuse
         self._values = values
         self._replaced = frozenset(values)
         self._draws = draws
+        self._run_all = run_all
+        self._behind = behind
+        self._first = next((place for place, call in enumerate(recording.calls) if call.tap in values), 0)
         self.place = 0
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -40,7 +55,7 @@ class Replayer:
         if tap is not None and self._recording.taps[tap].at_input:
             args, kwargs = self._replace(tap, (args, kwargs))
             return proceed(module, *args, **kwargs)
-        if reuse is None:
+        if self._run_all and not (call.reach & self._behind and call.end <= self._first):
             made = proceed(module, *args, **kwargs)
             return made if tap is None else self._replace(tap, made)
         if tap is not None:

@@ -114,7 +114,7 @@ class Suffix:
         """Hold the first rerun from some taps against the model's own pass."""
         if kind not in self._checked:
             with unobserved(self._modes):
-                self._consistency.check(values, draws, score)
+                self._consistency.check(values, draws, score, frozenset().union(*self._checked))
             self._checked.add(kind)
         if is_differentiable and kind not in self._differentiated:
             with unobserved(self._modes):
