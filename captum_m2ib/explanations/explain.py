@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from captum_m2ib.attr import LayerRecord, MultiModalInfoBottleneck
+from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, packed_grid, per_patch, to_input
@@ -62,6 +63,7 @@ def explain(
         >>> explain(encoder, images, captions, n_steps=5)[0].top_tokens(1)[0][0] in captions[0]
         True
     """
+    encoder = as_forward_func(encoder)
     method = MultiModalInfoBottleneck(encoder) if method is None else method
     pairs = encoder.prepare(images, captions)
     if has_chosen_layers(method):
