@@ -1,7 +1,8 @@
 """Figures of the pages: ``python docs/figures.py [FOLDER]``, those of photographs with ``--photographs`` before it.
 
-Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md. Those of
-photographs need the extra ``two-parts``; they are what ``captum-m2ib explain`` writes, as JPEG.
+Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md, that of
+quality and cost from what two benchmarks wrote. Those of photographs need the extra ``two-parts``; they are what
+``captum-m2ib explain`` writes, as JPEG.
 """
 
 from __future__ import annotations
@@ -46,7 +47,23 @@ SCENE = 8
 FIGURES = Path(__file__).parent / "images" / "rivals.csv"
 """The figures of benchmark.md's table of methods: method, figure, mean, and the ends of the 95 % interval."""
 
+COSTS = Path(__file__).parent / "images" / "speed.csv"
+"""What ``captum-m2ib benchmark speed --csv`` wrote."""
+
+QUALITIES = Path(__file__).parent / "images" / "quality.csv"
+"""Of what ``captum-m2ib benchmark scenes --quick`` wrote, the figures of the methods that are timed."""
+
 OURS = "#0b5cad"
+
+TIMED = {
+    "default": ("M2IB, default", (0, 11)),
+    "fine": ("M2IB, 8 x 9", (0, 11)),
+    "published": ("M2IB, published loop", (-6, 11)),
+    "integrated": ("Integrated Gradients", (0, -16)),
+    "grad-eclip": ("Grad-ECLIP", (0, 11)),
+    "legrad": ("LeGrad", (0, -16)),
+}
+"""The ways of the fourth figure: what each is called, and where that stands, in points from its dot."""
 
 PANELS = {
     "image pointing": ("picture:\npointing", 0.0, 0.05),
@@ -166,6 +183,33 @@ def rivals() -> Figure:
     return _plain(figure)
 
 
+def cost() -> Figure:
+    """How right maps of pictures are, and what both maps of a pair cost."""
+    with COSTS.open(encoding="utf-8", newline="") as lines:
+        ways = {row["way"]: row for row in csv.DictReader(lines)}
+    with QUALITIES.open(encoding="utf-8", newline="") as lines:
+        found = {(row["method"], row["figure"]): row for row in csv.DictReader(lines)}
+    figure = Figure(figsize=(9.6, 3.6), layout="constrained", dpi=150)
+    for axes, (measured, title) in zip(
+        figure.subplots(1, 2), (("image pointing", "pointing"), ("image mass", "mass")), strict=True
+    ):
+        for name, (label, place) in TIMED.items():
+            gflop, row = float(ways[name]["gflop"]), found[ways[name]["method"], measured]
+            mean, low, high = (float(row[column]) for column in ("mean", "low", "high"))
+            colour = OURS if label.startswith("M2IB") else "0.4"
+            axes.plot([gflop, gflop], [low, high], color=colour, linewidth=1.6)
+            axes.plot(gflop, mean, "o", color=colour, label=f"{name}, {measured}")
+            end = high if place[1] > 0 else low
+            axes.annotate(
+                label, (gflop, end), place, textcoords="offset points", ha="center", va="center", fontsize=8.5
+            )
+        axes.set(xscale="log", xlabel="GFLOP of a pair, ViT-B/32", title=title, xlim=(7, 20_000), ylim=(0, 1.12))
+        axes.set_yticks((0, 0.5, 1))
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+    return _plain(figure)
+
+
 def photographs(folder: Path) -> None:
     """Write what the encoder of two parts sees in photographs, and where six methods see it."""
     encoder = two_parts()
@@ -227,7 +271,7 @@ def _plain(figure: Figure) -> Figure:
 
 
 def main(folder: Path) -> None:
-    for name, draw in (("channel", channel), ("descent", descent), ("rivals", rivals)):
+    for name, draw in (("channel", channel), ("descent", descent), ("rivals", rivals), ("cost", cost)):
         draw().savefig(folder / f"{name}.png", metadata={"Software": None})
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -86,7 +85,6 @@ def data_parallel_of_a_process(model: nn.Module) -> nn.Module:
     import torch.distributed as distributed
 
     if not distributed.is_initialized():
-        os.environ.setdefault("MASTER_ADDR", "localhost")
         distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     return nn.parallel.DistributedDataParallel(model)
 

@@ -326,7 +326,10 @@ class DualEncoder(nn.Module):
             Layout or None: None where it cannot be derived.
         """
         modality = self.owner(layer) if modality is None else modality
-        return refine(self.layouts[modality], self.tower_of(modality), layer, self.embeddings_of(modality))
+        layout = self.layouts[modality]
+        # Only where padding is read does it matter what embeds it, for which the tower is run.
+        reads = isinstance(layout, TextLayout) and layout.reads_padding
+        return refine(layout, self.tower_of(modality), layer, self.embeddings_of(modality) if reads else None)
 
     def layout_at(self, layer: Layer, modality: int) -> Layout | None:
         r"""The layout where an input is explained: in a layer, or at the input itself.
@@ -444,8 +447,8 @@ class DualEncoder(nn.Module):
         """
         if self.processor is None:
             raise ValueError(
-                "processor: this DualEncoder has none; load it with DualEncoder.from_pretrained or pass "
-                "DualEncoder(model, processor=...)."
+                "processor: this DualEncoder has none; load it with DualEncoder.from_pretrained, or pass "
+                "DualEncoder(model, processor=...) with one of transformers or two functions, (preprocess, tokenize)."
             )
         kinds = tuple(side.modality for side in self.sides)
         if kinds != ("image", "text"):

@@ -15,7 +15,7 @@ from torch import Tensor
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture
 from captum_m2ib.encoders.regions import Region
-from captum_m2ib.encoders.spelling import Speller, unknown_tokens
+from captum_m2ib.encoders.spelling import Speller, unknown_tokens, vocabulary_of
 from captum_m2ib.encoders.views import View, view_of
 
 
@@ -118,7 +118,7 @@ def prepare_pairs(
 
 def padding_of(processor: Any) -> int | None:
     """The id that a processor's tokenizer pads captions with, or None where it does not say."""
-    found = getattr(Speller(getattr(processor, "tokenizer", None)).vocabulary, "pad_token_id", None)
+    found = getattr(vocabulary_of(getattr(processor, "tokenizer", None)), "pad_token_id", None)
     return found if isinstance(found, int) else None
 
 
@@ -160,8 +160,9 @@ def _read_captions(tokenizer: Any, texts: list[str], longest: int | None, paddin
         encoded = _tokenize(tokenizer, texts, longest, padding)
         return encoded["input_ids"], encoded.get("attention_mask")
     ids, mask = read_captions(tokenizer, texts)
+    vocabulary = vocabulary_of(tokenizer)
     for text in texts:
-        count = _count(Speller(tokenizer).vocabulary, text)
+        count = _count(vocabulary, text)
         if count is not None and count > ids.shape[1]:
             _warn_of_cut(text, count, f"the tokenizer makes {ids.shape[1]} tokens")
     return ids, mask

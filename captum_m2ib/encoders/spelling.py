@@ -42,7 +42,7 @@ class Speller:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self.vocabulary = _vocabulary(tokenizer)
+        self.vocabulary = vocabulary_of(tokenizer)
         known = getattr(self.vocabulary, "all_special_ids", None)
         words = getattr(self.vocabulary, "encoder", {})
         added = [words[name] for name in _STARTS_AND_ENDS if name in words] if known is None else known
@@ -89,10 +89,10 @@ def unknown_tokens(tokenizer: Any) -> set[int]:
     return set() if unknown in others else {unknown}
 
 
-def _vocabulary(tokenizer: Any) -> Any:
+def vocabulary_of(tokenizer: Any) -> Any:
     """The object that knows the tokens: the tokenizer, what it holds, or what stands beside a function."""
     if isinstance(tokenizer, partial):
-        return _vocabulary(tokenizer.func)
+        return vocabulary_of(tokenizer.func)
     inner = getattr(tokenizer, "tokenizer", None)
     # A function beside its table, as OpenAI's is, if it is one that looks there.
     uses = "_tokenizer" in getattr(getattr(tokenizer, "__code__", None), "co_names", ())

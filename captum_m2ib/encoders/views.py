@@ -163,7 +163,7 @@ def _ramp(size: tuple[int, int]) -> Image:
 
 
 def _numbers(received: Tensor) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = torch.as_tensor(received).double().numpy()
+    found: NDArray[np.float64] = torch.as_tensor(received).detach().cpu().double().numpy()
     return found
 
 

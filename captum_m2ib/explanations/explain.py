@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from captum_m2ib.attr import MultiModalInfoBottleneck
+from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.explanations.explanation import Explanation
@@ -67,6 +68,7 @@ def explain(
         >>> explain(encoder, images[0], captions[0], method="legrad")[0].unit
         'relative'
     """
+    encoder = as_forward_func(encoder)
     if method is None or method == "m2ib":
         method = MultiModalInfoBottleneck(encoder)
     pairs = encoder.prepare(images, captions)

@@ -153,12 +153,12 @@ def test_only_the_explained_modality_runs():
     case = family_named("clip").build()
     pixels, ids = case.inputs
     calls: Counter[nn.Module] = Counter()
+    # Made once, for any number of calls: what embeds tokens is found by a pass of its own.
+    method = case.method()
     for module in case.roots[0].modules():
         module.register_forward_hook(lambda module, *_: calls.update([module]))
-    case.method().attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
-    # Recorded, held against, and as far as its attention when the encoder looked for where its tokens come in.
-    text = case.roots[0].text_model
-    assert max(calls[module] for module in text.modules()) == 1 + 1 + 1 and calls[text.encoder] == 1 + 1
+    method.attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
+    assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1 + 1
     assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + 1 + CLOSED // 2 + 5
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed
@@ -12,7 +14,7 @@ from families import Case, family_named
 from torch import Tensor, nn
 from wrapped import TABLES, WRAPPERS, Embedder, PeftModel, SentenceTransformer
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
 from captum_m2ib.encoders.tables import token_tables
 
 FEW = {"n_steps": 2, "n_samples": 2}
@@ -55,6 +57,24 @@ def test_a_wrapped_encoder_has_the_map_of_the_plain_one(wrapper: str):
     case = family_named("clip").build().double()
     wrapped = WRAPPERS[wrapper](case.forward).eval()
     assert_equal(bits_of(case, wrapped), bits_of(case, case.forward))
+
+
+@pytest.mark.parametrize("wrapper", ["compiled", "data_parallel", "averaged"])
+def test_a_wrapped_encoder_explains_pictures_and_captions(wrapper: str, checkpoint: Path):
+    encoder = DualEncoder.from_pretrained(checkpoint)
+    picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    found, expected = (
+        explain(one, picture, "a red square", check=False, **FEW)[0]
+        for one in (WRAPPERS[wrapper](encoder).eval(), encoder)
+    )
+    np.testing.assert_array_equal(found.token_bits, expected.token_bits)
+    np.testing.assert_array_equal(found.image_bits, expected.image_bits)
+
+
+def test_a_raw_model_is_told_what_lacks():
+    model = family_named("clip").build().forward.model
+    with pytest.raises(ValueError, match=r"^processor: this DualEncoder has none; .*two functions"):
+        explain(model, np.zeros((8, 8, 3), np.uint8), "a cat")
 
 
 @pytest.mark.parametrize("wrapper", ["compiled", "data_parallel", "averaged"])

@@ -121,6 +121,23 @@ def test_a_mask_reaches_a_model_that_encodes_with_one():
     assert not bits[1][mask == 0].any() and bool((bits[1][mask > 0] > 0).all())
 
 
+class Inferring(Encodes):
+    """Methods that were made for inference only."""
+
+    @torch.inference_mode()
+    def encode_text(self, text: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        return self.text(text, attention_mask)
+
+
+def test_a_method_in_inference_mode_is_an_error_that_names_it():
+    encoder, given = DualEncoder(Inferring().eval(), layouts=LAYOUTS), (pictures(), captions()[0])
+    assert encoder(*given).shape == (3,)
+    with pytest.raises(
+        RuntimeError, match=r"^model: encode_text of Inferring runs in inference mode.*take the decorator"
+    ):
+        MultiModalInfoBottleneck(encoder).attribute(given, **FEW)
+
+
 class Whole(nn.Module):
     """A text tower that returns all of its tokens."""
 

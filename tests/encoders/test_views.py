@@ -296,3 +296,11 @@ def test_a_mask_is_seen_like_its_picture_and_padding_is_no_part_of_it(name: str)
     expected = np.ones((6, 6))
     expected[2:] = float(name == "clip")
     np.testing.assert_allclose(cover, expected, atol=0.02)
+
+
+def test_pixels_that_carry_gradients_and_low_precision_are_read():
+    def process(picture: Image.Image) -> Tensor:
+        return normalised(picture.resize((SIDE, SIDE))).to(torch.bfloat16).requires_grad_()
+
+    found = view(planted(64, 64)[0], process)
+    assert found.picture.shape[2] == 3 and not isinstance(found.picture, Tensor)

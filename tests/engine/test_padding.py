@@ -98,5 +98,7 @@ def test_a_layout_of_ones_own_is_believed():
 @pytest.mark.parametrize("layout", [BY_MASK, TextLayout(2), PackedLayout(2)])
 def test_a_mask_of_another_shape_is_an_error(layout: TextLayout):
     inputs = torch.randn(2, 5, 4) if isinstance(layout, PackedLayout) else torch.ones(2, 5, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"expected the mask \(argument .*\(2, 5\) for these inputs, got \(2, 1, 1, 5\); pass"):
+    with pytest.raises(
+        ValueError, match=r"expected the mask \(argument .*\(2, 5\) for these inputs, got \(2, 1, 1, 5\); pass"
+    ):
         real_tokens(layout, inputs, (None, inputs, torch.ones(2, 1, 1, 5)))

@@ -359,8 +359,8 @@ def test_a_layer_costs_its_suffix_and_the_other_tower_runs_once():
         handle.remove()
     pairs = len(IDS)
     first, one, two, three = (rows[block] for block in encoder.image_tower.blocks)
-    # One recorded pass (with a copy of the first pair), for each layer one that its reruns are held against, and nothing
-    # more before the first layer or in the other tower.
+    # One recorded pass (with a copy of the first pair), one for each layer to hold its reruns against, and no more
+    # before the first layer or in the other tower.
     whole = pairs + 1 + 2 * pairs
     assert first == rows[encoder.text_tower.embed] == whole
     # What comes behind a layer that was held against the model need not run again for the next.
