@@ -35,18 +35,6 @@ class TowerCall(nn.Module):
         return self.__dict__["held"][self.name]
 
     def forward(self, inputs: Tensor, *extras: Any) -> Any:
-        try:
-            return self._run(inputs, extras)
-        except RuntimeError as error:
-            if "Inference tensors" not in str(error):
-                raise
-            method = self.side.encode if isinstance(self.side.encode, str) and self.side.encode else "forward"
-            raise RuntimeError(
-                f"model: {method} of {type(self.model).__name__} runs in inference mode, in which "
-                "nothing can be explained; take the decorator off, or pass DualEncoder(image_tower, text_tower)."
-            ) from error
-
-    def _run(self, inputs: Tensor, extras: tuple[Any, ...]) -> Any:
         side = self.side
         method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
         if not side.named:
