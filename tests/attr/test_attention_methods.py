@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attr_oracles import (
     clip_case,
     eager_copy,
@@ -14,7 +15,7 @@ from attr_oracles import (
     score_of,
 )
 from families import Case, conv_case, family_named
-from torch import nn
+from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder
 from captum_m2ib.attr._attention import RecordAttention
@@ -22,7 +23,7 @@ from captum_m2ib.attr.attention_relevance import AttentionRelevance
 from captum_m2ib.attr.grad_eclip import GradECLIP
 from captum_m2ib.attr.le_grad import LeGrad
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layouts import to_input
+from captum_m2ib.engine.layouts import TextLayout, to_input
 
 METHODS = [AttentionRelevance, GradECLIP, LeGrad]
 
@@ -258,3 +259,32 @@ def test_raw_models_are_wrapped():
     case = clip_case()
     for method in METHODS:
         assert isinstance(method(case.roots[0]).forward_func, DualEncoder)
+
+
+class Head(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.ModuleList([nn.Linear(8, 4) for _ in range(3)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(*(one(x) for one in self.project))
+
+
+class OwnHeads(nn.Module):
+    """Attention whose heads are modules of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.out = nn.ModuleList([Head(), Head()]), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(torch.cat([head(x) for head in self.heads], -1))
+
+
+def test_grad_eclip_says_which_projection_it_looked_for():
+    torch.manual_seed(0)
+    model = nn.Sequential(OwnHeads(), nn.LayerNorm(8)).eval()
+    embed = nn.Embedding(9, 8).eval()
+    method = GradECLIP(lambda ids: model(embed(ids))[:, 0].tanh().sum(-1), [model[0]], [TextLayout()])
+    with pytest.raises(ValueError, match=r"looked for a linear map of 4 channels \(1 heads side by side\).*found none"):
+        method.attribute(torch.arange(8).view(2, 4))

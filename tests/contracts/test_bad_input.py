@@ -262,3 +262,10 @@ def test_towers_of_a_wrong_number():
         DualEncoder()
     with pytest.raises(TypeError, match=r"^model: expected get_image_features"):
         DualEncoder(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("change", [lambda mask: mask[:, None], lambda mask: mask[:, 1:]])
+def test_a_mask_of_another_shape_is_told_in_a_sentence(change):
+    case = family_named("clip").build()
+    with pytest.raises(ValueError, match=r"expected the mask .* to be of shape \(N, L\), \(\d+, \d+\) for"):
+        case.method().attribute(case.inputs, additional_forward_args=(change(case.additional[0]),))
