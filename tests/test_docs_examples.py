@@ -17,6 +17,8 @@ import pytest
 import torch
 from test_house import FLOORS, PACKAGE
 
+from captum_m2ib.benchmark.speed.ways import WAYS
+
 DOCS = Path(__file__).parents[1] / "docs"
 # captum.md has a test of its own; the others show fragments, for models and data that the reader has.
 ELSEWHERE = {"captum.md", "audit.md", "models.md"}
@@ -149,6 +151,32 @@ def test_the_figures_are_drawn_from_the_method(tmp_path: Path):
         # Fonts and rounding differ from machine to machine; another method would not stay this close.
         assert drawn.shape == kept.shape
         assert float(abs(drawn - kept).mean()) < 0.05
+
+
+def test_the_chart_of_costs_shows_what_was_measured():
+    tables = {}
+    for name in ("speed", "quality"):
+        with (DOCS / "images" / f"{name}.csv").open(encoding="utf-8", newline="") as lines:
+            tables[name] = list(csv.DictReader(lines))
+    page = (DOCS / "performance.md").read_text(encoding="utf-8")
+    ways = {row["way"]: row for row in tables["speed"]}
+    for name, row in ways.items():
+        told = f"{re.escape(WAYS[name].title.format(batch=8))} +{float(row['gflop']):.0f} "
+        assert re.search(f"^{told}", page, re.M), told
+    measured = {(row["method"], row["figure"]): row for row in tables["quality"]}
+    drawn = 0
+    for axes in figures().cost().axes:
+        for bar, dot in pairwise(axes.get_lines()):
+            if ", " not in str(dot.get_label()):
+                continue
+            name, figure = str(dot.get_label()).split(", ")
+            row = measured[ways[name]["method"], figure]
+            assert [float(*dot.get_xdata()), float(*dot.get_ydata()), *map(float, bar.get_ydata())] == [
+                float(ways[name]["gflop"]),
+                *(float(row[column]) for column in ("mean", "low", "high")),
+            ]
+            drawn += 1
+    assert drawn == len(measured)
 
 
 def test_the_chart_of_rivals_shows_the_table():

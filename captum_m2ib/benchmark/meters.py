@@ -112,8 +112,7 @@ def peak_of(run: Callable[[], Any], device: str = "cpu") -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**20
-    resident = _resident("VmRSS")
-    if resident is None:
+    if _resident("VmRSS") is None:
         start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         run()
         # Kibibytes, but bytes on macOS.
@@ -121,6 +120,8 @@ def peak_of(run: Callable[[], Any], device: str = "cpu") -> float:
         return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / unit
     # A new process on Linux inherits its parent's peak: reset it.
     Path("/proc/self/clear_refs").write_text("5")
+    # Only now: the system may have taken back unused pages in between.
+    resident = _resident("VmRSS") or 0.0
     run()
     return (_resident("VmHWM") or resident) - resident
 
