@@ -202,8 +202,8 @@ def _told_by_ids(layout: TextLayout, ids: Tensor) -> Tensor | None:
 def check_masks(layouts: Sequence[Layout | None], arguments: Sequence[Any]) -> None:
     """Raise where a mask has another shape than its inputs, before any model meets it."""
     for layout, inputs in zip(layouts, arguments, strict=False):
-        if layout is not None and isinstance(inputs, Tensor) and inputs.ndim > 1:
-            real_tokens(layout, inputs, arguments)
+        if isinstance(layout, (PackedLayout, TextLayout)) and isinstance(inputs, Tensor) and inputs.ndim > 1:
+            _mask_of(layout, inputs, arguments)
 
 
 def real_elements(layout: Layout | None, hidden: Tensor, modality: int, arguments: Sequence[Any]) -> Tensor | None:

@@ -159,22 +159,23 @@ def test_the_check_tells_a_map_on_the_truth_from_one_off_it(encoder: DualEncoder
     pairs = encoder.prepare([probe.image for probe in pictures], [probe.caption for probe in pictures])
     truth = torch.stack([torch.from_numpy(probe.mask) for probe in pictures]).float()
     words = torch.zeros(pairs.inputs[1].shape)
-    for right, verdict in ((truth, "holds"), (1 - truth, "fails")):
+    for right, verdict, least in ((truth, "holds", 6), (1 - truth, "fails", 7)):
         image = right.unsqueeze(1).expand(pairs.inputs[0].shape) / 3
         found = explain(encoder, [p.image for p in pictures], [p.caption for p in pictures], method=Given(image, words))
         verdicts = [one.check["image"]["verdict"] for one in found]
-        assert verdicts.count(verdict) >= 6, verdicts
+        assert verdicts.count(verdict) >= least, verdicts
     pairs = encoder.prepare([probe.image for probe in captions], [probe.caption for probe in captions])
     there, absent = torch.zeros(pairs.inputs[1].shape), torch.zeros(pairs.inputs[1].shape)
     for row, probe in enumerate(captions):
         there[row, [word + 1 for word in probe.present_words]] = 1.0
         absent[row, 1 : 1 + len(probe.scene.words)] = 1.0
         absent[row] -= there[row]
-    for words, verdict in ((there, "holds"), (absent, "fails")):
+    # Of captions more maps that are right are weak.
+    for words, verdict, least in ((there, "holds", 5), (absent, "fails", 7)):
         given = Given(torch.zeros(pairs.inputs[0].shape), words)
         found = explain(encoder, [p.image for p in captions], [p.caption for p in captions], method=given)
         verdicts = [one.check["text"]["verdict"] for one in found]
-        assert verdicts.count(verdict) >= 5, verdicts
+        assert verdicts.count(verdict) >= least, verdicts
 
 
 def test_rows_in_one_pass_change_no_check(encoder: DualEncoder):
