@@ -13,7 +13,7 @@ from torch import Tensor
 from captum_m2ib.engine.check import FRACTIONS, ORDERS, Check
 from captum_m2ib.engine.gates import Gates, check_finite, noise
 from captum_m2ib.engine.settings import LayerSettings
-from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, Stakes, measured
+from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, HALVES_OF_PIXELS, Stakes, measured
 from captum_m2ib.engine.suffix import Suffix
 
 # Steps that no descent reaches, for draws of their own.
@@ -50,7 +50,8 @@ def measured_stakes(suffix: Suffix, gates: Sequence[Gates], settings: LayerSetti
     """The same, measured whatever range was given."""
     shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
     closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
-    half = [_open_where(_fields(gate, _FIELD, HALVES) > 0) for gate in gates]
+    count = max(HALVES if gate.shared is None else HALVES_OF_PIXELS for gate in gates)
+    half = [_open_where(_fields(gate, _FIELD, count) > 0) for gate in gates]
     halves = _scores(suffix, gates, settings, _HALVES, half)
     check_finite("score with closed gates", torch.cat([closed, halves], 1), start)
     return measured(suffix.score, closed, halves)

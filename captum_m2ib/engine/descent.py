@@ -107,7 +107,7 @@ def optimise(
         roots (sequence, optional): Modules known to be used. Default: ()
         with_record (bool, optional): Whether to keep what happened (one more run of the suffix). Default: False
         with_check (bool, optional): Whether the record tells what is left of the score when parts are shut: 9 rows per
-            pair and tap, and 6 more where the range was given. Default: False
+            pair and tap, and 8 more where the range was given, 6 at pixels. Default: False
         modalities (sequence of int, optional): Per tap the argument that it explains. Default: None (tap ``i`` explains
             argument ``i``)
         may_rise (sequence of int, optional): Taps that may raise the score by closing, and are not warned of.

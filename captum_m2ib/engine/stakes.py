@@ -21,8 +21,9 @@ from torch import Tensor
 from captum_m2ib.engine.verdict import LEAST_SHARE
 
 CLOSED_DRAWS = 2
-HALVES = 4
-"""Draws with all gates closed, and with half of them closed; each comes with its opposite."""
+HALVES, HALVES_OF_PIXELS = 6, 4
+"""Draws with all gates closed, and with half of them closed; each comes with its opposite. Halves of many pixels differ
+less than halves of a dozen words, and each of them costs a pass of the whole tower."""
 
 # A forward pass in single precision repeats its scores to some hundred times the last digit, not to the digit itself.
 _ROUNDING = 1024.0

@@ -35,6 +35,7 @@ def measure_range(
     shapes: Sequence[Sequence[int]],
     channels: Sequence[int],
     blur: Callable[[Tensor], Tensor] = lambda field: field,
+    count: int = 6,
 ) -> Tensor:
     r"""The range of every pair of a batch, (N,).
 
@@ -46,6 +47,7 @@ def measure_range(
         shapes (sequence): One pair's hidden state's shape per layer.
         channels (sequence of int): The axis of that shape along which channels run.
         blur (Callable, optional): What the fields go through that say which half is open. Default: nothing
+        count (int, optional): How many halves there are; of pixels there are 4. Default: 6
     """
 
     def draws(step: int, count: int, one_channel: bool = False) -> list[Tensor]:
@@ -61,8 +63,8 @@ def measure_range(
         return [score([g[d] for g in gates], [eps[d] for eps in drawn]).detach() for d in range(len(gates[0]))]
 
     closed = scores(CLOSED, [torch.zeros(2, *shape).double() for shape in shapes])
-    is_open = [torch.stack([blur(one) for one in fields]) > 0 for fields in draws(FIELDS, 4, one_channel=True)]
-    halves = scores(HALVES, [given.double().expand(4, *s) for given, s in zip(is_open, shapes, strict=True)])
+    is_open = [torch.stack([blur(one) for one in fields]) > 0 for fields in draws(FIELDS, count, one_channel=True)]
+    halves = scores(HALVES, [given.double().expand(count, *s) for given, s in zip(is_open, shapes, strict=True)])
     found = [
         range_of(float(before[pair]), [float(s[pair]) for s in closed], [float(s[pair]) for s in halves])
         for pair in range(len(before))

@@ -83,6 +83,7 @@ def second_implementation(
         [pixels.shape],
         [0],
         (lambda field: mirrored(field[0], sigma)[None]) if sigma else (lambda field: field),
+        count=4,
     )[0]
 
     def nats(gate: Tensor) -> Tensor:

@@ -440,7 +440,7 @@ def test_padding_passes_the_bottleneck_unchanged():
     method = MultiModalInfoBottleneck(score, [embed], [TextLayout(mask_argument=1)])
     bits = method.attribute(ids, additional_forward_args=mask, n_steps=5, n_samples=3)
     assert not bits[mask == 0].any()
-    # The pass that reruns are held against has one draw, random halves come as three and one, closed gates as two.
+    # The pass that reruns are held against has one draw, closed gates have two, random halves come three at a time.
     assert {len(received) for received in passed[1:]} == {2 * 1, 2 * 2, 2 * 3}
     for received in passed[1:]:
         draws = len(received) // 2

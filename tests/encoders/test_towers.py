@@ -303,7 +303,7 @@ def test_a_fusion_model_that_only_gives_a_score():
     layouts = (PatchLayout((8, 8), prefix=1), TextLayout(mask_argument=2))
     method = MultiModalInfoBottleneck(matching, layers, layouts, statistics=("pair", "pair"))
     ids, mask = captions()
-    few = {"n_steps": 10, "n_samples": 10, "beta": 30.0}
+    few = {"n_steps": 10, "n_samples": 10, "beta": 8.0}
     (pixels, tokens), record = method.attribute_with_record((pictures(), ids), additional_forward_args=(mask,), **few)
     assert pixels.shape == (3, 3, 32, 32) and not tokens[mask == 0].any() and bool((tokens[mask == 1] > 0).all())
     image, _ = record.modalities

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from captum_m2ib import ChannelStatistics, MultiModalInfoBottleneck, TextLayout
 from captum_m2ib.engine.gates import noise
-from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, Stakes, measured, nothing_to_lose
+from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, HALVES_OF_PIXELS, Stakes, measured, nothing_to_lose
 
 DTYPES = [torch.float32, torch.float64]
 
@@ -157,9 +157,9 @@ def test_the_record_tells_the_range_by_hand():
             return torch.cat([drawn, -drawn])
 
         closed = pixels_score(base + std * antithetic(0, 2))
-        is_open = antithetic(2, HALVES, (1, 8, 8)) > 0
-        halves = pixels_score(torch.where(is_open, picture, base + std * antithetic(1, HALVES)))
-        assert bool((is_open[: HALVES // 2] ^ is_open[HALVES // 2 :]).all())
+        is_open = antithetic(2, HALVES_OF_PIXELS, (1, 8, 8)) > 0
+        halves = pixels_score(torch.where(is_open, picture, base + std * antithetic(1, HALVES_OF_PIXELS)))
+        assert bool((is_open[: HALVES_OF_PIXELS // 2] ^ is_open[HALVES_OF_PIXELS // 2 :]).all())
         before = float(pixels_score(picture[None]))
         expected = max(before - statistics.mean(closed.tolist()), 2 * statistics.stdev(halves.tolist()))
         assert float(found.score_before[pair]) == pytest.approx(before, rel=1e-12)
@@ -282,7 +282,7 @@ def test_a_score_that_is_not_finite_with_gates_closed_is_named(internal_batch_si
         record_of(given, score, internal_batch_size=internal_batch_size)
 
 
-@pytest.mark.parametrize("count", [3, HALVES])
+@pytest.mark.parametrize("count", [3, HALVES_OF_PIXELS])
 def test_gates_that_a_pair_keeps_shut_stay_shut_where_half_are_open(count: int):
     class FirstRowsOnly(MultiModalInfoBottleneck):
         """So many rows of each picture may open as its first value says."""
@@ -303,12 +303,12 @@ def test_gates_that_a_pair_keeps_shut_stay_shut_where_half_are_open(count: int):
         return pixels_score(seen)
 
     def record(some: Tensor):
-        settings = {"n_steps": 1, "n_samples": HALVES, "initial_gate": 0.5}
+        settings = {"n_steps": 1, "n_samples": HALVES_OF_PIXELS, "initial_gate": 0.5}
         return FirstRowsOnly(score, [None]).attribute_with_record(some, **settings)[1].modalities[0]
 
     whole = record(given)
     # After the recorded pass, the closed gates, and the pass that these are held against.
-    halves = passed[3].unflatten(0, (count, HALVES))
+    halves = passed[3].unflatten(0, (count, HALVES_OF_PIXELS))
     for pair in range(count):
         kept = (halves[pair] == given[pair]).all(1)
         assert bool(kept[:, : 2 + pair].any()) and not kept[:, 2 + pair :].any()

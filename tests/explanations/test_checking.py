@@ -197,7 +197,7 @@ def test_the_switch_and_what_a_check_costs(encoder: DualEncoder, published: bool
     for gradients in (True, False):
         counts = [sum(draws for has, draws in seen if has is gradients) for seen in (without, with_check)]
         # Twice, for two modalities; where the score is taken as it is, its range is measured for the check alone.
-        assert counts[1] - counts[0] == (0 if gradients else 2 * (9 + 6 * published))
+        assert counts[1] - counts[0] == (0 if gradients else 2 * (9 + 8 * published))
     assert one.check is not None and ensure_check(one.check) == one.check
     assert one.check["verdict"] == worst(one.check[name]["verdict"] for name in ("image", "text"))
     for name in ("image", "text"):
