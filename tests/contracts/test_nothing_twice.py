@@ -145,8 +145,8 @@ def test_order_of_the_towers_does_not_matter():
     # Recorded, and for each modality held against the whole once, where the first tower need not run again.
     assert calls[image.embed] == calls[image.blocks[0]] == 1 + 2
     assert calls[text.embed] == calls[text.blocks[1]] == 1 + 2
-    # Besides, closed at most three draws at a time, and six steps.
-    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 1 + 2 + 3 + 6
+    # Besides, all draws with closed gates at once, and six steps.
+    assert calls[image.blocks[2]] == calls[text.blocks[2]] == 1 + 2 + 1 + 6
 
 
 def test_only_the_explained_modality_runs():
@@ -159,7 +159,7 @@ def test_only_the_explained_modality_runs():
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     method.attribute(pixels, additional_forward_args=(ids, *case.additional), n_steps=5, n_samples=2)
     assert max(calls[module] for module in case.roots[0].text_model.modules()) == 1 + 1
-    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + 1 + CLOSED // 2 + 5
+    assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + 1 + 1 + 5
 
 
 def test_parameters_receive_no_gradient(case: Case):
@@ -191,4 +191,4 @@ def test_a_part_used_by_both_sides_of_the_layer():
     for module in (shared, block):
         module.register_forward_hook(lambda module, *_: calls.update([module]))
     MultiModalInfoBottleneck(score, [block]).attribute(torch.randn(2, 3, 8), n_steps=5, n_samples=2)
-    assert calls[block] == 1 + 1 and calls[shared] == 2 + 2 + CLOSED // 2 + 5
+    assert calls[block] == 1 + 1 and calls[shared] == 2 + 2 + 1 + 5
