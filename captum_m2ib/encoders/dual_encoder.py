@@ -1,4 +1,4 @@
-"""Any two towers as one ``forward_func``: the cosine similarity of each aligned pair.
+"""Any two towers as one ``forward_func``: the cosine similarity of each aligned pair, or its family's own score.
 
 Works on transformers models that offer ``get_image_features`` and ``get_text_features`` (or what
 :mod:`captum_m2ib.encoders.families` knows of them), on models with ``encode_image`` and ``encode_text`` (open_clip),
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of, similarity
+from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of
 from captum_m2ib.encoders.checkpoints import (
     find_source,
     find_statistics,
@@ -28,6 +28,7 @@ from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.encoders.processors import as_processor
+from captum_m2ib.encoders.scores import cosine
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
 from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
@@ -51,7 +52,7 @@ _NAMES = {1: ("model",), 2: ("image_tower", "text_tower")}
 
 
 class DualEncoder(nn.Module):
-    r"""Two towers as one ``forward_func``: cosine similarity of each aligned pair.
+    r"""Two towers as one ``forward_func``: cosine similarity of each aligned pair, or its family's own score.
 
     Args:
 
@@ -128,6 +129,7 @@ class DualEncoder(nn.Module):
         for name, module in zip(names, modules, strict=True):
             super().__setattr__(name, module)
         self._family, self._is_whole = family, sides == family.sides
+        self._is_in_order = family.sides.index(sides[0]) <= family.sides.index(sides[1])
         self.sides: tuple[Side, Side] = (calls[0].side, calls[1].side)
         # Outside the registry of modules, so that parameters keep the model's own names.
         self.__dict__["_towers"] = tuple(calls)
@@ -206,7 +208,7 @@ class DualEncoder(nn.Module):
         return encoder.to(device) if device is not None else encoder
 
     def forward(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
-        r"""Cosine similarity of each aligned pair.
+        r"""Score of each aligned pair: the cosine similarity, or what the model's family says.
 
         Args:
 
@@ -232,10 +234,10 @@ class DualEncoder(nn.Module):
                     f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
                     "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
                 )
-        return similarity(*self._joined(*self._outputs(first, second, additional)))
+        return self._scored(*self._joined(*self._outputs(first, second, additional)))
 
     def similarities(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
-        r"""Cosine similarity of every first input with every second one; each tower runs once.
+        r"""Score of every first input with every second one; each tower runs once.
 
         Args:
 
@@ -261,7 +263,7 @@ class DualEncoder(nn.Module):
                 "embedding serves several pairs; score the pairs one by one."
             )
         one, other = self._joined(*self._outputs(first, second, additional))
-        return similarity(one.unsqueeze(1), other.unsqueeze(0))
+        return self._scored(one.unsqueeze(1), other.unsqueeze(0))
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
         given = dict(zip(self._slots[2:], additional, strict=False))
@@ -290,7 +292,15 @@ class DualEncoder(nn.Module):
         names = [type(tower.model).__name__ for tower in self._towers]
         if self._join is not None:
             return self._join(self.model, first, embedding_of(second, names[1]))
+        if self._family.score is not None:
+            return first, second
         return embedding_of(first, names[0]), embedding_of(second, names[1])
+
+    def _scored(self, first: Tensor, second: Tensor) -> Tensor:
+        score = self._family.score
+        if score is None:
+            return cosine(first, second)
+        return score(first, second) if self._is_in_order else score(second, first)
 
     @property
     def argument_names(self) -> tuple[str, ...]:
@@ -617,6 +627,12 @@ def _chosen_sides(family: Family, modalities: tuple[str, str] | None, owner: nn.
         offered = ", ".join(sorted({side.modality for side in family.sides}))
         raise ValueError(
             f"modalities: expected two of what {type(owner).__name__} reads ({offered}), got {modalities!r}."
+        )
+    if family.score is not None and found[0] is found[1]:
+        compared = " with ".join(side.modality for side in family.sides)
+        raise ValueError(
+            f"modalities: the score of {type(owner).__name__} compares {compared}, got {modalities!r}; pass two of "
+            "these, in either order."
         )
     return found[0], found[1]
 

@@ -2,7 +2,8 @@
 
 Most models need none: whatever offers ``get_image_features`` and ``get_text_features``, or ``encode_image`` and
 ``encode_text``, is a dual encoder as it is. An entry says what is particular: other inputs than pictures and captions,
-arguments beside them, an embedding that no method returns, or a score for which one side reads the other's output.
+arguments beside them, an embedding that no method returns, a score for which one side reads the other's output, or one
+that is no cosine of two embeddings.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_m2ib.encoders.scores import Score
 from captum_m2ib.encoders.towers import (
     config_of,
     embeds_text,
@@ -33,7 +35,8 @@ class Side:
 
         modality (str): ``"image"``, ``"text"``, ``"audio"`` or ``"video"``.
         encode (str or Callable): Name of the model's method, or a function of the model and ``arguments``, that
-            returns one embedding per example, (N, dimensions), as a tensor or in an output object.
+            returns one embedding per example, (N, dimensions), as a tensor or in an output object; or what the
+            family's score reads.
         arguments (tuple[str, ...]): Names of what it reads; the first is the input that is explained, the others come
             among the additional arguments.
         towers (tuple[str, ...]): Names under which the model may keep the tower; the model itself if it has none.
@@ -59,10 +62,20 @@ class Side:
 
 @dataclass(frozen=True)
 class Family:
-    """The sides that a model offers, and, where one reads the other's output, how the two are joined."""
+    r"""The sides that a model offers, and how their outputs become a score.
+
+    Args:
+
+        sides (tuple[Side, ...]): What it compares.
+        join (Callable, optional): Where one side reads the other's output: from the model and both outputs to two
+            embeddings. Default: None
+        score (Callable, optional): Of both sides' outputs as ``encode`` returns them, in the order of ``sides``, what a
+            pair scores (see :mod:`captum_m2ib.encoders.scores`). Default: None (the cosine of two embeddings)
+    """
 
     sides: tuple[Side, ...]
     join: Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None = None
+    score: Score | None = None
 
     def side(self, modality: str) -> Side | None:
         return next((side for side in self.sides if side.modality == modality), None)
