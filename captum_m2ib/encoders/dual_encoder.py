@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -399,8 +399,7 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
-        first, second = (self._recommended(index) for index in (0, 1))
-        return (first, second) if first is None or second is None else self.told_apart([first, second])
+        return self.told_apart([self._recommended(index) for index in (0, 1)])
 
     def published_layers(self) -> tuple[LayerLike, LayerLike]:
         r"""The layers of the M2IB paper: the output of the block at three quarters of each tower's depth.
@@ -594,18 +593,36 @@ class DualEncoder(nn.Module):
             )
         return found
 
-    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+    @overload
+    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]: ...
+
+    @overload
+    def told_apart(self, layers: Sequence[nn.Module | None]) -> tuple[LayerLike | None, LayerLike | None]: ...
+
+    def told_apart(self, layers: Sequence[nn.Module | None]) -> tuple[LayerLike | None, LayerLike | None]:
         r"""Name the calls where one module serves both towers.
 
         Args:
 
-            layers (sequence of nn.Module): The layer of the first tower and the layer of the second.
+            layers (sequence of nn.Module or None): The layer of the first tower and the layer of the second; None for
+                an input itself.
 
         Returns:
-            tuple: The layers; if they are one module, ((module, 0), (module, 1)).
+            tuple: The layers, each that both sides run as (module, index of the side).
         """
         first, second = layers
-        return ((first, 0), (second, 1)) if first is second else (first, second)
+        is_one = first is second and first is not None
+        told = [
+            (layer, i) if layer is not None and (is_one or self._runs_twice(layer)) else layer
+            for i, layer in enumerate(layers)
+        ]
+        return told[0], told[1]
+
+    def _runs_twice(self, layer: nn.Module) -> bool:
+        """Whether each side runs a layer once."""
+        if not self._family.is_shared:
+            return False
+        return any(layer is module for module in self._family.sides[1].tower(self.model).modules())
 
 
 def is_dual_encoder(model: Any) -> bool:
