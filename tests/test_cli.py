@@ -292,6 +292,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "unknown method": (("--method", "legard"), r"--method: expected one of m2ib, .*legrad, rise, got 'legard'"),
     "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
+    "words of a cosine": (("--tokens", "red"), r"tokens: CLIPModel scores a caption as a whole.*leave tokens out"),
     "fixed layers": (("--method", "m2ib-published", "--layers", IMAGE_BLOCK, TEXT_BLOCK), r"layers: those of m2ib-p"),
     "settings of another method": (
         ("--method", "legrad", "--beta", "1", "--joint"),

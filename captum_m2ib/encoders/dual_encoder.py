@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +28,13 @@ from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.encoders.processors import as_processor
-from captum_m2ib.encoders.scores import cosine
+from captum_m2ib.encoders.scores import MaxSim, cosine
+from captum_m2ib.encoders.spans import find_span
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
 from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import Layout, PackedLayout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.engine.statistics import ChannelStatistics
 
 __all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
@@ -215,6 +216,8 @@ class DualEncoder(nn.Module):
             first (Tensor): What the first tower reads, e.g. pictures, (N, C, H, W).
             second (Tensor): What the second tower reads, e.g. token ids, (N, L).
             *additional: Further arguments, in the order of :attr:`argument_names`; attention masks, (N, L), come first.
+                For a MaxSim score one more may follow: which tokens of the query count, (N, L), as
+                :meth:`count_tokens` adds it.
 
         Returns:
             Tensor: (N,).
@@ -234,7 +237,8 @@ class DualEncoder(nn.Module):
                     f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
                     "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
                 )
-        return self._scored(*self._joined(*self._outputs(first, second, additional)))
+        additional, counted = self._split(additional)
+        return self._scored(*self._joined(*self._outputs(first, second, additional)), counted)
 
     def similarities(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
         r"""Score of every first input with every second one; each tower runs once.
@@ -262,8 +266,83 @@ class DualEncoder(nn.Module):
                 f"similarities: in {type(self.model).__name__} one side reads what the other returns, so that no "
                 "embedding serves several pairs; score the pairs one by one."
             )
+        additional, counted = self._split(additional)
         one, other = self._joined(*self._outputs(first, second, additional))
-        return self._scored(one.unsqueeze(1), other.unsqueeze(0))
+        counted = None if counted is None else counted.unsqueeze(0 if self._is_in_order else 1)
+        return self._scored(one.unsqueeze(1), other.unsqueeze(0), counted)
+
+    def count_tokens(self, pairs: Pairs, tokens: str | Sequence[str] | Tensor) -> Pairs:
+        r"""The same pairs with a score that counts some tokens of the query alone, as a MaxSim score can.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+            tokens (str, sequence of str or Tensor): Words as they follow one another in every query, or one such string
+                per pair; or which tokens count, boolean, (N, L).
+
+        Returns:
+            Pairs: with that as one more additional argument.
+
+        Raises:
+            ValueError: if the score is no sum over tokens, the words cannot be found among a query's tokens, or no real
+                token is left.
+        """
+        self._ensure_terms()
+        if isinstance(tokens, Tensor):
+            counted = tokens.bool().cpu()
+        else:
+            words = [tokens] * len(pairs) if isinstance(tokens, str) else list(tokens)
+            if len(words) != len(pairs):
+                raise ValueError(
+                    f"tokens: expected one string for all pairs or one per pair, {len(pairs)}, got {len(words)}."
+                )
+            found = zip(pairs.captions, pairs.tokens, words, strict=True)
+            counted = torch.tensor([find_span(*each) for each in found])
+        real = self.real_tokens(pairs)
+        if counted.shape != real.shape or not bool((counted & real).any(1).all()):
+            raise ValueError(
+                f"tokens: expected at least one real token per pair among (N, L) = {tuple(real.shape)}, got a mask of "
+                f"shape {tuple(counted.shape)} with {counted.sum().item()} of them."
+            )
+        missing = (None,) * (len(self._slots) - 2 - len(pairs.additional_forward_args))
+        additional = (*pairs.additional_forward_args, *missing, counted.to(pairs.inputs[1].device))
+        return replace(pairs, additional_forward_args=additional)
+
+    def holds_sizes(self, pairs: Pairs) -> bool:
+        r"""Whether pairs hold pictures of several sizes one behind the other, so that each is to be explained alone.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+
+        Returns:
+            bool: False for most models, whose pictures all have one size.
+        """
+        layout = self.layouts[0]
+        if isinstance(layout, PackedLayout) and layout.drops_padding:
+            real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
+            return real is not None and len(set(real.sum(1).tolist())) > 1
+        return len(set(map(len, pairs.tiles))) > 1
+
+    def _ensure_terms(self) -> None:
+        if not isinstance(self._family.score, MaxSim):
+            raise ValueError(
+                f"tokens: {type(self._towers[1].model).__name__} scores a caption as a whole, and no token has a share "
+                "of its own in that; leave tokens out, or explain a model of late interaction, such as ColPali."
+            )
+
+    def _split(self, additional: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        """What the towers read, and which tokens of the query count."""
+        taken = len(self._slots) - 2
+        if not isinstance(self._family.score, MaxSim) or len(additional) != taken + 1:
+            return additional, None
+        return additional[:taken], additional[taken]
+
+    @property
+    def score_name(self) -> str:
+        """What the score is called."""
+        score = self._family.score
+        return "cosine similarity" if score is None else getattr(score, "name", "score")
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
         given = dict(zip(self._slots[2:], additional, strict=False))
@@ -296,11 +375,12 @@ class DualEncoder(nn.Module):
             return first, second
         return embedding_of(first, names[0]), embedding_of(second, names[1])
 
-    def _scored(self, first: Tensor, second: Tensor) -> Tensor:
+    def _scored(self, first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
         score = self._family.score
         if score is None:
             return cosine(first, second)
-        return score(first, second) if self._is_in_order else score(second, first)
+        outputs = (first, second) if self._is_in_order else (second, first)
+        return score(*outputs) if counted is None else cast(MaxSim, score)(*outputs, counted)
 
     @property
     def argument_names(self) -> tuple[str, ...]:

@@ -65,6 +65,11 @@ class MaxSim:
 
     mean: bool = False
 
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return "mean MaxSim" if self.mean else "MaxSim"
+
     def terms(self, page: Tensor, query: Tensor) -> Tensor:
         r"""What each token of the query adds.
 
@@ -80,9 +85,20 @@ class MaxSim:
         best = matches.masked_fill(~_is_token(page).unsqueeze(-2), -torch.inf).amax(-1)
         return torch.where(_is_token(query), best, 0.0)
 
-    def __call__(self, page: Tensor, query: Tensor) -> Tensor:
-        total = self.terms(page, query).sum(-1)
-        return total / _is_token(query).sum(-1) if self.mean else total
+    def __call__(self, page: Tensor, query: Tensor, scored: Tensor | None = None) -> Tensor:
+        r"""The score.
+
+        Args:
+
+            page, query (Tensor): As for :meth:`terms`.
+            scored (Tensor, optional): Which tokens of the query count, (..., query tokens). Default: None (all)
+
+        Returns:
+            Tensor: (...), in float32 at least.
+        """
+        counted = _is_token(query) if scored is None else _is_token(query) & scored.bool()
+        total = torch.where(counted, self.terms(page, query), 0.0).sum(-1)
+        return total / counted.sum(-1) if self.mean else total
 
 
 def best_match(parts: Tensor, whole: Tensor) -> Tensor:
