@@ -91,7 +91,8 @@ def test_shares_of_all_tokens_sum_to_the_score():
     page = encoder.model(**{k: v for k, v in encoder.processor.process_images(PAGES[:2]).items() if k != "labels"})
     query = encoder.model(**encoder.processor.process_queries([QUERY, "revenue 2025"])).embeddings
     matches = (query @ page.embeddings.transpose(1, 2)).amax(-1)
-    places = [[t in words.split() for t in row] for row, words in zip(pairs.tokens, ["revenue 2024", "revenue"])]
+    counted = zip(pairs.tokens, ["revenue 2024", "revenue"], strict=True)
+    places = [[token in words.split() for token in row] for row, words in counted]
     expected = (matches * torch.tensor(places)).sum(1)
     torch.testing.assert_close(encoder(*one.inputs, *one.additional_forward_args), expected, rtol=0, atol=1e-5)
     every = encoder.similarities(*one.inputs, *one.additional_forward_args)
