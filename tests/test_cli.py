@@ -153,7 +153,9 @@ class TestExplain:
         mixed = settings("--layers", "inputs[0]", TEXT_BLOCK, *QUICK)
         assert mixed["layers"] == ["inputs[0]", TEXT_BLOCK] and mixed["priors"] == ["pair", "N(0, variance)"]
 
-    @pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+    @pytest.mark.parametrize(
+        "name", [name for name, method in METHODS.items() if name != "rise" and not method.late_only]
+    )
     def test_every_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, name: str):
         target = tmp_path / "result.npz"
         given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast, overload
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,11 @@ from captum_m2ib.encoders.checkpoints import (
     load_open_clip,
     load_processor,
 )
-from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
+from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of, image_token_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.encoders.processors import as_processor
-from captum_m2ib.encoders.scores import MaxSim, cosine
+from captum_m2ib.encoders.scores import MaxSim, cosine, is_token
 from captum_m2ib.encoders.spans import find_span
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
 from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
@@ -50,6 +50,22 @@ _OWN = {
 
 # Under which names one model, or two towers, are registered.
 _NAMES = {1: ("model",), 2: ("image_tower", "text_tower")}
+
+
+class Interaction(NamedTuple):
+    r"""What a MaxSim score is made of.
+
+    Attributes:
+
+        matches (Tensor): Of every query token with every page token, (N, query tokens, page tokens); minus infinity at
+            padding of the page.
+        counted (Tensor): Which query tokens count, boolean, (N, query tokens).
+        patches (Tensor): Which page tokens are patches, in their order, boolean, (N, page tokens).
+    """
+
+    matches: Tensor
+    counted: Tensor
+    patches: Tensor
 
 
 class DualEncoder(nn.Module):
@@ -324,8 +340,40 @@ class DualEncoder(nn.Module):
             return real is not None and len(set(real.sum(1).tolist())) > 1
         return len(set(map(len, pairs.tiles))) > 1
 
+    @property
+    def has_terms(self) -> bool:
+        """Whether the score is a sum over the tokens of the query, of which some can be chosen."""
+        return isinstance(self._family.score, MaxSim)
+
+    def interaction(self, page: Tensor, query: Tensor, *additional: Any) -> Interaction:
+        r"""What a MaxSim score is made of.
+
+        Args:
+
+            page, query (Tensor): As for :meth:`forward`.
+            *additional: As for :meth:`forward`.
+
+        Returns:
+            Interaction: matches of all tokens.
+
+        Raises:
+            ValueError: if the score is no MaxSim, or the first input is no page.
+        """
+        self._ensure_terms()
+        if not self._is_in_order:
+            raise ValueError("modalities: expected pages first, then queries; leave modalities out.")
+        read, counted = self._split(additional)
+        of_page, of_query = self._outputs(page, query, read)
+        is_query = is_token(of_query)
+        ids = read[self.argument_names.index("page_input_ids") - 2]
+        return Interaction(
+            cast(MaxSim, self._family.score).matches(of_page, of_query),
+            is_query if counted is None else is_query & counted.bool(),
+            ids == image_token_of(self.model),
+        )
+
     def _ensure_terms(self) -> None:
-        if not isinstance(self._family.score, MaxSim):
+        if not self.has_terms:
             raise ValueError(
                 f"tokens: {type(self._towers[1].model).__name__} scores a caption as a whole, and no token has a share "
                 "of its own in that; leave tokens out, or explain a model of late interaction, such as ColPali."
@@ -334,7 +382,7 @@ class DualEncoder(nn.Module):
     def _split(self, additional: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
         """What the towers read, and which tokens of the query count."""
         taken = len(self._slots) - 2
-        if not isinstance(self._family.score, MaxSim) or len(additional) != taken + 1:
+        if not self.has_terms or len(additional) != taken + 1:
             return additional, None
         return additional[:taken], additional[taken]
 

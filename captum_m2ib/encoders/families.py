@@ -245,3 +245,9 @@ def family_of(model: Any) -> Family | None:
         if image.is_offered(model) and text.is_offered(model):
             return Family((image, text))
     return None
+
+
+def image_token_of(model: Any) -> int:
+    """The id that stands for a patch in the prompt of a page."""
+    config = getattr(model.config, "vlm_config", model.config)
+    return int(config.image_token_id)

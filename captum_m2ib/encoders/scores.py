@@ -81,9 +81,20 @@ class MaxSim:
         Returns:
             Tensor: (..., query tokens), in float32 at least; 0 at padding.
         """
-        matches = _precise(query, page) @ _precise(page, query).transpose(-1, -2)
-        best = matches.masked_fill(~_is_token(page).unsqueeze(-2), -torch.inf).amax(-1)
-        return torch.where(_is_token(query), best, 0.0)
+        return torch.where(is_token(query), self.matches(page, query).amax(-1), 0.0)
+
+    def matches(self, page: Tensor, query: Tensor) -> Tensor:
+        r"""How well each token of the query matches each of the page.
+
+        Args:
+
+            page, query (Tensor): As for :meth:`terms`.
+
+        Returns:
+            Tensor: (..., query tokens, page tokens), in float32 at least; minus infinity at padding of the page.
+        """
+        found = _precise(query, page) @ _precise(page, query).transpose(-1, -2)
+        return found.masked_fill(~is_token(page).unsqueeze(-2), -torch.inf)
 
     def __call__(self, page: Tensor, query: Tensor, scored: Tensor | None = None) -> Tensor:
         r"""The score.
@@ -96,7 +107,7 @@ class MaxSim:
         Returns:
             Tensor: (...), in float32 at least.
         """
-        counted = _is_token(query) if scored is None else _is_token(query) & scored.bool()
+        counted = is_token(query) if scored is None else is_token(query) & scored.bool()
         total = torch.where(counted, self.terms(page, query), 0.0).sum(-1)
         return total / counted.sum(-1) if self.mean else total
 
@@ -115,7 +126,8 @@ def best_match(parts: Tensor, whole: Tensor) -> Tensor:
     return (_precise(parts, whole) @ _precise(whole, parts).unsqueeze(-1)).squeeze(-1).amax(-1)
 
 
-def _is_token(embeddings: Tensor) -> Tensor:
+def is_token(embeddings: Tensor) -> Tensor:
+    """Which embeddings, (..., tokens, dimensions), are none of padding."""
     return (embeddings != 0).any(-1)
 
 
