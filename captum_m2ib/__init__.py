@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NarrowingInfoBottleneck,
         OptimizationRecord,
         PairInteraction,
+        SimilarityMap,
     )
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
@@ -61,6 +62,7 @@ _HOMES = {
         "OptimizationRecord",
         "PairInteraction",
         "RISE",
+        "SimilarityMap",
     ),
     "metrics.bypass": (
         "BypassWarning",
@@ -101,6 +103,7 @@ __all__ = [
     "Pairs",
     "PatchLayout",
     "Shared",
+    "SimilarityMap",
     "TextLayout",
     "TowerBypass",
     "estimate_statistics",

@@ -119,6 +119,9 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--samples", type=int, help="draws per step (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
+    parser.add_argument(
+        "--tokens", metavar="WORDS", help="words of TEXT whose share of a MaxSim score is explained (default: all)"
+    )
     parser.add_argument("--no-check", action="store_true", help="leave out the map's check of itself")
     parser.set_defaults(run=_explain)
 
@@ -177,6 +180,7 @@ def _explain(given: argparse.Namespace) -> None:
             text,
             method=method,
             check=not given.no_check,
+            tokens=given.tokens,
             show_progress=sys.stderr.isatty(),
             **_settings(method, given),
         )[0]
@@ -266,7 +270,7 @@ def _summary(explanation: Explanation) -> str:
     )
     return (
         f"caption  {explanation.caption}\n"
-        f"score    {explanation.score:.3f} (cosine similarity)\n"
+        f"score    {explanation.score:.3f} ({explanation.score_name})\n"
         f"image    {image}\n"
         f"text     {text}; most in: {top}"
         + "".join(f"\n{'check' if not i else '':9}{line}" for i, line in enumerate(explanation.check_lines))

@@ -153,7 +153,9 @@ class TestExplain:
         mixed = settings("--layers", "inputs[0]", TEXT_BLOCK, *QUICK)
         assert mixed["layers"] == ["inputs[0]", TEXT_BLOCK] and mixed["priors"] == ["pair", "N(0, variance)"]
 
-    @pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+    @pytest.mark.parametrize(
+        "name", [name for name, method in METHODS.items() if name != "rise" and not method.late_only]
+    )
     def test_every_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, name: str):
         target = tmp_path / "result.npz"
         given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target)
@@ -292,6 +294,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "unknown method": (("--method", "legard"), r"--method: expected one of m2ib, .*legrad, rise, got 'legard'"),
     "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
+    "words of a cosine": (("--tokens", "red"), r"tokens: CLIPModel scores a caption as a whole.*leave tokens out"),
     "fixed layers": (("--method", "m2ib-published", "--layers", IMAGE_BLOCK, TEXT_BLOCK), r"layers: those of m2ib-p"),
     "settings of another method": (
         ("--method", "legrad", "--beta", "1", "--joint"),

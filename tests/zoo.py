@@ -34,6 +34,9 @@ if LEGACY:
             torch.set_default_dtype(default)
 
     AttentionMaskConverter._make_causal_mask = staticmethod(_make_in_float64)
+
+# They normalise in float32 whatever their weights are.
+IN_FLOAT32 = ("aimv2", "colpali", "colqwen2")
 SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
@@ -195,6 +198,45 @@ def aimv2() -> nn.Module:
     return model
 
 
+# Where a page's patches stand in its prompt, and tokens of a language model that reads both.
+IMAGE_TOKEN = 61
+LANGUAGE = {**TEXT, "max_position_embeddings": 64, "num_key_value_heads": 1}
+
+
+def _retrieval(name: str, vlm: Any) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(vlm_config=vlm, embedding_dim=16)
+    return getattr(transformers, f"{name}ForRetrieval")(config)
+
+
+def colpali() -> nn.Module:
+    vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {**LANGUAGE, "model_type": "gemma", "head_dim": 16}
+    vlm = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, projection_dim=WIDTH
+    )
+    return _retrieval("ColPali", vlm)
+
+
+def colqwen2() -> nn.Module:
+    vision = {"depth": 4, "embed_dim": WIDTH, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH, "patch_size": 8}
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    text = {**LANGUAGE, "rope_parameters": rope}
+    return _retrieval(
+        "ColQwen2", transformers.Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+    )
+
+
+def colmodernvbert() -> nn.Module:
+    vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+    ends = {"cls_token_id": 62, "sep_token_id": 63}
+    text = {**TEXT, **ends, "model_type": "modernbert", "max_position_embeddings": 64}
+    text = {**text, "global_attn_every_n_layers": 2, "local_attention": 8}
+    vlm = transformers.ModernVBertConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, pixel_shuffle_factor=2
+    )
+    return _retrieval("ColModernVBert", vlm)
+
+
 @dataclass(frozen=True)
 class Model:
     """How to build a model, what to feed it, and how the documentation calls it."""
@@ -205,6 +247,7 @@ class Model:
     size: tuple[int, ...] = (3, 32, 32)
     pad: int = 1
     library: str = "transformers"
+    page_tokens: int = 0
 
 
 ZOO = [
@@ -228,6 +271,8 @@ ZOO = [
     Model("convnext_bert", convnext_bert, "VisionTextDualEncoder: ConvNeXt, BERT", size=(3, 64, 64)),
     Model("swin_bert", swin_bert, "VisionTextDualEncoder: Swin, BERT", size=(3, 64, 64)),
     Model("aimv2", aimv2, "AIMv2"),
+    Model("colpali", colpali, "ColPali", page_tokens=16),
+    Model("colqwen2", colqwen2, "ColQwen2", size=(20, 384), page_tokens=4),
     Model("open_clip_vit", open_clip_zoo.vit, "CLIP ViT (ViT-B-32)", pad=0, library="open_clip"),
     Model("open_clip_resnet", open_clip_zoo.resnet, "CLIP ResNet (RN50)", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_custom", open_clip_zoo.custom, "CustomTextCLIP", pad=0, library="open_clip"),
@@ -238,6 +283,8 @@ ZOO = [
     Model("open_clip_eva02", open_clip_zoo.eva02, "EVA02-CLIP", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_biomed", open_clip_zoo.biomed, "BiomedCLIP (timm ViT, BERT)", (3, 64, 64), 1, "open_clip"),
 ]
+if not LEGACY:
+    ZOO.append(Model("colmodernvbert", colmodernvbert, "ColModernVBERT", size=(4, 3, 32, 32), page_tokens=16))
 
 
 def model_named(name: str) -> Model:
@@ -268,9 +315,14 @@ def arguments_of(model: Model, encoder: DualEncoder, ids: Tensor, mask: Tensor) 
     patches = torch.ones(pairs, model.size[0], dtype=torch.long)
     patches[:, 16:] = 0
     patches[1:2, 12:] = 0
+    tiles = torch.ones(pairs, model.size[0], *model.size[2:], dtype=torch.long)
+    page = torch.tensor([[62, *[IMAGE_TOKEN] * model.page_tokens, 5, 6]]).repeat(pairs, 1)
     given = {
         "attention_mask": mask,
-        "pixel_attention_mask": patches,
+        "page_input_ids": page,
+        "page_attention_mask": torch.ones_like(page),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(pairs, 1),
+        "pixel_attention_mask": tiles if model.page_tokens else patches,
         "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 8]])[:pairs],
         "is_longer": torch.tensor([[True], [False], [True]])[:pairs],
     }

@@ -15,6 +15,7 @@ from captum_m2ib.attr.le_grad import LeGrad
 from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.rise import RISE
+from captum_m2ib.attr.similarity_map import SimilarityMap
 
 UNITS = ("bits", "score", "relative")
 """What a map may be in: bits; units of the score, which sum to about what it gains over a baseline; or numbers that
@@ -32,6 +33,7 @@ class NamedMethod:
         about (str): What it is, in a few words.
         seeded (bool): Whether ``attribute`` takes a seed.
         has_layers (bool): Whether ``make`` takes ``layers``.
+        late_only (bool): Whether it is for models of late interaction alone.
     """
 
     name: str
@@ -39,6 +41,7 @@ class NamedMethod:
     about: str
     seeded: bool = False
     has_layers: bool = True
+    late_only: bool = False
 
 
 METHODS: Mapping[str, NamedMethod] = MappingProxyType(
@@ -57,6 +60,13 @@ METHODS: Mapping[str, NamedMethod] = MappingProxyType(
             NamedMethod("grad-eclip", GradECLIP, "values of attention, weighted by gradients"),
             NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block"),
             NamedMethod("legrad", LeGrad, "gradients of attention"),
+            NamedMethod(
+                "similarity-map",
+                SimilarityMap,
+                "matches of late interaction, as ColPali's tools draw them",
+                has_layers=False,
+                late_only=True,
+            ),
             NamedMethod("rise", RISE, "mean score under 4000 random masks", seeded=True),
         )
     }
@@ -101,7 +111,7 @@ def method_named(name: str, forward_func: Callable[..., Any], layers: Any = None
     if layers is None:
         return named.make(forward_func)
     if not named.has_layers:
-        raise ValueError(f"layers: those of {name} are the paper's; leave out layers, or take another method.")
+        raise ValueError(f"layers: those of {name} are fixed; leave out layers, or take another method.")
     return named.make(forward_func, layers=layers)
 
 

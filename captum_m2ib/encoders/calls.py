@@ -7,8 +7,6 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.families import Side
@@ -138,15 +136,3 @@ def embedding_of(output: Any, owner: str) -> Tensor:
         f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
         "that returns it."
     )
-
-
-def similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity along the last dimension, in float32 at least."""
-    if first.shape[-1] != second.shape[-1]:
-        raise ValueError(
-            f"model: expected both towers to return embeddings of one width, got {first.shape[-1]} and "
-            f"{second.shape[-1]} dimensions; wrap the towers with their projections."
-        )
-    # Half-precision scores differ by steps as large as what a token contributes.
-    precise = torch.promote_types(first.dtype, torch.float32)
-    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)

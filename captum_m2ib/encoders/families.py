@@ -2,17 +2,22 @@
 
 Most models need none: whatever offers ``get_image_features`` and ``get_text_features``, or ``encode_image`` and
 ``encode_text``, is a dual encoder as it is. An entry says what is particular: other inputs than pictures and captions,
-arguments beside them, an embedding that no method returns, or a score for which one side reads the other's output.
+arguments beside them, an embedding that no method returns, a score for which one side reads the other's output, or one
+that is no cosine of two embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from captum_m2ib.encoders.scores import MaxSim, Score
 from captum_m2ib.encoders.towers import (
     config_of,
     embeds_text,
@@ -33,12 +38,16 @@ class Side:
 
         modality (str): ``"image"``, ``"text"``, ``"audio"`` or ``"video"``.
         encode (str or Callable): Name of the model's method, or a function of the model and ``arguments``, that
-            returns one embedding per example, (N, dimensions), as a tensor or in an output object.
+            returns one embedding per example, (N, dimensions), as a tensor or in an output object; or what the
+            family's score reads.
         arguments (tuple[str, ...]): Names of what it reads; the first is the input that is explained, the others come
             among the additional arguments.
         towers (tuple[str, ...]): Names under which the model may keep the tower; the model itself if it has none.
         named (bool, optional): Whether arguments are passed by name. Default: True
         padding (str, optional): How captions are padded: ``"longest"`` or ``"max_length"``. Default: ``"longest"``
+        is_tiled (bool, optional): Whether a picture comes as several of one size, (N, tiles, C, H, W). Default: False
+        is_filled (bool, optional): Whether captions end in tokens of one id that the mask rightly calls real, such as
+            those that queries of late interaction are filled up with. Default: False
         keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
             None (second)
     """
@@ -49,20 +58,47 @@ class Side:
     towers: tuple[str, ...]
     named: bool = True
     padding: str = "longest"
+    is_tiled: bool = False
+    is_filled: bool = False
     keyword: str | None = None
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The module that holds this side's layers."""
-        found = (getattr(model, name, None) for name in self.towers)
-        return next((tower for tower in found if isinstance(tower, nn.Module)), model)
+        return next((tower for tower in self._held(model)), model)
+
+    def is_offered(self, model: Any) -> bool:
+        """Whether a model has what this side is computed with."""
+        if isinstance(self.encode, str):
+            return hasattr(model, self.encode)
+        return any(True for _ in self._held(model))
+
+    def _held(self, model: Any) -> Iterator[nn.Module]:
+        for name in self.towers:
+            with suppress(AttributeError):
+                tower = attrgetter(name)(model)
+                if isinstance(tower, nn.Module):
+                    yield tower
 
 
 @dataclass(frozen=True)
 class Family:
-    """The sides that a model offers, and, where one reads the other's output, how the two are joined."""
+    r"""The sides that a model offers, and how their outputs become a score.
+
+    Args:
+
+        sides (tuple[Side, ...]): What it compares.
+        join (Callable, optional): Where one side reads the other's output: from the model and both outputs to two
+            embeddings. Default: None
+        score (Callable, optional): Of both sides' outputs as ``encode`` returns them, in the order of ``sides``, what a
+            pair scores (see :mod:`captum_m2ib.encoders.scores`). Default: None (the cosine of two embeddings)
+        is_shared (bool, optional): Whether the first side runs the second side's tower, too, so that each of its layers
+            is reached twice. Default: False
+    """
 
     sides: tuple[Side, ...]
     join: Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None = None
+    score: Score | None = None
+    is_shared: bool = False
 
     def side(self, modality: str) -> Side | None:
         return next((side for side in self.sides if side.modality == modality), None)
@@ -71,13 +107,15 @@ class Family:
 def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> Layout | None:
     """A side's layout from its tower's modules; ``positions`` says where its other arguments are given."""
     if side.modality == "text":
-        return text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
-    if side.modality == "video":
+        layout = text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
+        return replace(layout, source=None) if layout is not None and side.is_filled else layout
+    if side.modality == "video" or side.is_tiled:
         return video_layout(tower)
     if side.modality == "audio":
         return spectrogram_layout(tower) if hasattr(config_of(tower, "audio_config"), "spec_size") else None
-    if "spatial_shapes" in positions:
-        return packed_layout(tower, positions["pixel_attention_mask"], positions["spatial_shapes"])
+    shapes = next((positions[name] for name in ("spatial_shapes", "image_grid_thw") if name in positions), None)
+    if shapes is not None:
+        return packed_layout(tower, positions.get("pixel_attention_mask"), shapes)
     return image_layout(tower)
 
 
@@ -129,6 +167,43 @@ def _fused_audio(model: Any, input_features: Tensor, is_longer: Tensor | None = 
     return model.get_audio_features(input_features, is_longer=is_longer)
 
 
+def _page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Tensor) -> Tensor:
+    """A page's tokens: its patches, and the prompt around them."""
+    given = {name.removeprefix("page_"): value for name, value in others.items()}
+    found: Tensor = model(pixel_values=pixel_values, input_ids=page_input_ids, **given).embeddings
+    return found
+
+
+def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **others).embeddings
+    return found
+
+
+def _prefix_page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Tensor) -> Tensor:
+    # As ColPali's processor says: a prefix, whose tokens all see each other.
+    kinds = torch.zeros_like(page_input_ids)
+    return _page(model, pixel_values, page_input_ids, page_token_type_ids=kinds, **others)
+
+
+def _prefix_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    return _query(model, input_ids, attention_mask, token_type_ids=torch.zeros_like(input_ids))
+
+
+def _late(
+    vision: str,
+    language: str,
+    *others: str,
+    page: Callable[..., Tensor] = _page,
+    query: Callable[..., Tensor] = _query,
+    is_tiled: bool = False,
+) -> Family:
+    """Late interaction: one network reads a page, as patches among the tokens of a prompt, and a query."""
+    reads = ("pixel_values", "page_input_ids", "page_attention_mask", *others)
+    pages = Side("image", page, reads, (vision,), is_tiled=is_tiled)
+    queries = Side("text", query, ("input_ids", "attention_mask"), (language,), is_filled=True)
+    return Family((pages, queries), score=MaxSim(), is_shared=True)
+
+
 # By class name, or by the model_type of the configuration.
 FAMILIES: dict[str, Family] = {
     "siglip": Family((IMAGE, UNMASKED_TEXT)),
@@ -153,6 +228,9 @@ FAMILIES: dict[str, Family] = {
         )
     ),
     "xclip": Family((Side("video", _xclip_video, ("pixel_values",), _VISION), TEXT), join=_xclip_join),
+    "ColPaliForRetrieval": _late("vlm.vision_tower", "vlm.language_model", page=_prefix_page, query=_prefix_query),
+    "ColQwen2ForRetrieval": _late("vlm.visual", "vlm.language_model", "image_grid_thw"),
+    "ColModernVBertForRetrieval": _late("vlm.vision_model", "vlm.text_model", "pixel_attention_mask", is_tiled=True),
     "clap": Family((Side("audio", _fused_audio, ("input_features", "is_longer"), ("audio_model",)), TEXT)),
 }
 
@@ -161,15 +239,15 @@ def family_of(model: Any) -> Family | None:
     """How a model embeds its inputs, or None if it offers no two towers under a known name."""
     config = getattr(model, "config", None)
     for key in (type(model).__name__, getattr(config, "model_type", None)):
-        if key in FAMILIES and all(_offers(model, side) for side in FAMILIES[key].sides):
+        if key in FAMILIES and all(side.is_offered(model) for side in FAMILIES[key].sides):
             return FAMILIES[key]
     for image, text in ((IMAGE, TEXT), (ENCODED_IMAGE, ENCODED_TEXT)):
-        if _offers(model, image) and _offers(model, text):
+        if image.is_offered(model) and text.is_offered(model):
             return Family((image, text))
     return None
 
 
-def _offers(model: Any, side: Side) -> bool:
-    if isinstance(side.encode, str):
-        return hasattr(model, side.encode)
-    return any(hasattr(model, name) for name in side.towers)
+def image_token_of(model: Any) -> int:
+    """The id that stands for a patch in the prompt of a page."""
+    config = getattr(model.config, "vlm_config", model.config)
+    return int(config.image_token_id)

@@ -69,10 +69,11 @@ def video_layout(tower: nn.Module) -> PatchLayout:
     return replace(layout, patch_size=(1, *layout.patch_size), axes=(1, 3, 4))
 
 
-def packed_layout(tower: nn.Module, mask: int, shapes: int) -> PackedLayout:
+def packed_layout(tower: nn.Module, mask: int | None, shapes: int) -> PackedLayout:
     """The layout of a tower that reads pictures as sequences of patches, (N, patches, values)."""
-    patch = _patch_size(tower, config_of(tower, "vision_config"))
-    return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1))
+    config = config_of(tower, "vision_config")
+    patch, merge = _patch_size(tower, config), getattr(config, "spatial_merge_size", None) or 1
+    return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1), merge, drops_padding=mask is None)
 
 
 def spectrogram_layout(tower: nn.Module) -> PatchLayout:

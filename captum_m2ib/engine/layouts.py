@@ -76,16 +76,23 @@ class PackedLayout:
 
         mask_argument (int, optional): Position, among all arguments of forward_func, of the mask that tells patches
             from padding, (N, patches). Default: None
-        shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2). Default: None
+        shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2), or of these behind a number
+            of frames, (N, 3). Without a mask they tell patches from padding. Default: None
         prefix (int, optional): Tokens before the first patch. Default: 0
         patch_size (tuple[int, int], optional): Height and width of a patch in pixels, to show maps at the picture's
             resolution. Default: (1, 1)
+        merge (int, optional): Side of the square blocks whose patches follow one another, as Qwen2-VL orders them.
+            Default: 1 (row by row)
+        drops_padding (bool, optional): Whether the tower leaves padding out, so that a hidden state holds the patches
+            of pictures of one size alone. Default: False
     """
 
     mask_argument: int | None = None
     shapes_argument: int | None = None
     prefix: int = 0
     patch_size: tuple[int, int] = (1, 1)
+    merge: int = 1
+    drops_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,8 @@ def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Ten
 
 def _mask_of(layout: PackedLayout | TextLayout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
     """The mask among the arguments, boolean, (N, L)."""
+    if isinstance(layout, PackedLayout) and layout.mask_argument is None:
+        return _told_by_shapes(layout, inputs, arguments)
     if layout.mask_argument is None or layout.mask_argument >= len(arguments):
         return None
     mask = arguments[layout.mask_argument]
@@ -187,6 +196,14 @@ def _mask_of(layout: PackedLayout | TextLayout, inputs: Tensor, arguments: Seque
             f"{tuple(mask.shape)}; pass 1 for each real token or patch and 0 for each that is padding."
         )
     return mask.bool()
+
+
+def _told_by_shapes(layout: PackedLayout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+    """Which packed patches lie on the grids."""
+    if layout.shapes_argument is None or layout.shapes_argument >= len(arguments):
+        return None
+    counts = arguments[layout.shapes_argument][:, -2:].prod(1, keepdim=True)
+    return torch.arange(inputs.shape[1], device=counts.device) < counts
 
 
 def _told_by_ids(layout: TextLayout, ids: Tensor) -> Tensor | None:
@@ -291,6 +308,8 @@ def to_units(layout: Layout, elements: Tensor, inputs: Tensor, real: Tensor | No
     if isinstance(layout, PatchLayout):
         return _grid_units(layout, elements, inputs)
     length = inputs.shape[1]
+    if isinstance(layout, PackedLayout) and layout.drops_padding and elements.ndim == 3:
+        elements = F.pad(elements, (0, 0, 0, max(layout.prefix + length - elements.shape[1], 0)))
     start = _first_of(layout, elements.shape[1], length) if elements.ndim == 3 else None
     if start is None:
         kind = "packed patch" if isinstance(layout, PackedLayout) else "input token"
@@ -369,8 +388,24 @@ def packed_grid(layout: PackedLayout, units: Tensor, arguments: Sequence[Any], i
             "layouts: expected a PackedLayout whose shapes_argument is among the arguments; pass the grids' heights "
             "and widths, (N, 2), to forward_func."
         )
-    rows, columns = arguments[layout.shapes_argument][index].tolist()
-    return units[index, : rows * columns].unflatten(0, (rows, columns))
+    rows, columns = arguments[layout.shapes_argument][index, -2:].tolist()
+    return unpacked(units[index, : rows * columns], rows, columns, layout.merge)
+
+
+def unpacked(patches: Tensor, rows: int, columns: int, merge: int) -> Tensor:
+    r"""Packed patches as the grid they were cut from.
+
+    Args:
+
+        patches (Tensor): (rows * columns, ...), block by block.
+        rows, columns (int): The grid.
+        merge (int): Side of the blocks; 1 where patches follow one another row by row.
+
+    Returns:
+        Tensor: (rows, columns, ...).
+    """
+    blocks = patches.unflatten(0, (rows // merge, columns // merge, merge, merge))
+    return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _first_of(layout: PackedLayout | TextLayout, tokens: int, length: int) -> int | None:

@@ -8,7 +8,7 @@ from typing import Any
 from captum_m2ib.attr import MultiModalInfoBottleneck
 from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.pictures import PictureLike
+from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.explanations.explanation import Explanation
 from captum_m2ib.explanations.methods import Method, maps_of
 from captum_m2ib.explanations.visualization import clean_token
@@ -25,6 +25,7 @@ def explain(
     method: Method = "m2ib",
     internal_batch_size: int | None = 80,
     check: bool = True,
+    tokens: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Explanation]:
     r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
@@ -44,6 +45,9 @@ def explain(
         check (bool, optional): Whether to look at what the score loses where the maps' top positions are hidden, and so
             many at random: 9 forward passes per pair and modality, without gradients; 8 more for other methods than
             M2IB. Default: True
+        tokens (str or sequence of str, optional): Words of the query, for all pairs or one string per pair: the score
+            explained is then what their tokens add to a MaxSim score (:meth:`DualEncoder.count_tokens`). Default: None
+            (the whole score)
         **settings: Further arguments of the method's ``attribute``, such as ``beta`` or ``seed``.
 
     Returns:
@@ -71,7 +75,15 @@ def explain(
     encoder = as_forward_func(encoder)
     if method is None or method == "m2ib":
         method = MultiModalInfoBottleneck(encoder)
+    images = load_pictures(images)
     pairs = encoder.prepare(images, captions)
+    if encoder.holds_sizes(pairs):
+        words = list(tokens) if tokens is not None and not isinstance(tokens, str) else [tokens] * len(pairs)
+        alone = zip(images * (len(pairs) // len(images)), pairs.captions, words, strict=True)
+        given = {"method": method, "internal_batch_size": internal_batch_size, "check": check, **settings}
+        return [explain(encoder, image, caption, tokens=one, **given)[0] for image, caption, one in alone]
+    if tokens is not None:
+        pairs = encoder.count_tokens(pairs, tokens)
     if isinstance(method, MultiModalInfoBottleneck) and has_chosen_layers(method):
         warn_of_bypass(method, pairs.inputs, pairs.additional_forward_args)
     maps = maps_of(encoder, method, pairs, internal_batch_size, check, settings)
@@ -86,7 +98,7 @@ def explain(
             image_bits=maps.pixels[i].float().cpu().numpy(),
             patch_bits=None if maps.patches is None else maps.patches[i].float().cpu().numpy(),
             token_bits=maps.tokens[i, real[i]].float().cpu().numpy(),
-            settings=maps.settings,
+            settings={**maps.settings, **_told_of_score(encoder, tokens, i)},
             record=None if maps.records is None else maps.records[i],
             check=None if maps.checks is None else maps.checks[i],
             unit=maps.unit,
@@ -94,3 +106,11 @@ def explain(
         )
         for i in range(len(pairs))
     ]
+
+
+def _told_of_score(encoder: DualEncoder, tokens: str | Sequence[str] | None, index: int) -> dict[str, str]:
+    """What an explanation says of a score that is no cosine similarity of whole captions."""
+    if encoder.score_name == Explanation.USUAL_SCORE:
+        return {}
+    words = tokens if tokens is None or isinstance(tokens, str) else tokens[index]
+    return {"score": encoder.score_name, **({} if words is None else {"tokens": words})}

@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +80,8 @@ class Explanation:
         ((8, 8), (64, 64))
     """
 
+    USUAL_SCORE: ClassVar[str] = "cosine similarity"
+
     image: NDArray[np.uint8]
     caption: str
     tokens: tuple[str, ...]
@@ -125,6 +127,12 @@ class Explanation:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def score_name(self) -> str:
+        """What the score is, as figures and pages call it."""
+        name, tokens = self.settings.get("score", self.USUAL_SCORE), self.settings.get("tokens")
+        return str(name) if tokens is None else f"{name} of “{tokens}”"
 
     def __repr__(self) -> str:
         caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
@@ -243,6 +251,7 @@ class Explanation:
             self.tokens,
             self.token_bits,
             score=self.score,
+            score_name=self.score_name,
             caption=self.caption,
             special=self.special,
             notes=[f"check: {line}" for line in self.check_lines],

@@ -51,6 +51,8 @@ class Explained(Protocol):
     @property
     def score(self) -> float: ...
     @property
+    def score_name(self) -> str: ...
+    @property
     def image_bits(self) -> NDArray[np.float32]: ...
     @property
     def patch_bits(self) -> NDArray[np.float32] | None: ...
@@ -242,7 +244,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     )
     caption = html.escape(explanation.caption) or "(empty caption)"
     tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
-    totals = [f"cosine similarity {explanation.score:.3f}"]
+    totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
     if wording.has_totals:
         both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
         totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -127,7 +128,9 @@ def _by_bottleneck(
     if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
         units = per_patch(layout, units)
     patches = None if units is None else list(units)
-    pixels = [bits.sum(0) for bits in image_bits]
+    pixels = _on_page(pairs, image_bits) if pairs.tiles else [bits.sum(0) for bits in image_bits]
+    if pairs.tiles:
+        patches = None
     if isinstance(layout, PackedLayout) and image.units is not None:
         patches = _packed_grids(layout, image.units, arguments)
         pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
@@ -173,6 +176,8 @@ def _by_attribution(
     if isinstance(layout, PackedLayout):
         patches = _packed_grids(layout, image_map.flatten(2).sum(2), arguments)
         pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
+    elif pairs.tiles:
+        pixels = _on_page(pairs, image_map)
     else:
         summed = image_map.sum(1)
         pixels = list(summed)
@@ -294,6 +299,20 @@ def _is_single(value: Any) -> bool:
 
 def _packed_grids(layout: PackedLayout, units: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
     return [packed_grid(layout, units, arguments, index) for index in range(len(units))]
+
+
+def _on_page(pairs: Pairs, maps: Tensor) -> list[Tensor]:
+    """Maps of tiles, (N, tiles, C, h, w), summed where they lie on the page that is shown."""
+    found = []
+    for tiles, shown, regions in zip(maps.sum(2).float().cpu(), pairs.pictures, pairs.tiles, strict=True):
+        size = shown.shape[1], shown.shape[0]
+        if any(region is None for region in regions):
+            raise ValueError(
+                "processor: cannot tell where on the page the tiles lie that it makes; explain the tensors instead."
+            )
+        laid = [region.scaled(*size).lay(tile.numpy()) for region, tile in zip(regions, tiles, strict=False) if region]
+        found.append(torch.from_numpy(np.sum(laid, 0)))
+    return found
 
 
 def _over_pixels(grid: Tensor, patch: tuple[int, int]) -> Tensor:
