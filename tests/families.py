@@ -436,10 +436,12 @@ FAMILIES = [
 ]
 
 
-FAMILIES += [
-    Family(model.name, partial(model_case, model), frozenset({"model", "late"} if model.page_tokens else {"model"}))
-    for model in zoo.ZOO
-]
+def features_of(model: zoo.Model) -> frozenset[str]:
+    told = {"model": True, "late": bool(model.page_tokens), "single": model.is_single}
+    return frozenset(name for name, holds in told.items() if holds)
+
+
+FAMILIES += [Family(model.name, partial(model_case, model), features_of(model)) for model in zoo.ZOO]
 
 
 def family_named(name: str) -> Family:

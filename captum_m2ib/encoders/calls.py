@@ -57,11 +57,14 @@ class TowerCall(nn.Module):
                 )
 
     def _is_resized(self, inputs: Tensor) -> bool:
-        """Whether pictures come in another size than the tower stores positions for."""
-        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
-        if self.side.modality != "image" or native is None or inputs.ndim != 4:
+        """Whether pictures or frames come in another size or number than the tower stores positions for."""
+        config = config_of(self.side.tower(self.model), "vision_config")
+        native = getattr(config, "image_size", None)
+        if native is None or inputs.ndim != {"image": 4, "video": 5}.get(self.side.modality):
             return False
-        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
+        frames = getattr(config, "num_frames", None) if inputs.ndim == 5 else None
+        size = (native, native) if isinstance(native, int) else tuple(native)
+        return tuple(inputs.shape[-2:]) != size or frames not in (None, inputs.shape[1])
 
 
 def as_called(side: Side, model: nn.Module) -> Side:

@@ -563,8 +563,8 @@ class DualEncoder(nn.Module):
             for name, module in root.named_modules():
                 if module is wanted and name in self.statistics:
                     return self.statistics[name]
-        text = [index for index, side in enumerate(self.sides) if side.modality == "text"]
-        return vocabulary_statistics(wanted) if any(wanted is self.embeddings_of(index) for index in text) else None
+        embeds = any(wanted is self.embeddings_of(index) for index in (0, 1) if self.reads_tokens(index))
+        return vocabulary_statistics(wanted) if embeds else None
 
     def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
@@ -664,7 +664,7 @@ class DualEncoder(nn.Module):
         # Adapters may have been put into the tower since.
         modules, known = list(tower.modules()), self.__dict__["_tokens"].get(index)
         if known is None or known[0] != modules:
-            call = self._towers[index] if self.sides[index].modality == "text" else None
+            call = self._towers[index] if self.reads_tokens(index) else None
             known = modules, find_token_modules(tower, call)
             self.__dict__["_tokens"][index] = known
         found: TokenModules = known[1]
@@ -706,11 +706,23 @@ class DualEncoder(nn.Module):
         is_grid = isinstance(layout, PatchLayout) and len(layout.patch_size) == 2
         return is_grid and self.sides[index].modality == "image"
 
+    def reads_tokens(self, index: int) -> bool:
+        r"""Whether an input is token ids: captions, and sounds that come as codes.
+
+        Args:
+
+            index (int): Position of the input.
+
+        Returns:
+            bool: False for pictures, videos, and sounds as waves or spectrograms.
+        """
+        return self.sides[index].modality == "text" or isinstance(self.layouts[index], TextLayout)
+
     def _recommended(self, index: int) -> nn.Module | None:
         if self.gates_input(index):
             return None
         tower = self.tower_of(index)
-        if self.sides[index].modality != "text":
+        if not self.reads_tokens(index):
             stages = self.stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
         found = self.embeddings_of(index)
@@ -766,8 +778,8 @@ def _known_family(model: nn.Module) -> Family:
 
 
 def _chosen_sides(family: Family, modalities: tuple[str, str] | None, owner: nn.Module) -> tuple[Side, Side]:
-    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides)
-    found = [side for side in map(family.side, kinds) if side is not None]
+    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides[:2])
+    found = [side for side in map(family.side, kinds, kinds[::-1]) if side is not None]
     if len(kinds) != 2 or len(found) != 2:
         offered = ", ".join(sorted({side.modality for side in family.sides}))
         raise ValueError(

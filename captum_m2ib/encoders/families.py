@@ -17,17 +17,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.scores import MaxSim, Score
+from captum_m2ib.encoders.scores import MaxSim, Score, dot
 from captum_m2ib.encoders.towers import (
-    config_of,
     embeds_text,
     image_layout,
     packed_layout,
-    spectrogram_layout,
+    sound_layout,
     text_layout,
     video_layout,
 )
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.layouts import Layout, TextLayout
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,8 @@ class Side:
             family's score reads.
         arguments (tuple[str, ...]): Names of what it reads; the first is the input that is explained, the others come
             among the additional arguments.
-        towers (tuple[str, ...]): Names under which the model may keep the tower; the model itself if it has none.
+        towers (tuple[str, ...]): Names under which the model may keep the tower, with dots where it lies deeper; the
+            model itself if it has none.
         named (bool, optional): Whether arguments are passed by name. Default: True
         padding (str, optional): How captions are padded: ``"longest"`` or ``"max_length"``. Default: ``"longest"``
         is_tiled (bool, optional): Whether a picture comes as several of one size, (N, tiles, C, H, W). Default: False
@@ -50,6 +50,8 @@ class Side:
             those that queries of late interaction are filled up with. Default: False
         keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
             None (second)
+        beside (str, optional): The modality of the other side, where a model embeds one input in several ways.
+            Default: None (any)
     """
 
     modality: str
@@ -61,6 +63,7 @@ class Side:
     is_tiled: bool = False
     is_filled: bool = False
     keyword: str | None = None
+    beside: str | None = None
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The module that holds this side's layers."""
@@ -86,7 +89,7 @@ class Family:
 
     Args:
 
-        sides (tuple[Side, ...]): What it compares.
+        sides (tuple[Side, ...]): What it compares; of more than two, the first two unless others are asked for.
         join (Callable, optional): Where one side reads the other's output: from the model and both outputs to two
             embeddings. Default: None
         score (Callable, optional): Of both sides' outputs as ``encode`` returns them, in the order of ``sides``, what a
@@ -100,8 +103,10 @@ class Family:
     score: Score | None = None
     is_shared: bool = False
 
-    def side(self, modality: str) -> Side | None:
-        return next((side for side in self.sides if side.modality == modality), None)
+    def side(self, modality: str, beside: str) -> Side | None:
+        """The side that reads a modality, where the other one reads ``beside``."""
+        fitting = (side for side in self.sides if side.modality == modality and side.beside in (None, beside))
+        return next(fitting, None)
 
 
 def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> Layout | None:
@@ -110,9 +115,12 @@ def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> La
         layout = text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
         return replace(layout, source=None) if layout is not None and side.is_filled else layout
     if side.modality == "video" or side.is_tiled:
-        return video_layout(tower)
+        return video_layout(tower, positions.get("padding_mask_videos"))
+    if side.modality == "audio" and embeds_text(tower):
+        # Sound as codes: one token per span of time.
+        return TextLayout()
     if side.modality == "audio":
-        return spectrogram_layout(tower) if hasattr(config_of(tower, "audio_config"), "spec_size") else None
+        return sound_layout(tower, positions.get("padding_mask"))
     shapes = next((positions[name] for name in ("spatial_shapes", "image_grid_thw") if name in positions), None)
     if shapes is not None:
         return packed_layout(tower, positions.get("pixel_attention_mask"), shapes)
@@ -146,6 +154,22 @@ def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = No
     return model.text_proj(model.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
 
 
+def _bridge_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    inside = model.bridgetower
+    visual = inside.vision_model.visual
+    hidden = visual.forward_pre(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    # Of the blocks, the model runs as many as its text tower has.
+    for block in visual.transformer.resblocks[: len(inside.text_model.encoder.layer)]:
+        hidden = block(hidden)
+    first = inside.cross_modal_image_transform(visual.forward_post(hidden)[:, 0])
+    return model.itc_image_head(first + inside.token_type_embeddings.weight[1])
+
+
+def _bridge_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    output = model.bridgetower.text_model(input_ids, attention_mask=attention_mask)
+    return model.itc_text_head(output.last_hidden_state[:, 0])
+
+
 def _xclip_video(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """The video's embedding, and its patches, which X-CLIP reads once more together with the caption."""
     pairs, frames = pixel_values.shape[:2]
@@ -161,6 +185,11 @@ def _xclip_join(model: Any, video: tuple[Tensor, Tensor], text: Tensor) -> tuple
     embedding, patches = video
     caption = text.unsqueeze(1)
     return embedding, (caption + model.prompts_generator(caption, patches)).squeeze(1)
+
+
+def _videoprism_video(model: Any, pixel_values_videos: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    output = model.get_video_features(pixel_values_videos, interpolate_pos_encoding=interpolate_pos_encoding)
+    return output.pooler_output.flatten(1)
 
 
 def _fused_audio(model: Any, input_features: Tensor, is_longer: Tensor | None = None) -> Any:
@@ -204,6 +233,41 @@ def _late(
     return Family((pages, queries), score=MaxSim(), is_shared=True)
 
 
+def _pe_audio(model: Any, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    inside = getattr(model, "audio_model", model)
+    return inside.audio_head(inside.audio_encoder(input_values, padding_mask=padding_mask).pooler_output)
+
+
+def _pe_video(model: Any, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None) -> Tensor:
+    inside = getattr(model, "video_model", model)
+    output = inside.video_encoder(pixel_values_videos, padding_mask_videos=padding_mask_videos)
+    return inside.video_head(output.pooler_output)
+
+
+def _pe_text(kind: str) -> Callable[..., Tensor]:
+    """The text as it is compared with sounds or with videos."""
+
+    def encode(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = model.text_model(input_ids, attention_mask=attention_mask)
+        inside = getattr(model, f"{kind}_model", model)
+        return getattr(inside, f"text_{kind}_head")(output.last_hidden_state[:, 0])
+
+    return encode
+
+
+_PE_AUDIO = Side("audio", _pe_audio, ("input_values", "padding_mask"), ("audio_encoder", "audio_model.audio_encoder"))
+_PE_VIDEO = Side(
+    "video", _pe_video, ("pixel_values_videos", "padding_mask_videos"), ("video_encoder", "video_model.video_encoder")
+)
+_PE_TEXTS = tuple(
+    Side("text", _pe_text(kind), ("input_ids", "attention_mask"), _TEXT, beside=kind) for kind in ("audio", "video")
+)
+
+
+def _clvp_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+    return model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).embeds
+
+
 # By class name, or by the model_type of the configuration.
 FAMILIES: dict[str, Family] = {
     "siglip": Family((IMAGE, UNMASKED_TEXT)),
@@ -227,11 +291,28 @@ FAMILIES: dict[str, Family] = {
             Side("text", _blip_text, ("input_ids", "attention_mask"), _TEXT),
         )
     ),
+    "BridgeTowerForContrastiveLearning": Family(
+        (
+            Side("image", _bridge_image, ("pixel_values",), ("bridgetower.vision_model",)),
+            Side("text", _bridge_text, ("input_ids", "attention_mask"), ("bridgetower.text_model",)),
+        )
+    ),
+    "videoprism": Family((Side("video", _videoprism_video, ("pixel_values_videos",), ("video_model",)), TEXT)),
+    "pe_audio": Family((_PE_AUDIO, _PE_TEXTS[0]), score=dot),
+    "pe_video": Family((_PE_VIDEO, _PE_TEXTS[1]), score=dot),
+    "pe_audio_video": Family((_PE_AUDIO, _PE_VIDEO, *_PE_TEXTS), score=dot),
     "xclip": Family((Side("video", _xclip_video, ("pixel_values",), _VISION), TEXT), join=_xclip_join),
     "ColPaliForRetrieval": _late("vlm.vision_tower", "vlm.language_model", page=_prefix_page, query=_prefix_query),
     "ColQwen2ForRetrieval": _late("vlm.visual", "vlm.language_model", "image_grid_thw"),
     "ColModernVBertForRetrieval": _late("vlm.vision_model", "vlm.text_model", "pixel_attention_mask", is_tiled=True),
     "clap": Family((Side("audio", _fused_audio, ("input_features", "is_longer"), ("audio_model",)), TEXT)),
+    # Sound comes as the codes that the model's own decoder writes.
+    "clvp": Family(
+        (
+            Side("audio", "get_speech_features", ("speech_ids",), ("speech_encoder_model",)),
+            Side("text", _clvp_text, ("input_ids", "attention_mask"), ("text_encoder_model",)),
+        )
+    ),
 }
 
 

@@ -31,12 +31,38 @@ def cosine(first: Tensor, second: Tensor) -> Tensor:
     Raises:
         ValueError: if the embeddings differ in width.
     """
+    return F.cosine_similarity(*_comparable(first, second), dim=-1)
+
+
+def dot(first: Tensor, second: Tensor) -> Tensor:
+    r"""Dot product of embeddings, for models that do not bring theirs to one length.
+
+    Args:
+
+        first, second (Tensor): (..., dimensions).
+
+    Returns:
+        Tensor: (...), in float32 at least.
+
+    Raises:
+        ValueError: if the embeddings differ in width.
+
+    Examples::
+
+        >>> dot(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]]))
+        tensor([11.])
+    """
+    one, other = _comparable(first, second)
+    return (one * other).sum(-1)
+
+
+def _comparable(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(
             f"model: expected both towers to return embeddings of one width, got {first.shape[-1]} and "
             f"{second.shape[-1]} dimensions; wrap the towers with their projections."
         )
-    return F.cosine_similarity(_precise(first, second), _precise(second, first), dim=-1)
+    return _precise(first, second), _precise(second, first)
 
 
 @dataclass(frozen=True)
@@ -110,20 +136,6 @@ class MaxSim:
         counted = is_token(query) if scored is None else is_token(query) & scored.bool()
         total = torch.where(counted, self.terms(page, query), 0.0).sum(-1)
         return total / counted.sum(-1) if self.mean else total
-
-
-def best_match(parts: Tensor, whole: Tensor) -> Tensor:
-    r"""The best of several embeddings of the first input, each held against the one of the second.
-
-    Args:
-
-        parts (Tensor): (..., parts, dimensions).
-        whole (Tensor): (..., dimensions).
-
-    Returns:
-        Tensor: the greatest dot product, (...), in float32 at least.
-    """
-    return (_precise(parts, whole) @ _precise(whole, parts).unsqueeze(-1)).squeeze(-1).amax(-1)
 
 
 def is_token(embeddings: Tensor) -> Tensor:

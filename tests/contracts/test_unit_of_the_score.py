@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import zoo
 from families import Case, Family, family_named
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -80,14 +79,14 @@ def with_forward(case: Case, forward: Any) -> Case:
 @DTYPES
 def test_at_layers(family: Family, exact: bool):
     case = case_of(family, exact)
-    exact = exact and family.name not in zoo.IN_FLOAT32
+    exact = exact and "single" not in family.features
     in_every_unit(lambda forward: with_forward(case, forward).attribute(**FEW), case.forward, exact)
 
 
 @DTYPES
 def test_at_the_input_and_for_words(family: Family, exact: bool):
     case = case_of(family, exact)
-    exact = exact and family.name not in zoo.IN_FLOAT32
+    exact = exact and "single" not in family.features
 
     def attribute(forward: Any) -> Any:
         changed = with_forward(case, forward)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder
 from captum_m2ib.encoders.families import FAMILIES, Family, Side
-from captum_m2ib.encoders.scores import MaxSim, best_match
+from captum_m2ib.encoders.scores import MaxSim
 
 PAGE = torch.tensor([[[1.0, 0.0], [0.0, 2.0], [0.0, 0.0]], [[-1.0, 0.0], [0.0, -1.0], [-0.5, -0.5]]])
 QUERY = torch.tensor([[[3.0, 1.0], [-1.0, -1.0], [0.0, 0.0]], [[1.0, 2.0], [0.0, 0.0], [0.0, 0.0]]])
@@ -39,12 +39,6 @@ def test_half_precision_is_scored_in_float32():
         found = score(page.bfloat16(), query.bfloat16())
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, score(page.bfloat16().float(), query.bfloat16().float()))
-
-
-def test_the_best_part_is_held_against_the_whole():
-    parts, whole = torch.tensor([[[1.0, 0.0], [0.5, 3.0]]]), torch.tensor([[2.0, 1.0]])
-    assert best_match(parts, whole).tolist() == [4.0]
-    assert best_match(parts.unsqueeze(1), whole.unsqueeze(0)).shape == (1, 1)
 
 
 class Interacting(nn.Module):
