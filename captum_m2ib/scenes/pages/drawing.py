@@ -88,7 +88,7 @@ def draw_page(seed: int, index: int = 0, purpose: str = "training") -> Page:
 
         >>> page = draw_page(0)
         >>> page.picture.size, len(page.items)
-        ((96, 96), 7)
+        ((96, 96), 4)
         >>> bool(page.mask(page.items[0].kind).any())
         True
     """
