@@ -58,16 +58,17 @@ class SimilarityMap(_captum.Attribution):
     @torch.no_grad()
     def attribute(
         self,
-        inputs: tuple[Tensor, Tensor],
+        inputs: Tensor | tuple[Tensor, ...],
         target: Any = None,
         additional_forward_args: Any = None,
         internal_batch_size: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its page and its query.
 
         Args:
 
-            inputs (tuple[Tensor, Tensor]): Pages and queries, as :meth:`DualEncoder.prepare` makes them.
+            inputs (Tensor or tuple[Tensor, Tensor]): Pages, or pages and queries, as :meth:`DualEncoder.prepare` makes
+                        them; queries that are not explained come first among the additional arguments.
             target (None, optional): As everywhere in Captum; a pair has one score, so there is none to select.
                         Default: None
             additional_forward_args (Any, optional): What else the model reads, and which tokens of the query count.
@@ -75,25 +76,24 @@ class SimilarityMap(_captum.Attribution):
             internal_batch_size (int, optional): Most pairs in one pass. Default: None (all at once)
 
         Returns:
-            *tuple[Tensor, Tensor]* of **attributions**:
-            - **attributions** (*tuple[Tensor, Tensor]*):
+            *Tensor* or *tuple[Tensor, ...]* of **attributions**:
+            - **attributions** (*Tensor* or *tuple[Tensor, ...]*):
                         Of the inputs' shapes; from -1 to 1 before they are spread over pixels, whose sums they keep.
                         Query tokens that do not count, and padding, are exactly 0.
 
         Raises:
-            ValueError: if the inputs are not a page and a query each, or a similarity is NaN or infinite.
+            ValueError: if batch sizes differ, or a similarity is NaN.
         """
         given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args, 2)
-        if len(given.inputs) != 2:
-            raise ValueError("inputs: expected pages and queries, got one of them; pass (pixel_values, input_ids).")
         at_once, _ = rows_at_once(internal_batch_size, 1)
         pages, queries = [], []
         for start, chunk in given.parts(at_once):
             found = self.forward_func.interaction(*chunk)
-            check_finite("similarity", found.matches, start)
+            check_finite("similarity", found.matches.nan_to_num(nan=torch.nan, neginf=0.0), start)
             pages.append(self._on_page(found, chunk))
             queries.append(torch.where(found.counted, found.matches.amax(-1), 0.0))
-        return torch.cat(pages).contiguous(), torch.cat(queries).contiguous()
+        maps = (torch.cat(pages).contiguous(), torch.cat(queries).contiguous())
+        return _captum.format_output(_captum.is_tuple(inputs), maps[: len(given.inputs)])
 
     def _on_page(self, found: Interaction, chunk: tuple[Any, ...]) -> Tensor:
         """The mean over counted tokens, at the places of the page's patches, spread over its pixels."""

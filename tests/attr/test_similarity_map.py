@@ -87,6 +87,15 @@ def test_pairs_are_independent_and_the_batch_may_be_cut():
         torch.testing.assert_close(one, other)
 
 
+def test_of_the_page_alone():
+    encoder = encoder_of("colpali")
+    pairs = encoder.prepare(PAGE, QUERY)
+    method, (pixels, ids) = SimilarityMap(encoder), pairs.inputs
+    both = method.attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args)
+    alone = method.attribute(pixels, additional_forward_args=(ids, *pairs.additional_forward_args))
+    torch.testing.assert_close(alone, both[0])
+
+
 def test_by_name():
     encoder = encoder_of("colpali")
     assert unit_of(method_named("similarity-map", encoder)) == "relative"
