@@ -6,7 +6,6 @@ Whatever the user can get wrong ends in one line on stderr that says what and wh
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import os
 import sys
@@ -178,7 +177,7 @@ def _explain(given: argparse.Namespace) -> None:
             method=method,
             check=not given.no_check,
             show_progress=sys.stderr.isatty(),
-            **_settings(method, given),
+            **_settings(given),
         )[0]
     explanation.save(output, image if given.whole else None)
     print(_summary(explanation))
@@ -243,15 +242,13 @@ def _method(encoder: DualEncoder, given: argparse.Namespace) -> Any:
     return method_named("m2ib-published" if given.published else given.method, encoder, given.layers)
 
 
-def _settings(method: Any, given: argparse.Namespace) -> dict[str, Any]:
+def _settings(given: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of the method, once it is known to take that."""
+    from captum_m2ib.attr.registry import settings_of
+
     asked = {"beta": given.beta, "n_steps": given.steps, "n_samples": given.samples, "joint": given.joint or None}
-    flags = {"beta": "--beta", "n_steps": "--steps", "n_samples": "--samples", "joint": "--joint"}
-    found = {name: value for name, value in asked.items() if value is not None}
-    takes = inspect.signature(method.attribute).parameters
-    if unknown := [flags[name] for name in found if name not in takes]:
-        raise ValueError(f"{', '.join(unknown)}: {given.method} takes no such setting; leave it out.")
-    return {**found, "seed": given.seed} if "seed" in takes else found
+    flags = {"n_steps": "--steps", "n_samples": "--samples", **{name: f"--{name}" for name in ("beta", "joint")}}
+    return settings_of(given.method, {**asked, "seed": given.seed}, flags)
 
 
 def _summary(explanation: Explanation) -> str:

@@ -123,14 +123,7 @@ def _by_bottleneck(
     )
     image, text = record.modalities
     found = [part.check for part in record.modalities if part.check is not None]
-    layout, units = method.layouts[0], image.units
-    if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
-        units = per_patch(layout, units)
-    patches = None if units is None else list(units)
-    pixels = [bits.sum(0) for bits in image_bits]
-    if isinstance(layout, PackedLayout) and image.units is not None:
-        patches = _packed_grids(layout, image.units, arguments)
-        pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
+    pixels, patches = _picture_in_bits(method, image_bits, image.units, arguments)
     return Maps(
         pixels,
         patches,
@@ -146,6 +139,57 @@ def _by_bottleneck(
         [{"image": _course(image, i), "text": _course(text, i)} for i in range(len(pairs))],
         pair_checks(found) if found else None,
     )
+
+
+def _picture_in_bits(
+    method: MultiModalInfoBottleneck, image_bits: Tensor, units: Tensor | None, arguments: tuple[Any, ...]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Pictures' maps per pixel, and per patch where there are patches."""
+    layout = method.layouts[0]
+    if isinstance(layout, PackedLayout) and units is not None:
+        patches = _packed_grids(layout, units, arguments)
+        return [_over_pixels(grid, layout.patch_size) for grid in patches], patches
+    if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
+        units = per_patch(layout, units)
+    return [bits.sum(0) for bits in image_bits], None if units is None else list(units)
+
+
+def _picture_of_any(
+    layout: Layout | None, image_map: Tensor, arguments: tuple[Any, ...]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The same of maps that may be below zero."""
+    if isinstance(layout, PackedLayout):
+        patches = _packed_grids(layout, image_map.flatten(2).sum(2), arguments)
+        return [_over_pixels(grid, layout.patch_size) for grid in patches], patches
+    summed = image_map.sum(1)
+    if not isinstance(layout, PatchLayout):
+        return list(summed), None
+    return list(summed), list(per_patch(layout, summed.clamp(min=0)) - per_patch(layout, (-summed).clamp(min=0)))
+
+
+def pictures_alone(
+    encoder: DualEncoder, method: Any, pairs: Pairs, internal_batch_size: int | None, settings: Mapping[str, Any]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    r"""What a method says of pairs' pictures, the captions left unexplained.
+
+    Args:
+
+        encoder (DualEncoder): Whose score is explained.
+        method (Attribution): As :func:`captum_m2ib.attr.registry.method_named` makes it.
+        pairs (Pairs): As the encoder prepares them.
+        internal_batch_size (int or None): Most rows in one pass, where a method takes it.
+        settings (mapping): Further arguments of ``attribute``.
+
+    Returns:
+        tuple: :attr:`Maps.pixels` and :attr:`Maps.patches`.
+    """
+    arguments = (*pairs.inputs, *pairs.additional_forward_args)
+    given = {"additional_forward_args": arguments[1:], **_options(method, internal_batch_size, settings)}
+    if isinstance(method, MultiModalInfoBottleneck):
+        bits, record = method.attribute_with_record(arguments[0], **given)
+        return _picture_in_bits(method, bits, record.modalities[0].units, arguments)
+    found = method.attribute(arguments[0], **given).detach()
+    return _picture_of_any(encoder.layouts[0], _image_map(method, found, encoder.layouts[0], arguments[0]), arguments)
 
 
 def _by_attribution(
@@ -169,15 +213,7 @@ def _by_attribution(
             "methods, method=(of_picture, of_caption)."
         )
     tokens = _token_map(text, found[-1] if isinstance(found, tuple) else found, pairs.inputs[1])
-    patches = None
-    if isinstance(layout, PackedLayout):
-        patches = _packed_grids(layout, image_map.flatten(2).sum(2), arguments)
-        pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
-    else:
-        summed = image_map.sum(1)
-        pixels = list(summed)
-        if isinstance(layout, PatchLayout):
-            patches = list(per_patch(layout, summed.clamp(min=0)) - per_patch(layout, (-summed).clamp(min=0)))
+    pixels, patches = _picture_of_any(layout, image_map, arguments)
     units = {unit_of(image), unit_of(text)}
     return Maps(
         pixels,
@@ -201,9 +237,7 @@ def _attributed(method: Any, pairs: Pairs, internal_batch_size: int | None, sett
             f"method: {_name(method)} takes the gradient of every input, and token ids have none; make it of "
             f"captum_m2ib.composition.EmbeddingForward(encoder) instead of the encoder."
         )
-    given = dict(settings)
-    if internal_batch_size is not None and "internal_batch_size" in inspect.signature(method.attribute).parameters:
-        given["internal_batch_size"] = internal_batch_size
+    given = _options(method, internal_batch_size, settings)
     # Captum's gradient methods ask for the gradient themselves, and warn that they had to.
     ready = tuple(one.clone().requires_grad_() if one.is_floating_point() else one for one in inputs)
     found = method.attribute(ready, additional_forward_args=additional or None, **given)
@@ -212,6 +246,13 @@ def _attributed(method: Any, pairs: Pairs, internal_batch_size: int | None, sett
     if isinstance(found, Tensor):
         return found.detach()
     raise ValueError(f"method: expected {_name(method)} to return maps as tensors, got {type(found).__name__}.")
+
+
+def _options(method: Any, internal_batch_size: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    takes_size = "internal_batch_size" in inspect.signature(method.attribute).parameters
+    if internal_batch_size is None or not takes_size:
+        return dict(settings)
+    return {**settings, "internal_batch_size": internal_batch_size}
 
 
 def _needs_gradients(method: Any) -> bool:

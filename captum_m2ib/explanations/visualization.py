@@ -90,7 +90,7 @@ def overlay(
 def _heated(base: NDArray[np.float32], level: NDArray[Any], strength: float) -> NDArray[np.float32]:
     """Colours, (..., 3), under heat of levels from -1 to 1."""
     colors, opacity = heat_ramp(strength)
-    below = _cold_colors()
+    below, _ = heat_ramp(strength, below=True)
     index = np.rint(np.abs(level) * (len(colors) - 1)).astype(np.intp)
     chosen = np.where((level < 0)[..., None], below[index], colors[index])
     mixed: NDArray[np.float32] = base + opacity[index][..., None] * (chosen - base)
@@ -405,12 +405,13 @@ def _caption_lines(caption: str, room: float) -> list[str]:
     return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
 
 
-def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def heat_ramp(strength: float, *, below: bool = False) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     r"""Colours and opacities from no bits to the most; the colours' lightness rises throughout.
 
     Args:
 
         strength (float): The opacity of the hottest colour, in (0, 1].
+        below (bool, optional): Those of values below zero, from zero to the least. Default: False
 
     Returns:
         tuple[numpy.ndarray, numpy.ndarray]: colours, (256, 3), and opacities, (256,), float32, in [0, 1].
@@ -423,16 +424,8 @@ def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], got {strength}")
     level = np.linspace(0, 1, 256)
-    colors = colormaps["inferno"](0.38 + 0.6 * level)[:, :3]
+    colors = (colormaps["BuGn_r"](0.1 + 0.6 * level) if below else colormaps["inferno"](0.38 + 0.6 * level))[:, :3]
     return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
-
-
-def _cold_colors() -> NDArray[np.float32]:
-    """Colours from just below zero to the least; their lightness rises throughout."""
-    from matplotlib import colormaps
-
-    colors: NDArray[np.float32] = colormaps["BuGn_r"](0.1 + 0.6 * np.linspace(0, 1, 256))[:, :3].astype(np.float32)
-    return colors
 
 
 def _luminance(color: NDArray[np.float64]) -> float:
