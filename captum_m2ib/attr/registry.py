@@ -44,7 +44,8 @@ class NamedMethod:
     @property
     def kind(self) -> type:
         """The class of what is made."""
-        found: type = getattr(self.make, "__self__", self.make)
+        made: Any = self.make
+        found: type = getattr(made, "__self__", made)
         return found
 
     @property

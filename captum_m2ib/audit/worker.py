@@ -382,7 +382,7 @@ class Worker:
         maps = maps_of(encoder, self.load(), pairs, self.internal_batch_size, self.check, self._options)
         grids, pixels = _grids(maps.pixels, maps.patches), [one.float().cpu().numpy() for one in maps.pixels]
         real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
-        has_totals = WORDINGS[maps.unit].has_totals
+        has_totals, has_pixels = WORDINGS[maps.unit].has_totals, pairs.inputs[0].ndim == 4
         results = [
             {
                 "score": float(maps.scores[i]),
@@ -396,13 +396,13 @@ class Worker:
                 "special": [pairs.special[i][j] for j in real[i]],
                 "token_bits": maps.tokens[i, real[i]].float().cpu().numpy(),
                 "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
-                **self._inside(pair, pixels[i]),
+                **self._inside(pair, pixels[i] if has_pixels else grids[i]),
                 **({} if maps.records is None else _gated_scores(maps.records[i])),
                 **({} if maps.checks is None else _checked(maps.checks[i])),
             }
             for i, pair in enumerate(ready)
         ]
-        if self.halves and pairs.inputs[0].ndim == 4:
+        if self.halves and has_pixels:
             for result, figures in zip(results, half_scores(encoder, pairs, maps.pixels), strict=True):
                 result.update(figures)
         compared = [i for i, pair in enumerate(ready) if pair.contrast]

@@ -186,6 +186,7 @@ def pictures_alone(
     arguments = (*pairs.inputs, *pairs.additional_forward_args)
     given = {"additional_forward_args": arguments[1:], **_options(method, internal_batch_size, settings)}
     if isinstance(method, MultiModalInfoBottleneck):
+        bits: Any
         bits, record = method.attribute_with_record(arguments[0], **given)
         return _picture_in_bits(method, bits, record.modalities[0].units, arguments)
     found = method.attribute(arguments[0], **given).detach()
