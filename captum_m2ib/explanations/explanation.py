@@ -1,8 +1,8 @@
 """What one pair's explanation holds, how it is looked at, and how it is kept on disk.
 
 An :class:`Explanation` is plain data: NumPy arrays, text and numbers, with no reference to a model. Files are
-a figure (``.png``), a self-contained page (``.html``) or data that loads back exactly (``.npz``, ``.json``);
-never pickles.
+a figure (``.png``, ``.pdf``, ``.svg``), a self-contained page (``.html``) or data that loads back exactly
+(``.npz``, ``.json``); never pickles.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
 from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import pair_figure
+from captum_m2ib.explanations.visualization import format_score, pair_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -175,6 +175,13 @@ class Explanation:
         """The check in words, one line per modality; none where it was left out."""
         return [] if self.check is None else told(self.check)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a figure says beside its numbers: the caption that this one is compared with, and the check."""
+        rival = self.settings.get("instead_of")
+        told = [] if rival is None else [f"instead of “{rival}” ({format_score(self.settings['rival_score'])})"]
+        return [*told, *(f"check: {line}" for line in self.check_lines)]
+
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         return to_png(self)
@@ -245,7 +252,7 @@ class Explanation:
             score=self.score,
             caption=self.caption,
             special=self.special,
-            notes=[f"check: {line}" for line in self.check_lines],
+            notes=self.notes,
             unit=self.unit,
             image_total=self.image_total_bits,
         )
@@ -253,8 +260,9 @@ class Explanation:
     def save(self, path: str | os.PathLike[str], original: PictureLike | None = None) -> Path:
         r"""Write the explanation to a file; the name's ending says how.
 
-        ``.png``: the figure. ``.html``: one page that needs no other file. ``.npz`` and ``.json``: data that
-        :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an older one.
+        ``.png``, ``.pdf`` and ``.svg``: the figure. ``.html``: one page that needs no other file. ``.npz`` and
+        ``.json``: data that :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an
+        older one.
 
         Args:
 

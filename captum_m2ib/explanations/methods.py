@@ -59,6 +59,7 @@ def maps_of(
     internal_batch_size: int | None,
     check: bool,
     settings: Mapping[str, Any],
+    rivals: Pairs | None = None,
 ) -> Maps:
     r"""What a method says of pairs.
 
@@ -71,6 +72,8 @@ def maps_of(
         internal_batch_size (int or None): Most rows in one pass, where a method takes it.
         check (bool): Whether to check the maps.
         settings (mapping): Further arguments of ``attribute``.
+        rivals (Pairs, optional): The same pictures with other captions, for a :class:`ContrastiveInfoBottleneck`.
+            Default: None
 
     Returns:
         Maps: in one form, whatever the method.
@@ -83,7 +86,7 @@ def maps_of(
         method = method_named(method, encoder)
     _check_model(encoder, method)
     if isinstance(method, MultiModalInfoBottleneck):
-        return _by_bottleneck(method, pairs, internal_batch_size, check, settings)
+        return _by_bottleneck(method, pairs, internal_batch_size, check, settings, rivals)
     both = tuple(method) if isinstance(method, Sequence) else (method, method)
     if len(both) != 2 or not all(callable(getattr(one, "attribute", None)) for one in both):
         raise TypeError(
@@ -112,11 +115,15 @@ def _by_bottleneck(
     internal_batch_size: int | None,
     check: bool,
     settings: Mapping[str, Any],
+    rivals: Pairs | None,
 ) -> Maps:
     arguments = (*pairs.inputs, *pairs.additional_forward_args)
+    additional = pairs.additional_forward_args
+    if rivals is not None:
+        additional = (rivals.inputs[1], *additional, *rivals.additional_forward_args)
     (image_bits, token_bits), record = method.attribute_with_record(
         pairs.inputs,
-        additional_forward_args=pairs.additional_forward_args,
+        additional_forward_args=additional,
         internal_batch_size=internal_batch_size,
         check=check,
         **settings,
@@ -128,7 +135,7 @@ def _by_bottleneck(
         pixels,
         patches,
         token_bits,
-        image.score_before,
+        image.score_before if rivals is None else scores_of(method.forward_func, pairs, internal_batch_size),
         "bits",
         {
             "method": type(method).__name__,
@@ -220,7 +227,7 @@ def _by_attribution(
         pixels,
         patches,
         tokens,
-        _scores(encoder, arguments, internal_batch_size),
+        scores_of(encoder, pairs, internal_batch_size),
         units.pop() if len(units) == 1 else "relative",
         _told(methods, settings),
         checks=_checks(encoder, arguments, (image_map, tokens), internal_batch_size) if check else None,
@@ -289,10 +296,11 @@ def _token_map(method: Any, found: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _scores(encoder: DualEncoder, arguments: tuple[Any, ...], at_once: int | None) -> Tensor:
-    pairs = len(arguments[0])
-    step = min(pairs, at_once or pairs)
-    chunks = (tuple(slice_pairs(a, pairs, start, step) for a in arguments) for start in range(0, pairs, step))
+def scores_of(encoder: DualEncoder, pairs: Pairs, at_once: int | None) -> Tensor:
+    """The model's similarity of each pair, (N,), so many in one pass."""
+    arguments, count = (*pairs.inputs, *pairs.additional_forward_args), len(pairs)
+    step = min(count, at_once or count)
+    chunks = (tuple(slice_pairs(a, count, start, step) for a in arguments) for start in range(0, count, step))
     return torch.cat([encoder(*chunk) for chunk in chunks])
 
 

@@ -36,7 +36,7 @@ __all__ = [
 # brightest on white and on black pictures alike.
 _DIM, _GREY = 0.55, 0.5
 
-_QUIET, _EDGE = "#5c5c66", "#b8b8c2"
+QUIET, EDGE = "#5c5c66", "#b8b8c2"
 
 
 def overlay(
@@ -136,7 +136,8 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(picture).resize(size, kernel))
 
 
-def _format_score(score: float) -> str:
+def format_score(score: float) -> str:
+    """A score with three digits."""
     return f"{score:.3f}".replace("-", "−")
 
 
@@ -203,7 +204,7 @@ def token_html(
     for token, value, flag, (background, ink) in zip(tokens, values, flags, token_colors(values), strict=True):
         style = (
             "display:inline-block;margin:2px;padding:3px 7px;border-radius:5px;text-align:center;"
-            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {_EDGE};"
+            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {EDGE};"
             f"background:{background};color:{ink}"
         )
         kind = ", special token" if flag else ""
@@ -282,8 +283,8 @@ def pair_figure(
     caption_top = top + bar_height + 0.42
     tokens_top = caption_top + 0.3 + 0.24 * len(heading)
     numbers = [wording.number(value) for value in values]
-    rows = _token_rows([visible(token) for token in tokens], numbers, room)
-    height = tokens_top + _ROW_PITCH * len(rows) + 0.2
+    rows = token_rows([visible(token) for token in tokens], numbers, room)
+    height = tokens_top + ROW_PITCH * len(rows) + 0.2
 
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
@@ -294,46 +295,44 @@ def pair_figure(
     page = axes_at(0, 0, width, height)
     page.set(xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
-    write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
+    write(page, margin, 0.36, f"{score_name} {format_score(score)}", size=15, weight="bold")
     if wording.has_totals:
         of_image = wording.amount(pixels.sum() if image_total is None else image_total)
         totals = f"image {of_image}   ·   text {wording.amount(values.sum())}"
         write(page, width - margin, 0.36, totals, size=11.5, ha="right")
-    page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
+    page.plot((margin, width - margin), (0.6, 0.6), color=EDGE, linewidth=0.8)
     for line, note in enumerate(notes):
-        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=_QUIET)
+        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=QUIET)
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2
     panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
-        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=_QUIET)
+        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=QUIET)
         axes = axes_at(x, first_top, panel_width, panel_height)
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(color=_EDGE, linewidth=0.6)
+        axes.spines[:].set(color=EDGE, linewidth=0.6)
     _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed)
 
     count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, {wording.name} below each"
-    write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
+    write(page, margin, caption_top, f"caption: {count}", size=10, color=QUIET)
     for line, text in enumerate(heading):
         write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
     colors = token_colors(values)
     for line, row in enumerate(rows):
-        y = tokens_top + _ROW_PITCH * line
+        y = tokens_top + ROW_PITCH * line
         for index, x, box_width, text in row:
-            _token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
+            token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
     return figure
 
 
 _TOKEN_SIZE, _BITS_SIZE = 10.5, 8.0
-_BOX_HEIGHT, _BOX_GAP, _ROW_PITCH = 0.3, 0.07, 0.62
+_BOX_HEIGHT, _BOX_GAP, ROW_PITCH = 0.3, 0.07, 0.62
 
 
-def _token_rows(
-    tokens: Sequence[str], numbers: Sequence[str], room: float
-) -> list[list[tuple[int, float, float, str]]]:
+def token_rows(tokens: Sequence[str], numbers: Sequence[str], room: float) -> list[list[tuple[int, float, float, str]]]:
     """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
     rows: list[list[tuple[int, float, float, str]]] = []
     x = room + 1
@@ -348,7 +347,7 @@ def _token_rows(
     return rows
 
 
-def _token_box(
+def token_box(
     page: Any,
     x: float,
     y: float,
@@ -358,17 +357,18 @@ def _token_box(
     colors: tuple[str, str],
     special: bool,
 ) -> None:
+    """Draw one token in its box, its number below."""
     from matplotlib.patches import FancyBboxPatch
 
     background, ink = colors
-    edge = {"edgecolor": _QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": _EDGE}
+    edge = {"edgecolor": QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": EDGE}
     style = "round,pad=0,rounding_size=0.05"
     page.add_patch(
         FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
     )
     write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
     below = y + _BOX_HEIGHT + 0.1
-    write(page, x + width / 2, below, number, size=_BITS_SIZE, color=_QUIET, ha="center")
+    write(page, x + width / 2, below, number, size=_BITS_SIZE, color=QUIET, ha="center")
 
 
 def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool) -> None:
@@ -387,7 +387,7 @@ def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool)
         axes.set_yticks([0.0], ["0"])
     axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
     axes.set_ylabel(scale, fontsize=9.5, color=INK, labelpad=6)
-    axes.spines[:].set(color=_EDGE, linewidth=0.6)
+    axes.spines[:].set(color=EDGE, linewidth=0.6)
 
 
 def _caption_lines(caption: str, room: float) -> list[str]:
