@@ -8,18 +8,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_m2ib.explanations.lettering import elide, text_width, visible, write
+from captum_m2ib.explanations.lettering import EDGE, QUIET, elide, format_score, text_width, visible, write
+from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import (
-    EDGE,
-    QUIET,
-    ROW_PITCH,
     at_display_size,
-    format_score,
     overlay,
-    token_box,
     token_colors,
-    token_rows,
 )
 
 if TYPE_CHECKING:

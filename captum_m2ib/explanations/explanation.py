@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
+from captum_m2ib.explanations.lettering import format_score
 from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import format_score, pair_figure
+from captum_m2ib.explanations.visualization import pair_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

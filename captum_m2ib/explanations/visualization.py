@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from captum_m2ib.explanations.lettering import INK, clean_token, elide, text_width, visible, write
+from captum_m2ib.explanations.lettering import (
+    EDGE,
+    INK,
+    QUIET,
+    clean_token,
+    elide,
+    format_score,
+    text_width,
+    visible,
+    write,
+)
+from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
 from captum_m2ib.explanations.units import WORDINGS, format_bits
 
 if TYPE_CHECKING:
@@ -35,8 +46,6 @@ __all__ = [
 # Where the heat is zero, the picture shows through dimmed and half grey, so that the hottest places are the
 # brightest on white and on black pictures alike.
 _DIM, _GREY = 0.55, 0.5
-
-QUIET, EDGE = "#5c5c66", "#b8b8c2"
 
 
 def overlay(
@@ -134,11 +143,6 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # A tiny picture is shown as the pixels it has; smoothing would draw halos around them.
     kernel = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(picture).resize(size, kernel))
-
-
-def format_score(score: float) -> str:
-    """A score with three digits."""
-    return f"{score:.3f}".replace("-", "−")
 
 
 def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple[str, str]]:
@@ -326,49 +330,6 @@ def pair_figure(
         for index, x, box_width, text in row:
             token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
     return figure
-
-
-_TOKEN_SIZE, _BITS_SIZE = 10.5, 8.0
-_BOX_HEIGHT, _BOX_GAP, ROW_PITCH = 0.3, 0.07, 0.62
-
-
-def token_rows(tokens: Sequence[str], numbers: Sequence[str], room: float) -> list[list[tuple[int, float, float, str]]]:
-    """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
-    rows: list[list[tuple[int, float, float, str]]] = []
-    x = room + 1
-    for index, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
-        text = elide(token, room - 0.2, _TOKEN_SIZE)
-        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(number, _BITS_SIZE) + 0.06, 0.36)
-        if x + needed > room:
-            rows.append([])
-            x = 0.0
-        rows[-1].append((index, x, needed, text))
-        x += needed + _BOX_GAP
-    return rows
-
-
-def token_box(
-    page: Any,
-    x: float,
-    y: float,
-    width: float,
-    text: str,
-    number: str,
-    colors: tuple[str, str],
-    special: bool,
-) -> None:
-    """Draw one token in its box, its number below."""
-    from matplotlib.patches import FancyBboxPatch
-
-    background, ink = colors
-    edge = {"edgecolor": QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": EDGE}
-    style = "round,pad=0,rounding_size=0.05"
-    page.add_patch(
-        FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
-    )
-    write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
-    below = y + _BOX_HEIGHT + 0.1
-    write(page, x + width / 2, below, number, size=_BITS_SIZE, color=QUIET, ha="center")
 
 
 def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool) -> None:
