@@ -230,21 +230,29 @@ class Explanation:
         picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
         return np.asarray(picture), self._laid_over(picture)
 
-    def plot(self, original: PictureLike | None = None) -> Figure:
+    def plot(self, original: PictureLike | None = None, *, style: str = "heat", share: float = 0.5) -> Figure:
         r"""The explanation as a figure; see :func:`captum_m2ib.explanations.visualization.pair_figure`.
 
         Args:
 
-            original (picture, optional): The whole picture, to lay the map over it instead of over what the model saw;
-                as for :meth:`bits_over`. Default: None
+            original (picture, optional): The whole picture, to lay the map over it instead of over what the model saw,
+                which is framed where it is a part; as for :meth:`bits_over`. Default: None
+            style (str, optional): ``"heat"``; ``"safe"``, which survives a grey print and colour blindness; or
+                ``"contour"``, a line round the smallest area that holds a share of the map. Default: "heat"
+            share (float, optional): That share. Default: 0.5
 
         Returns:
             matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
 
         Raises:
-            ValueError: as for :meth:`bits_over`.
+            ValueError: as for :meth:`bits_over`, or if ``style`` is unknown or ``share`` is out of range.
         """
         picture, bits = self.shown(original)
+        crop = None
+        if original is not None and self.region is not None:
+            sides = (self.region.width, self.region.height) * 2
+            shares = [edge / side for edge, side in zip(self.region.inside, sides, strict=True)]
+            crop = shares if shares != [0, 0, 1, 1] else None
         return pair_figure(
             picture,
             bits,
@@ -256,6 +264,9 @@ class Explanation:
             notes=self.notes,
             unit=self.unit,
             image_total=self.image_total_bits,
+            style=style,
+            share=share,
+            crop=crop,
         )
 
     def save(self, path: str | os.PathLike[str], original: PictureLike | None = None) -> Path:

@@ -43,6 +43,15 @@ __all__ = [
     "token_html",
 ]
 
+STYLES = ("heat", "safe", "contour")
+"""How a map is drawn: heat, heat that survives a grey print and colour blindness, or a line round its top share."""
+
+# Per palette, above and below zero, a colour map and where it starts.
+_PALETTES = {
+    "heat": (("inferno", 0.38), ("BuGn_r", 0.1)),
+    "safe": (("cividis", 0.4), ("Blues_r", 0.1)),
+}
+
 # Where the heat is zero, the picture shows through dimmed and half grey, so that the hottest places are the
 # brightest on white and on black pictures alike.
 _DIM, _GREY = 0.55, 0.5
@@ -56,6 +65,7 @@ def overlay(
     percentile: float = 100.0,
     strength: float = 0.85,
     signed: bool = False,
+    palette: str = "heat",
 ) -> NDArray[np.uint8]:
     r"""Lay a map of bits over a picture as heat.
 
@@ -70,6 +80,9 @@ def overlay(
             given; below 100, a few extreme values do not hide the rest. Default: 100.0
         strength (float, optional): The opacity of the hottest colour, in (0, 1]. Default: 0.85
         signed (bool, optional): Draw values below zero in green, on the same scale. Default: False (they count as zero)
+        palette (str, optional): ``"heat"``, or ``"safe"``: a grey picture under yellow, with blue below zero, told
+            apart without red and green; what lies above zero rises in lightness, so that it survives a grey print.
+            Default: "heat"
 
     Returns:
         numpy.ndarray: uint8, (H, W, 3). A map that is zero everywhere gives the dimmed picture.
@@ -92,21 +105,26 @@ def overlay(
     level = np.clip(resized / top, -1.0 if signed else 0.0, 1.0) if top > 0 else np.zeros_like(resized)
 
     base = picture.astype(np.float32) / 255
-    base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
-    return np.rint(_heated(base, level, strength) * 255).astype(np.uint8)
+    grey = 1.0 if palette == "safe" else _GREY
+    base = _DIM * ((1 - grey) * base + grey * base.mean(axis=2, keepdims=True))
+    return np.rint(_heated(base, level, strength, palette) * 255).astype(np.uint8)
 
 
-def _heated(base: NDArray[np.float32], level: NDArray[Any], strength: float) -> NDArray[np.float32]:
+def _heated(
+    base: NDArray[np.float32], level: NDArray[Any], strength: float, palette: str = "heat"
+) -> NDArray[np.float32]:
     """Colours, (..., 3), under heat of levels from -1 to 1."""
-    colors, opacity = heat_ramp(strength)
-    below, _ = heat_ramp(strength, below=True)
+    colors, opacity = heat_ramp(strength, palette=palette)
+    below, _ = heat_ramp(strength, below=True, palette=palette)
     index = np.rint(np.abs(level) * (len(colors) - 1)).astype(np.intp)
     chosen = np.where((level < 0)[..., None], below[index], colors[index])
     mixed: NDArray[np.float32] = base + opacity[index][..., None] * (chosen - base)
     return mixed
 
 
-def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -> NDArray[np.float32]:
+def heat_colors(
+    n: int = 256, *, strength: float = 0.85, signed: bool = False, palette: str = "heat"
+) -> NDArray[np.float32]:
     r"""The colours of :func:`overlay` from zero to the maximum on a mid-grey picture.
 
     Args:
@@ -114,6 +132,7 @@ def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -
         n (int, optional): How many colours. Default: 256
         strength (float, optional): As for :func:`overlay`. Default: 0.85
         signed (bool, optional): Start from minus the maximum instead of from zero. Default: False
+        palette (str, optional): As for :func:`overlay`. Default: "heat"
 
     Returns:
         numpy.ndarray: float32, (n, 3), in [0, 1].
@@ -122,7 +141,7 @@ def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -
         ValueError: if ``strength`` is out of range.
     """
     grey = np.full((n, 3), _DIM * 0.5, dtype=np.float32)
-    return _heated(grey, np.linspace(-1 if signed else 0, 1, n), strength).astype(np.float32)
+    return _heated(grey, np.linspace(-1 if signed else 0, 1, n), strength, palette).astype(np.float32)
 
 
 def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -233,6 +252,9 @@ def pair_figure(
     notes: Sequence[str] = (),
     unit: str = "bits",
     image_total: float | None = None,
+    style: str = "heat",
+    share: float = 0.5,
+    crop: Sequence[float] | None = None,
 ) -> Figure:
     r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
 
@@ -253,6 +275,10 @@ def pair_figure(
         unit (str, optional): What the values are in, as for :class:`captum_m2ib.Explanation`; all but bits may be below
             zero. Default: "bits"
         image_total (float, optional): The image's total. Default: None (the sum of ``image_bits``)
+        style (str, optional): One of :data:`STYLES`. Default: "heat"
+        share (float, optional): Of the style ``"contour"``, the share of the map inside the line. Default: 0.5
+        crop (sequence of float, optional): What the model saw of the picture, framed: left, top, right and bottom as
+            shares of its sides. Default: None (no frame)
 
     Returns:
         matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
@@ -264,6 +290,8 @@ def pair_figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
     values, flags = _checked_tokens(tokens, token_bits, special)
     wording = WORDINGS[unit]
@@ -310,7 +338,10 @@ def pair_figure(
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2
-    panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
+    if style == "contour":
+        panels = (("picture", shown), (f"{share:.0%} of the map lie inside the line", shown))
+    else:
+        panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed, palette=style)))
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
         write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=QUIET)
@@ -318,7 +349,12 @@ def pair_figure(
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color=EDGE, linewidth=0.6)
-    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed)
+        if crop is not None:
+            _mark_crop(axes, crop, shown.shape)
+        if column and style == "contour":
+            _draw_contour(axes, heat, share, shown.shape)
+    if style != "contour":
+        _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed, style)
 
     count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, {wording.name} below each"
     write(page, margin, caption_top, f"caption: {count}", size=10, color=QUIET)
@@ -332,13 +368,64 @@ def pair_figure(
     return figure
 
 
-def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool) -> None:
+def top_share(values: ArrayLike, share: float) -> float:
+    r"""The least value of the smallest area that holds a share of a map.
+
+    Args:
+
+        values (array): The map, of any shape; what lies below zero counts as zero.
+        share (float): In (0, 1).
+
+    Returns:
+        float: places of at least this value hold at least the share; infinity for a map with nothing above zero.
+
+    Raises:
+        ValueError: if the share is out of range.
+
+    Examples::
+
+        >>> top_share([[1.0, 2.0], [3.0, 4.0]], 0.6)
+        3.0
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    falling = np.sort(np.asarray(values, dtype=np.float64).clip(min=0).ravel())[::-1]
+    held = falling.cumsum()
+    if not held[-1] > 0:
+        return float("inf")
+    return float(falling[min(np.searchsorted(held, share * held[-1]), len(falling) - 1)])
+
+
+def _draw_contour(axes: Any, heat: NDArray[np.float64], share: float, shape: tuple[int, ...]) -> None:
+    """The edge of the smallest area that holds a share of the map, in white on black, to be seen on any ground."""
+    from PIL import Image
+
+    size = (shape[1], shape[0])
+    fine = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    level = top_share(fine, share)
+    if not fine.min() < level < fine.max():
+        return
+    for color, width in (("black", 3.0), ("white", 1.4)):
+        axes.contour(fine, levels=[level], colors=color, linewidths=width)
+
+
+def _mark_crop(axes: Any, crop: Sequence[float], shape: tuple[int, ...]) -> None:
+    """A dashed frame round what the model saw; ``crop`` in shares of the picture: left, top, right, bottom."""
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = (share * side for share, side in zip(crop, (shape[1], shape[0]) * 2, strict=True))
+    corner = (left - 0.5, top - 0.5)
+    for look in ({"edgecolor": "black"}, {"edgecolor": "white", "linestyle": (0, (4, 4))}):
+        axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, linewidth=1.4, **look))
+
+
+def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool, palette: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     maximum = float(np.abs(heat).max() if is_signed else heat.max())
     top = maximum if maximum > 0 else 1.0
     extent = (0, 1, -top if is_signed else 0, top)
-    axes.imshow(heat_colors(signed=is_signed)[:, None], origin="lower", aspect="auto", extent=extent)
+    axes.imshow(heat_colors(signed=is_signed, palette=palette)[:, None], origin="lower", aspect="auto", extent=extent)
     axes.set_xticks([])
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
@@ -366,13 +453,16 @@ def _caption_lines(caption: str, room: float) -> list[str]:
     return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
 
 
-def heat_ramp(strength: float, *, below: bool = False) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def heat_ramp(
+    strength: float, *, below: bool = False, palette: str = "heat"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     r"""Colours and opacities from no bits to the most; the colours' lightness rises throughout.
 
     Args:
 
         strength (float): The opacity of the hottest colour, in (0, 1].
         below (bool, optional): Those of values below zero, from zero to the least. Default: False
+        palette (str, optional): As for :func:`overlay`. Default: "heat"
 
     Returns:
         tuple[numpy.ndarray, numpy.ndarray]: colours, (256, 3), and opacities, (256,), float32, in [0, 1].
@@ -385,7 +475,8 @@ def heat_ramp(strength: float, *, below: bool = False) -> tuple[NDArray[np.float
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], got {strength}")
     level = np.linspace(0, 1, 256)
-    colors = (colormaps["BuGn_r"](0.1 + 0.6 * level) if below else colormaps["inferno"](0.38 + 0.6 * level))[:, :3]
+    name, start = _PALETTES[palette][below]
+    colors = colormaps[name](start + 0.6 * level)[:, :3]
     return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
 
 
