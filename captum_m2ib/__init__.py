@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         save_statistics,
     )
     from captum_m2ib.explanations.bypass_figure import plot_bypass
+    from captum_m2ib.explanations.compare import compare
     from captum_m2ib.explanations.explain import explain
     from captum_m2ib.explanations.explanation import Explanation
     from captum_m2ib.metrics.bypass import (
@@ -73,6 +74,7 @@ _HOMES = {
     ),
     "encoders.dual_encoder": ("DualEncoder", "Pairs"),
     "explanations.bypass_figure": ("plot_bypass",),
+    "explanations.compare": ("compare",),
     "explanations.explain": ("explain",),
     "explanations.explanation": ("Explanation",),
     "engine.rows": ("Shared",),
@@ -106,6 +108,7 @@ __all__ = [
     "SimilarityMap",
     "TextLayout",
     "TowerBypass",
+    "compare",
     "estimate_statistics",
     "explain",
     "load_statistics",

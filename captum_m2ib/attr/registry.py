@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -42,6 +43,18 @@ class NamedMethod:
     seeded: bool = False
     has_layers: bool = True
     late_only: bool = False
+
+    @property
+    def kind(self) -> type:
+        """The class of what is made."""
+        made: Any = self.make
+        found: type = getattr(made, "__self__", made)
+        return found
+
+    @property
+    def unit(self) -> str:
+        """What its maps are in, one of :data:`UNITS`."""
+        return _unit_of_kind(self.kind)
 
 
 METHODS: Mapping[str, NamedMethod] = MappingProxyType(
@@ -105,14 +118,62 @@ def method_named(name: str, forward_func: Callable[..., Any], layers: Any = None
         >>> type(method_named("legrad", encoder)).__name__
         'LeGrad'
     """
+    named = entry_named(name, layers)
+    return named.make(forward_func) if layers is None else named.make(forward_func, layers=layers)
+
+
+def entry_named(name: str, layers: Any = None) -> NamedMethod:
+    r"""What is known of a method, before there is a model.
+
+    Args:
+
+        name (str): One of :data:`METHODS`.
+        layers (optional): What is asked for as its layers. Default: None
+
+    Returns:
+        NamedMethod: the method's entry.
+
+    Raises:
+        ValueError: if there is none of that name, or its layers are fixed.
+
+    Examples::
+
+        >>> entry_named("nib").unit
+        'score'
+    """
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}.")
-    named = METHODS[name]
-    if layers is None:
-        return named.make(forward_func)
-    if not named.has_layers:
+    if layers is not None and not METHODS[name].has_layers:
         raise ValueError(f"layers: those of {name} are fixed; leave out layers, or take another method.")
-    return named.make(forward_func, layers=layers)
+    return METHODS[name]
+
+
+def settings_of(name: str, asked: Mapping[str, Any], called: Mapping[str, str] | None = None) -> dict[str, Any]:
+    r"""Those settings that were asked for, once the method is known to take them.
+
+    Args:
+
+        name (str): One of :data:`METHODS`.
+        asked (mapping): Per setting its value, None where it was not asked for; a ``seed`` is left out for a method
+            that draws nothing.
+        called (mapping, optional): What errors call the settings, such as ``--steps``. Default: None (as they are)
+
+    Returns:
+        dict: further arguments of the method's ``attribute``.
+
+    Raises:
+        ValueError: if there is no such method, or it takes no such setting.
+
+    Examples::
+
+        >>> settings_of("nib", {"n_steps": 4, "beta": None, "seed": 0})
+        {'n_steps': 4}
+    """
+    takes = inspect.signature(entry_named(name).kind.attribute).parameters  # type: ignore[attr-defined]
+    found = {key: value for key, value in asked.items() if value is not None and (key != "seed" or key in takes)}
+    if unknown := [(called or {}).get(key, key) for key in found if key not in takes]:
+        raise ValueError(f"{', '.join(unknown)}: {name} takes no such setting; leave it out.")
+    return found
 
 
 def unit_of(method: Any) -> str:
@@ -130,6 +191,10 @@ def unit_of(method: Any) -> str:
         >>> unit_of(method_named("nib", encoder)), unit_of(method_named("legrad", encoder))
         ('score', 'relative')
     """
-    if isinstance(method, _IN_BITS):
+    return _unit_of_kind(type(method))
+
+
+def _unit_of_kind(kind: type) -> str:
+    if issubclass(kind, _IN_BITS):
         return "bits"
-    return "score" if type(method).__name__ in _IN_SCORE else "relative"
+    return "score" if kind.__name__ in _IN_SCORE else "relative"
