@@ -118,7 +118,6 @@ def _by_bottleneck(
     settings: Mapping[str, Any],
     rivals: Pairs | None,
 ) -> Maps:
-    arguments = (*pairs.inputs, *pairs.additional_forward_args)
     additional = pairs.additional_forward_args
     if rivals is not None:
         additional = (rivals.inputs[1], *additional, *rivals.additional_forward_args)
