@@ -315,7 +315,10 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
         ("--published", "--layers", IMAGE_BLOCK, TEXT_BLOCK),
         r"--layers.*--published|--published.*--l",
     ),
-    "unknown method": (("--method", "legard"), r"--method: expected one of m2ib, .*legrad, similarity-map, rise, got 'legard'"),
+    "unknown method": (
+        ("--method", "legard"),
+        r"--method: expected one of m2ib, .*legrad, similarity-map, rise, got 'legard'",
+    ),
     "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
     "words of a cosine": (("--tokens", "red"), r"tokens: CLIPModel scores a caption as a whole.*leave tokens out"),
     "unknown among methods": (("--method", "nib", "legard"), r"--method: expected one of m2ib, .*, got 'legard'"),
