@@ -58,10 +58,11 @@ class Preparation:
         """
         from PIL import Image
 
-        scale = (self.resized or self.side) / min(picture.size)
-        size = [max(round(scale * length), self.side) for length in picture.size]
+        short = max(self.resized or 0, self.side)
+        # Rounded as torchvision rounds, which timm calls.
+        size = [int(short * length / min(picture.size)) for length in picture.size]
         resample = Image.Resampling.BILINEAR if self.filter == "bilinear" else Image.Resampling.BICUBIC
-        left, top = ((length - self.side) // 2 for length in size)
+        left, top = (round((length - self.side) / 2) for length in size)
         return picture.resize((size[0], size[1]), resample).crop((left, top, left + self.side, top + self.side))
 
     def tensor(self, crop: Image) -> Tensor:
