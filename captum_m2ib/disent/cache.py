@@ -138,7 +138,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     found = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         found.update(name.encode())
-        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        found.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 

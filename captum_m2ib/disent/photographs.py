@@ -207,7 +207,7 @@ def _held_out(
     rows: Sequence[tuple[str, str, str | None, str]], share: float, seed: int
 ) -> list[tuple[str, str, str | None, str]]:
     """A share of each class for testing, by a seed that is the class's own, so that other classes do not matter."""
-    found = []
+    found: list[tuple[str, str, str | None, str]] = []
     for kind in sorted({kind for _, kind, _, _ in rows}):
         own = [row for row in rows if row[1] == kind]
         number = int.from_bytes(hashlib.sha256(f"{seed} {kind}".encode("utf-8", "surrogateescape")).digest()[:7], "big")

@@ -54,8 +54,8 @@ _MEASURED_AT_ONCE = 64
 _PER_HALF = 5
 _SHARE = 0.9
 # Student's t at 0.975, by degrees of freedom from 1 on.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-_T += (2.120, 2.110, 2.101, 2.093)
+_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
+_T += [2.120, 2.110, 2.101, 2.093]
 
 
 @dataclass(frozen=True)
@@ -455,6 +455,8 @@ class Grid(nn.Module):
 
         reader (FeatureReader): Of the backbone, at the layer.
     """
+
+    reader: FeatureReader
 
     def __init__(self, reader: FeatureReader) -> None:
         super().__init__()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def test_the_page_escapes_names_and_needs_no_other_file(run: Run, fitted: Path):
     page = (fitted / "study" / "report.html").read_text(encoding="utf-8")
     assert "<b>red" not in page and "&lt;b&gt;red &amp; co" in page
     assert "data:image/jpeg" in page and "<script" not in page and "http" not in page.replace("http-equiv", "")
+    assert re.search(r"top-1 [\d.]+ %\.\s+EPIC changes no logit", page)
     for name in HEADS:
         assert f'<th scope="row">{name}</th>' in page
 
