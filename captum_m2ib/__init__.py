@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         NarrowingInfoBottleneck,
         OptimizationRecord,
         PairInteraction,
+        SimilarityMap,
     )
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
     from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         save_statistics,
     )
     from captum_m2ib.explanations.bypass_figure import plot_bypass
+    from captum_m2ib.explanations.compare import compare
     from captum_m2ib.explanations.explain import explain
     from captum_m2ib.explanations.explanation import Explanation
     from captum_m2ib.metrics.bypass import (
@@ -61,6 +63,7 @@ _HOMES = {
         "OptimizationRecord",
         "PairInteraction",
         "RISE",
+        "SimilarityMap",
     ),
     "metrics.bypass": (
         "BypassWarning",
@@ -71,6 +74,7 @@ _HOMES = {
     ),
     "encoders.dual_encoder": ("DualEncoder", "Pairs"),
     "explanations.bypass_figure": ("plot_bypass",),
+    "explanations.compare": ("compare",),
     "explanations.explain": ("explain",),
     "explanations.explanation": ("Explanation",),
     "engine.rows": ("Shared",),
@@ -101,8 +105,10 @@ __all__ = [
     "Pairs",
     "PatchLayout",
     "Shared",
+    "SimilarityMap",
     "TextLayout",
     "TowerBypass",
+    "compare",
     "estimate_statistics",
     "explain",
     "load_statistics",

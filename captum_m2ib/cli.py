@@ -6,12 +6,14 @@ Whatever the user can get wrong ends in one line on stderr that says what and wh
 from __future__ import annotations
 
 import argparse
-import inspect
 import io
 import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import takewhile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import captum_m2ib
@@ -91,7 +93,8 @@ def _add_explain(commands: Any) -> None:
         description="Explain one picture and caption; without any, a drawn scene with the model that is shipped.",
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
-    parser.add_argument("text", nargs="?", metavar="TEXT", help="caption")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="caption; several are shown side by side")
+    parser.add_argument("--instead-of", metavar="CAPTION", help="why TEXT rather than this caption (method m2ib)")
     parser.add_argument(
         "--model",
         metavar="NAME",
@@ -102,7 +105,10 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--revision", help="branch, tag or commit on the hub")
     parser.add_argument("--device", help="for example cuda (default: cpu)")
     parser.add_argument(
-        "--output", metavar="FILE", default="explanation.png", help=".png, .html, .npz or .json (default: %(default)s)"
+        "--output",
+        metavar="FILE",
+        default="explanation.png",
+        help=".png, .pdf, .svg, .html, .npz or .json; of several methods or captions a figure (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",
@@ -110,7 +116,7 @@ def _add_explain(commands: Any) -> None:
         metavar=("IMAGE_LAYER", "TEXT_LAYER"),
         help="dotted names, or inputs[0] for the picture itself (default: what is recommended)",
     )
-    method = parser.add_argument("--method", metavar="NAME", default="m2ib")
+    method = parser.add_argument("--method", metavar="NAME", nargs="+", default=["m2ib"])
     parser.late.append((method, _methods_help))
     parser.add_argument("--published", action="store_true", help="--method m2ib-published")
     parser.add_argument(
@@ -121,6 +127,9 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--samples", type=int, help="draws per step (default: the method's)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the noise (default: %(default)s)")
     parser.add_argument("--joint", action="store_true", help="optimise both modalities against one score")
+    parser.add_argument(
+        "--tokens", metavar="WORDS", help="words of TEXT whose share of a MaxSim score is explained (default: all)"
+    )
     parser.add_argument("--no-check", action="store_true", help="leave out the map's check of itself")
     parser.set_defaults(run=_explain)
 
@@ -147,51 +156,102 @@ def _add_train(commands: Any) -> None:
 
 
 def _explain(given: argparse.Namespace) -> None:
-    if given.image is not None and given.text is None:
+    _give_back_pair(given)
+    if given.image is not None and not given.text:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
     if given.published and given.layers:
         raise ValueError("--published: chooses the layers itself; leave out --layers or --published.")
-    if given.published and given.method not in ("m2ib", "m2ib-published"):
-        raise ValueError(f"--published: is a method of its own; leave out --published or --method {given.method}.")
+    if given.published and not set(given.method) <= {"m2ib", "m2ib-published"}:
+        names = " ".join(given.method)
+        raise ValueError(f"--published: is a method of its own; leave out --published or --method {names}.")
+    if given.instead_of is not None and (given.method != ["m2ib"] or given.published or given.layers):
+        raise ValueError("--instead-of: is for the method m2ib at its own layers; leave out the other or this.")
     from captum_m2ib.attr.registry import METHODS
-    from captum_m2ib.explanations.explain import explain
-    from captum_m2ib.explanations.files import check_output
+    from captum_m2ib.explanations.files import FIGURES, check_output
 
-    if given.method not in METHODS:
-        raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {given.method!r}.")
+    for name in given.method:
+        if name not in METHODS:
+            raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}.")
 
-    output = check_output(given.output)
-    if given.whole and output.suffix.lower() not in (".png", ".html"):
-        raise ValueError(f"--whole: is for figures and pages, .png or .html, got {given.output}; leave it out.")
+    several = len(given.method) > 1 or len(given.text) > 1
+    output = check_output(given.output, FIGURES if several else None)
+    if given.whole and (several or output.suffix.lower() not in (*FIGURES, ".html")):
+        raise ValueError(
+            f"--whole: is for the figure or page of one explanation, .png, .pdf, .svg or .html, got {given.output}; "
+            "leave it out."
+        )
     image, text = (given.image, given.text) if given.image is not None else _example()
     if given.image is not None:
         from captum_m2ib.encoders.pictures import load_picture
 
         image = load_picture(given.image, "IMAGE")
-    method = _method(_load(given), given)
+    encoder = _load(given)
     with warnings.catch_warnings():
         if not given.no_check:
             # The check says so.
             warnings.simplefilter("ignore", captum_m2ib.NothingToExplainWarning)
-        explanation = explain(
-            method.forward_func,
-            image,
-            text,
-            method=method,
-            check=not given.no_check,
-            show_progress=sys.stderr.isatty(),
-            **_settings(method, given),
-        )[0]
+        if several:
+            _compare(encoder, image, text, given, output)
+        else:
+            _explain_one(encoder, image, text[0], given, output)
+
+
+def _give_back_pair(given: argparse.Namespace) -> None:
+    """Take a picture and captions that were written after the names of methods for what they are."""
+    from captum_m2ib.attr.registry import METHODS
+
+    names = list(takewhile(METHODS.__contains__, given.method))
+    rest = given.method[len(names) :]
+    if given.image is None and names and len(rest) > 1:
+        given.method, given.image, given.text = names, rest[0], rest[1:]
+
+
+def _explain_one(encoder: DualEncoder, image: Any, text: str, given: argparse.Namespace, output: Path) -> None:
+    from captum_m2ib.explanations.explain import explain
+
+    (name,) = given.method
+    explanation = explain(
+        encoder,
+        image,
+        text,
+        method="m2ib" if given.instead_of is not None else _method(encoder, name, given),
+        instead_of=given.instead_of,
+        tokens=given.tokens,
+        check=not given.no_check,
+        show_progress=sys.stderr.isatty(),
+        **_settings(name, given),
+    )[0]
     explanation.save(output, image if given.whole else None)
     print(_summary(explanation))
-    print(f"picture  {os.fspath(output)}" if output.suffix.lower() == ".png" else f"written  {os.fspath(output)}")
+    print(_written(output))
 
 
-def _example() -> tuple[Any, str]:
+def _compare(encoder: DualEncoder, image: Any, texts: list[str], given: argparse.Namespace, output: Path) -> None:
+    from captum_m2ib.explanations.compare import Comparison, compare
+
+    rows = []
+    for name in given.method:
+        shared = {"instead_of": given.instead_of, "tokens": given.tokens, "check": not given.no_check}
+        shared["show_progress"] = sys.stderr.isatty()
+        method = "m2ib" if given.instead_of is not None else _method(encoder, name, given)
+        (row,) = compare(encoder, image, texts, [method], **shared, **_settings(name, given)).rows
+        rows.append(replace(row, name=name))
+    Comparison(tuple(rows)).save(output)
+    for row in rows:
+        print(f"\nmethod   {row.name}, {row.seconds:.2g} s")
+        print("\n".join(map(_summary, row.explanations)))
+    print(_written(output))
+
+
+def _written(output: Path) -> str:
+    return f"{'picture' if output.suffix.lower() in ('.png', '.pdf', '.svg') else 'written'}  {os.fspath(output)}"
+
+
+def _example() -> tuple[Any, list[str]]:
     from captum_m2ib.scenes import image_probes
 
     probe = image_probes(EXAMPLE_SCENE + 1, 0, _EXAMPLE_SIDE)[EXAMPLE_SCENE]
-    return probe.image, probe.caption
+    return probe.image, [probe.caption]
 
 
 def _load(given: argparse.Namespace) -> DualEncoder:
@@ -236,24 +296,22 @@ def _device(name: str | None) -> str | None:
 def _methods_help() -> str:
     from captum_m2ib.attr.registry import METHODS
 
-    return "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + " (default: %(default)s)"
+    return "; ".join(f"{name}: {method.about}" for name, method in METHODS.items()) + " (default: m2ib)"
 
 
-def _method(encoder: DualEncoder, given: argparse.Namespace) -> Any:
+def _method(encoder: DualEncoder, name: str, given: argparse.Namespace) -> Any:
     from captum_m2ib.attr.registry import method_named
 
-    return method_named("m2ib-published" if given.published else given.method, encoder, given.layers)
+    return method_named("m2ib-published" if given.published else name, encoder, given.layers)
 
 
-def _settings(method: Any, given: argparse.Namespace) -> dict[str, Any]:
+def _settings(name: str, given: argparse.Namespace) -> dict[str, Any]:
     """What was asked for of the method, once it is known to take that."""
+    from captum_m2ib.attr.registry import settings_of
+
     asked = {"beta": given.beta, "n_steps": given.steps, "n_samples": given.samples, "joint": given.joint or None}
-    flags = {"beta": "--beta", "n_steps": "--steps", "n_samples": "--samples", "joint": "--joint"}
-    found = {name: value for name, value in asked.items() if value is not None}
-    takes = inspect.signature(method.attribute).parameters
-    if unknown := [flags[name] for name in found if name not in takes]:
-        raise ValueError(f"{', '.join(unknown)}: {given.method} takes no such setting; leave it out.")
-    return {**found, "seed": given.seed} if "seed" in takes else found
+    flags = {"n_steps": "--steps", "n_samples": "--samples", **{name: f"--{name}" for name in ("beta", "joint")}}
+    return settings_of(name, {**asked, "seed": given.seed}, flags)
 
 
 def _summary(explanation: Explanation) -> str:
@@ -268,11 +326,17 @@ def _summary(explanation: Explanation) -> str:
     )
     return (
         f"caption  {explanation.caption}\n"
-        f"score    {explanation.score:.3f} (cosine similarity)\n"
+        f"score    {explanation.score:.3f} ({explanation.score_name})\n"
+        f"{_rival(explanation)}"
         f"image    {image}\n"
         f"text     {text}; most in: {top}"
         + "".join(f"\n{'check' if not i else '':9}{line}" for i, line in enumerate(explanation.check_lines))
     )
+
+
+def _rival(explanation: Explanation) -> str:
+    told = explanation.settings
+    return f"instead  {told['instead_of']} ({told['rival_score']:.3f})\n" if "instead_of" in told else ""
 
 
 def _amount(value: float, unit: str, digits: int) -> str:

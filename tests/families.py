@@ -410,7 +410,8 @@ def model_case(model: zoo.Model) -> Case:
     encoder = zoo.encoder_of(model)
     ids, mask = captions()
     first, second, *additional = zoo.arguments_of(model, encoder, ids, mask)
-    layers = tuple(zoo.layers_to_try(encoder.tower_of(index)) for index in (0, 1))
+    tried = zip(*(zoo.layers_to_try(encoder.tower_of(index)) for index in (0, 1)), strict=True)
+    layers = tuple(map(list, zip(*map(encoder.told_apart, tried), strict=True)))
     return Case(encoder, (first, second), tuple(additional), layers, [encoder.model])
 
 
@@ -435,7 +436,12 @@ FAMILIES = [
 ]
 
 
-FAMILIES += [Family(model.name, partial(model_case, model), frozenset({"model"})) for model in zoo.ZOO]
+def features_of(model: zoo.Model) -> frozenset[str]:
+    told = {"model": True, "late": bool(model.page_tokens), "single": model.is_single}
+    return frozenset(name for name, holds in told.items() if holds)
+
+
+FAMILIES += [Family(model.name, partial(model_case, model), features_of(model)) for model in zoo.ZOO]
 
 
 def family_named(name: str) -> Family:

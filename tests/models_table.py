@@ -61,7 +61,7 @@ def table() -> str:
 
     torch.manual_seed(0)
     rows = [row("CLIP", "transformers", DualEncoder(_quiet(tiny_clip)))]
-    rows += [row(m.title, m.library, DualEncoder(_quiet(m.build).eval())) for m in zoo.ZOO]
+    rows += [row(m.title, m.library, DualEncoder(_quiet(m.build).eval(), modalities=m.modalities)) for m in zoo.ZOO]
     return HEAD + "".join(rows)
 
 

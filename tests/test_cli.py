@@ -153,7 +153,9 @@ class TestExplain:
         mixed = settings("--layers", "inputs[0]", TEXT_BLOCK, *QUICK)
         assert mixed["layers"] == ["inputs[0]", TEXT_BLOCK] and mixed["priors"] == ["pair", "N(0, variance)"]
 
-    @pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+    @pytest.mark.parametrize(
+        "name", [name for name, method in METHODS.items() if name != "rise" and not method.late_only]
+    )
     def test_every_method(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, name: str):
         target = tmp_path / "result.npz"
         given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target)
@@ -177,6 +179,29 @@ class TestExplain:
         found = Explanation.load(target)
         layers = [IMAGE_BLOCK, TEXT_BLOCK]
         assert found.settings == {"method": "NarrowingInfoBottleneck", "layers": layers, "n_steps": 3}
+
+    def test_methods_and_captions_side_by_side(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
+        target = tmp_path / "both.svg"
+        options = ("--model", checkpoint, "--output", target)
+        # The names of methods may come before the picture, too.
+        status, out, err = run("explain", *options, "--method", "legrad", "nib", picture, CAPTION, "a red star")
+        assert (status, err) == (0, "")
+        assert re.findall(r"^(?:method|caption) +(.*?)(?:, .*)?$", out, re.M) == [
+            *("legrad", CAPTION, "a red star"),
+            *("nib", CAPTION, "a red star"),
+        ]
+        assert out.endswith(f"picture  {target}\n") and target.read_bytes().startswith(b"<?xml")
+        assert run("explain", *options, "--method", "legrad", picture, CAPTION).status == 0
+        refused = run("explain", picture, CAPTION, "a red star", "--output", tmp_path / "both.npz")
+        assert refused.status == 2 and "must end in one of .png, .pdf, .svg, got 'both.npz'" in refused.err
+
+    def test_why_this_caption_rather_than_that(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
+        target = tmp_path / "result.json"
+        given = ("explain", picture, CAPTION, "--model", checkpoint, "--output", target, *QUICK)
+        status, out, err = run(*given, "--instead-of", "a red star")
+        assert (status, err) == (0, "")
+        assert re.search(r"^instead  a red star \(-?\d\.\d{3}\)$", out, re.M)
+        assert Explanation.load(target).settings["method"] == "ContrastiveInfoBottleneck"
 
     def test_help_names_every_method(self, capsys: pytest.CaptureFixture[str]):
         with pytest.raises(SystemExit):
@@ -292,12 +317,15 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "unknown method": (("--method", "legard"), r"--method: expected one of m2ib, .*legrad, rise, got 'legard'"),
     "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
+    "words of a cosine": (("--tokens", "red"), r"tokens: CLIPModel scores a caption as a whole.*leave tokens out"),
+    "unknown among methods": (("--method", "nib", "legard"), r"--method: expected one of m2ib, .*, got 'legard'"),
+    "instead of by another method": (("--method", "nib", "--instead-of", "a"), r"--instead-of: is for the method m2ib"),
     "fixed layers": (("--method", "m2ib-published", "--layers", IMAGE_BLOCK, TEXT_BLOCK), r"layers: those of m2ib-p"),
     "settings of another method": (
         ("--method", "legrad", "--beta", "1", "--joint"),
         r"--beta, --steps, --samples, --joint: legrad takes no such setting; leave it out",
     ),
-    "whole picture as data": (("--whole", "--output", "result.npz"), r"--whole: is for figures and pages.*result.npz"),
+    "whole picture as data": (("--whole", "--output", "result.npz"), r"--whole: is for the figure or page.*result.npz"),
     "unknown device": (("--device", "nonsense"), r"device"),
 }
 
@@ -470,9 +498,9 @@ class TestBadInput:
         monkeypatch.setattr(torch.cuda, "_lazy_init", fail)
         refused("--device", "cuda", says=r"(?i)device|cuda")
 
-    @pytest.mark.parametrize("name", ["result.pdf", "result", "result.png.txt"])
+    @pytest.mark.parametrize("name", ["result.eps", "result", "result.png.txt"])
     def test_output_of_an_unknown_kind(self, refused: Callable[..., None], tmp_path: Path, name: str):
-        refused("--output", tmp_path / name, says=r"must end in one of .png, .html, .npz, .json, got")
+        refused("--output", tmp_path / name, says=r"must end in one of .png, .pdf, .svg, .html, .npz, .json, got")
 
     def test_output_in_a_missing_directory(self, refused: Callable[..., None], tmp_path: Path):
         refused("--output", tmp_path / "none" / "result.png", says=r"directory '.*none' does not exist: create it")
@@ -486,7 +514,7 @@ class TestBadInput:
         refused("--output", target, says=r"result.png.*directory")
 
     def test_output_is_checked_before_the_model_is_loaded(self, refused: Callable[..., None], tmp_path: Path):
-        refused("--output", tmp_path / "result.pdf", says=r"must end in", model=tmp_path / "none")
+        refused("--output", tmp_path / "result.eps", says=r"must end in", model=tmp_path / "none")
 
     @pytest.mark.parametrize("name", CHECKPOINTS)
     def test_checkpoint(self, refused: Callable[..., None], checkpoint: Path, tmp_path: Path, name: str):

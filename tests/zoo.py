@@ -34,6 +34,7 @@ if LEGACY:
             torch.set_default_dtype(default)
 
     AttentionMaskConverter._make_causal_mask = staticmethod(_make_in_float64)
+
 SIZES = {
     "hidden_size": WIDTH,
     "intermediate_size": 2 * WIDTH,
@@ -101,6 +102,82 @@ def blip() -> nn.Module:
         vision_config=VISION, text_config=text, image_text_hidden_size=16, projection_dim=16
     )
     return transformers.BlipForImageTextRetrieval(config)
+
+
+def bridgetower() -> nn.Module:
+    # Heads of its picture tower are 64 channels wide.
+    sizes = {**SIZES, "hidden_size": 64}
+    config = transformers.BridgeTowerConfig(
+        text_config={**TEXT, **sizes, "max_position_embeddings": 20, "type_vocab_size": 1},
+        vision_config={"hidden_size": 64, "num_hidden_layers": 4, "patch_size": 8, "image_size": 32},
+        **{**sizes, "num_hidden_layers": 2},
+        contrastive_hidden_size=16,
+        logit_scale_init_value=2.6592,
+    )
+    return transformers.BridgeTowerForContrastiveLearning(config)
+
+
+def tipsv2() -> nn.Module:
+    return _build("Tipsv2Model", {**VISION, "num_register_tokens": 2, "mlp_ratio": 2}, TEXT)
+
+
+def videoprism() -> nn.Module:
+    vision = {
+        **SIZES,
+        "image_size": 32,
+        "num_frames": 4,
+        "tubelet_size": [1, 8, 8],
+        "num_spatial_layers": 4,
+        "num_temporal_layers": 2,
+        "num_auxiliary_layers": 1,
+    }
+    config = transformers.VideoPrismConfig(vision_config=vision, text_config=TEXT)
+    return transformers.VideoPrismClipModel(config)
+
+
+def _pe_parts() -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Configurations of Perception Encoder's towers of sounds, videos and text."""
+    encoder = {**SIZES, "head_dim": 16}
+    codec = {"encoder_hidden_size": 4, "downsampling_ratios": [32], "codebook_dim": 8, "hidden_size": 16}
+    frames = {
+        "architecture": "vit_pe_core_tiny_patch16_384",
+        "num_classes": 16,
+        "model_args": {"depth": 4, "embed_dim": 48, "img_size": 32, "patch_size": 8, "num_heads": 3},
+    }
+    text = {
+        **TEXT,
+        "hidden_size": WIDTH,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 4,
+        "cls_token_id": 62,
+        "num_attention_heads": 4,
+    }
+    return {**encoder, "dac_config": codec}, {**encoder, "vision_config": frames}, {**text, "sep_token_id": 63}
+
+
+def pe_audio() -> nn.Module:
+    audio, _, text = _pe_parts()
+    return transformers.PeAudioModel(transformers.PeAudioConfig(audio_config=audio, text_config=text))
+
+
+def pe_video() -> nn.Module:
+    _, video, text = _pe_parts()
+    return transformers.PeVideoModel(transformers.PeVideoConfig(video_config=video, text_config=text))
+
+
+def pe_audio_video() -> nn.Module:
+    audio, video, text = _pe_parts()
+    both = {**SIZES, "head_dim": 16, "audio_config": audio, "video_config": video}
+    config = transformers.PeAudioVideoConfig(audio_video_config=both, text_config=text)
+    return transformers.PeAudioVideoModel(config)
+
+
+def clvp() -> nn.Module:
+    # Its rotary embedding turns 32 channels of a head.
+    tower = {**SIZES, "num_attention_heads": 1, "vocab_size": 64, "projection_dim": 16, "pad_token_id": 1}
+    decoder = {**SIZES, "vocab_size": 64, "max_position_embeddings": 16, "max_text_tokens": 16, "feature_size": 8}
+    config = transformers.ClvpConfig(text_config=tower, speech_config=tower, decoder_config=decoder, projection_dim=16)
+    return transformers.ClvpModelForConditionalGeneration(config)
 
 
 def groupvit() -> nn.Module:
@@ -195,9 +272,52 @@ def aimv2() -> nn.Module:
     return model
 
 
+# Where a page's patches stand in its prompt, and tokens of a language model that reads both.
+IMAGE_TOKEN = 61
+LANGUAGE = {**TEXT, "max_position_embeddings": 64, "num_key_value_heads": 1}
+
+
+def _retrieval(name: str, vlm: Any) -> nn.Module:
+    config = getattr(transformers, f"{name}Config")(vlm_config=vlm, embedding_dim=16)
+    return getattr(transformers, f"{name}ForRetrieval")(config)
+
+
+def colpali() -> nn.Module:
+    vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+    text = {**LANGUAGE, "model_type": "gemma", "head_dim": 16}
+    vlm = transformers.PaliGemmaConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, projection_dim=WIDTH
+    )
+    return _retrieval("ColPali", vlm)
+
+
+def colqwen2() -> nn.Module:
+    vision = {"depth": 4, "embed_dim": WIDTH, "num_heads": 2, "mlp_ratio": 2, "hidden_size": WIDTH, "patch_size": 8}
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [2, 3, 3], "rope_theta": 1e4}
+    text = {**LANGUAGE, "rope_parameters": rope}
+    return _retrieval(
+        "ColQwen2", transformers.Qwen2VLConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN)
+    )
+
+
+def colmodernvbert() -> nn.Module:
+    vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
+    ends = {"cls_token_id": 62, "sep_token_id": 63}
+    text = {**TEXT, **ends, "model_type": "modernbert", "max_position_embeddings": 64}
+    text = {**text, "global_attn_every_n_layers": 2, "local_attention": 8}
+    vlm = transformers.ModernVBertConfig(
+        vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, pixel_shuffle_factor=2
+    )
+    return _retrieval("ColModernVBert", vlm)
+
+
 @dataclass(frozen=True)
 class Model:
-    """How to build a model, what to feed it, and how the documentation calls it."""
+    """How to build a model, what to feed it, and how the documentation calls it.
+
+    ``needs`` is a class that transformers 4.57 lacks, ``second`` the shape of the second input where that is no
+    caption; ``is_single`` says that the model computes parts in float32 whatever its weights are.
+    """
 
     name: str
     build: Callable[[], nn.Module]
@@ -205,9 +325,14 @@ class Model:
     size: tuple[int, ...] = (3, 32, 32)
     pad: int = 1
     library: str = "transformers"
+    page_tokens: int = 0
+    needs: str = "PreTrainedModel"
+    second: tuple[int, ...] | None = None
+    modalities: tuple[str, str] | None = None
+    is_single: bool = False
 
 
-ZOO = [
+_ALL = [
     Model("siglip", siglip, "SigLIP, SigLIP 2 at fixed resolution"),
     Model("siglip2_naflex", siglip2, "SigLIP 2 NaFlex", size=(20, 192)),
     Model("metaclip2", _both("MetaClip2Model"), "MetaCLIP 2"),
@@ -215,6 +340,8 @@ ZOO = [
     Model("chinese_clip", _both("ChineseCLIPModel"), "Chinese-CLIP"),
     Model("align", align, "ALIGN", size=(3, 128, 128)),
     Model("blip_itc", blip, "BLIP, image-text contrastive score"),
+    Model("blip", _both("BlipModel"), "BLIP, text-image features"),
+    Model("bridgetower", bridgetower, "BridgeTower, contrastive score"),
     Model("clipseg", _both("CLIPSegModel"), "CLIPSeg"),
     Model("groupvit", groupvit, "GroupViT"),
     Model("owlvit", _both("OwlViTModel"), "OWL-ViT, text-image features"),
@@ -223,11 +350,44 @@ ZOO = [
     Model("xclip", xclip, "X-CLIP", size=(4, 3, 32, 32)),
     Model("clap", clap, "CLAP", size=(1, 512, 32)),
     Model("clap_fused", clap_fused, "CLAP with feature fusion", size=(4, 512, 32)),
+    Model("videoprism", videoprism, "VideoPrism", (4, 3, 32, 32), needs="VideoPrismClipModel", is_single=True),
+    Model("pe_audio", pe_audio, "Perception Encoder: audio", size=(1, 512), needs="PeAudioModel", is_single=True),
+    Model("pe_video", pe_video, "Perception Encoder: video", size=(4, 3, 32, 32), needs="PeVideoModel", is_single=True),
+    Model(
+        "pe_audio_video",
+        pe_audio_video,
+        "Perception Encoder: audio, video",
+        size=(1, 512),
+        second=(4, 3, 32, 32),
+        needs="PeAudioVideoModel",
+        is_single=True,
+    ),
+    Model(
+        "pe_av_text",
+        pe_audio_video,
+        "Perception Encoder: audio-video model, audio",
+        size=(1, 512),
+        modalities=("audio", "text"),
+        needs="PeAudioVideoModel",
+        is_single=True,
+    ),
+    Model("clvp", clvp, "CLVP, speech codes and text", size=(8,)),
     Model("vit_bert", vit_bert, "VisionTextDualEncoder: ViT, BERT"),
     Model("registers_roberta", registers_roberta, "VisionTextDualEncoder: DINOv2 with registers, RoBERTa"),
     Model("convnext_bert", convnext_bert, "VisionTextDualEncoder: ConvNeXt, BERT", size=(3, 64, 64)),
     Model("swin_bert", swin_bert, "VisionTextDualEncoder: Swin, BERT", size=(3, 64, 64)),
-    Model("aimv2", aimv2, "AIMv2"),
+    Model("aimv2", aimv2, "AIMv2", is_single=True),
+    Model("tipsv2", tipsv2, "TIPSv2", needs="Tipsv2Model"),
+    Model("colpali", colpali, "ColPali", page_tokens=16, is_single=True),
+    Model("colqwen2", colqwen2, "ColQwen2", size=(20, 384), page_tokens=4, is_single=True),
+    Model(
+        "colmodernvbert",
+        colmodernvbert,
+        "ColModernVBERT",
+        size=(4, 3, 32, 32),
+        page_tokens=16,
+        needs="ColModernVBertForRetrieval",
+    ),
     Model("open_clip_vit", open_clip_zoo.vit, "CLIP ViT (ViT-B-32)", pad=0, library="open_clip"),
     Model("open_clip_resnet", open_clip_zoo.resnet, "CLIP ResNet (RN50)", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_custom", open_clip_zoo.custom, "CustomTextCLIP", pad=0, library="open_clip"),
@@ -238,6 +398,8 @@ ZOO = [
     Model("open_clip_eva02", open_clip_zoo.eva02, "EVA02-CLIP", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_biomed", open_clip_zoo.biomed, "BiomedCLIP (timm ViT, BERT)", (3, 64, 64), 1, "open_clip"),
 ]
+ZOO = [model for model in _ALL if hasattr(transformers, model.needs)]
+LEFT_OUT = [model.title for model in _ALL if model not in ZOO]
 
 
 def model_named(name: str) -> Model:
@@ -248,15 +410,16 @@ def encoder_of(model: Model, seed: int = 0, **options: Any) -> DualEncoder:
     torch.manual_seed(seed)
     built = model.build().eval()
     stir(built)
-    return DualEncoder(built, **options)
+    return DualEncoder(built, modalities=model.modalities, **options)
 
 
 @torch.no_grad()
 def stir(model: nn.Module) -> None:
     """Larger random weights than models start their training with, so that every input moves the score."""
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    for parameter in model.parameters():
-        if parameter.ndim >= 2 and parameter[0].numel() > 1:
+    for name, parameter in model.named_parameters():
+        # What divides by its weights keeps them.
+        if parameter.ndim >= 2 and parameter[0].numel() > 1 and not name.endswith(".alpha"):
             inputs = parameter[0].numel()
             parameter.normal_(std=1.0 if id(parameter) in tables or len(parameter) == 1 else 1.5 * inputs**-0.5)
 
@@ -264,20 +427,43 @@ def stir(model: nn.Module) -> None:
 def arguments_of(model: Model, encoder: DualEncoder, ids: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     """Random inputs for as many pairs as there are captions."""
     pairs, generator = len(ids), torch.Generator().manual_seed(1)
-    inputs = torch.randn(pairs, *model.size, generator=generator)
+    inputs = _inputs_of(encoder, 0, (pairs, *model.size), generator)
+    second = ids.where(mask > 0, model.pad)
+    if model.second is not None:
+        second = _inputs_of(encoder, 1, (pairs, *model.second), generator)
     patches = torch.ones(pairs, model.size[0], dtype=torch.long)
     patches[:, 16:] = 0
     patches[1:2, 12:] = 0
+    tiles = torch.ones(pairs, model.size[0], *model.size[2:], dtype=torch.long)
+    page = torch.tensor([[62, *[IMAGE_TOKEN] * model.page_tokens, 5, 6]]).repeat(pairs, 1)
     given = {
         "attention_mask": mask,
-        "pixel_attention_mask": patches,
+        "page_input_ids": page,
+        "page_attention_mask": torch.ones_like(page),
+        "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(pairs, 1),
+        "pixel_attention_mask": tiles if model.page_tokens else patches,
         "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 8]])[:pairs],
         "is_longer": torch.tensor([[True], [False], [True]])[:pairs],
+        "padding_mask": _shorter(pairs, 512, 384),
+        "padding_mask_videos": _shorter(pairs, 4, 3),
     }
-    return inputs, ids.where(mask > 0, model.pad), *(given[name] for name in encoder.argument_names[2:])
+    return inputs, second, *(given[name] for name in encoder.argument_names[2:])
 
 
-_MLPS = ("mlp", "ffn", "intermediate", "pwconv1", "fc1", "projection", "conv3", "linear1")
+def _shorter(pairs: int, length: int, shorter: int) -> Tensor:
+    """A mask of pairs of which the second has padding."""
+    mask = torch.ones(pairs, length, dtype=torch.long)
+    mask[1:2, shorter:] = 0
+    return mask
+
+
+def _inputs_of(encoder: DualEncoder, index: int, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    if encoder.reads_tokens(index):
+        return torch.randint(3, 60, shape, generator=generator)
+    return torch.randn(shape, generator=generator)
+
+
+_MLPS = ("c_fc", "mlp", "ffn", "intermediate", "pwconv1", "fc1", "projection", "conv3", "linear1")
 
 
 def layers_to_try(tower: nn.Module) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottlenec
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.pair_interaction import PairInteraction
 from captum_m2ib.attr.rise import RISE
+from captum_m2ib.attr.similarity_map import SimilarityMap
 from captum_m2ib.engine.descent import LayerRecord
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "NarrowingInfoBottleneck",
     "OptimizationRecord",
     "PairInteraction",
+    "SimilarityMap",
 ]

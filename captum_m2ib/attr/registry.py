@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from captum_m2ib.attr.le_grad import LeGrad
 from captum_m2ib.attr.multi_modal_info_bottleneck import MultiModalInfoBottleneck
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.attr.rise import RISE
+from captum_m2ib.attr.similarity_map import SimilarityMap
 
 UNITS = ("bits", "score", "relative")
 """What a map may be in: bits; units of the score, which sum to about what it gains over a baseline; or numbers that
@@ -32,6 +34,7 @@ class NamedMethod:
         about (str): What it is, in a few words.
         seeded (bool): Whether ``attribute`` takes a seed.
         has_layers (bool): Whether ``make`` takes ``layers``.
+        late_only (bool): Whether it is for models of late interaction alone.
     """
 
     name: str
@@ -39,6 +42,19 @@ class NamedMethod:
     about: str
     seeded: bool = False
     has_layers: bool = True
+    late_only: bool = False
+
+    @property
+    def kind(self) -> type:
+        """The class of what is made."""
+        made: Any = self.make
+        found: type = getattr(made, "__self__", made)
+        return found
+
+    @property
+    def unit(self) -> str:
+        """What its maps are in, one of :data:`UNITS`."""
+        return _unit_of_kind(self.kind)
 
 
 METHODS: Mapping[str, NamedMethod] = MappingProxyType(
@@ -57,6 +73,13 @@ METHODS: Mapping[str, NamedMethod] = MappingProxyType(
             NamedMethod("grad-eclip", GradECLIP, "values of attention, weighted by gradients"),
             NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block"),
             NamedMethod("legrad", LeGrad, "gradients of attention"),
+            NamedMethod(
+                "similarity-map",
+                SimilarityMap,
+                "matches of late interaction, as ColPali's tools draw them",
+                has_layers=False,
+                late_only=True,
+            ),
             NamedMethod("rise", RISE, "mean score under 4000 random masks", seeded=True),
         )
     }
@@ -95,14 +118,62 @@ def method_named(name: str, forward_func: Callable[..., Any], layers: Any = None
         >>> type(method_named("legrad", encoder)).__name__
         'LeGrad'
     """
+    named = entry_named(name, layers)
+    return named.make(forward_func) if layers is None else named.make(forward_func, layers=layers)
+
+
+def entry_named(name: str, layers: Any = None) -> NamedMethod:
+    r"""What is known of a method, before there is a model.
+
+    Args:
+
+        name (str): One of :data:`METHODS`.
+        layers (optional): What is asked for as its layers. Default: None
+
+    Returns:
+        NamedMethod: the method's entry.
+
+    Raises:
+        ValueError: if there is none of that name, or its layers are fixed.
+
+    Examples::
+
+        >>> entry_named("nib").unit
+        'score'
+    """
     if name not in METHODS:
         raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}.")
-    named = METHODS[name]
-    if layers is None:
-        return named.make(forward_func)
-    if not named.has_layers:
-        raise ValueError(f"layers: those of {name} are the paper's; leave out layers, or take another method.")
-    return named.make(forward_func, layers=layers)
+    if layers is not None and not METHODS[name].has_layers:
+        raise ValueError(f"layers: those of {name} are fixed; leave out layers, or take another method.")
+    return METHODS[name]
+
+
+def settings_of(name: str, asked: Mapping[str, Any], called: Mapping[str, str] | None = None) -> dict[str, Any]:
+    r"""Those settings that were asked for, once the method is known to take them.
+
+    Args:
+
+        name (str): One of :data:`METHODS`.
+        asked (mapping): Per setting its value, None where it was not asked for; a ``seed`` is left out for a method
+            that draws nothing.
+        called (mapping, optional): What errors call the settings, such as ``--steps``. Default: None (as they are)
+
+    Returns:
+        dict: further arguments of the method's ``attribute``.
+
+    Raises:
+        ValueError: if there is no such method, or it takes no such setting.
+
+    Examples::
+
+        >>> settings_of("nib", {"n_steps": 4, "beta": None, "seed": 0})
+        {'n_steps': 4}
+    """
+    takes = inspect.signature(entry_named(name).kind.attribute).parameters  # type: ignore[attr-defined]
+    found = {key: value for key, value in asked.items() if value is not None and (key != "seed" or key in takes)}
+    if unknown := [(called or {}).get(key, key) for key in found if key not in takes]:
+        raise ValueError(f"{', '.join(unknown)}: {name} takes no such setting; leave it out.")
+    return found
 
 
 def unit_of(method: Any) -> str:
@@ -120,6 +191,10 @@ def unit_of(method: Any) -> str:
         >>> unit_of(method_named("nib", encoder)), unit_of(method_named("legrad", encoder))
         ('score', 'relative')
     """
-    if isinstance(method, _IN_BITS):
+    return _unit_of_kind(type(method))
+
+
+def _unit_of_kind(kind: type) -> str:
+    if issubclass(kind, _IN_BITS):
         return "bits"
-    return "score" if type(method).__name__ in _IN_SCORE else "relative"
+    return "score" if kind.__name__ in _IN_SCORE else "relative"

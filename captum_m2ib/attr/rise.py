@@ -171,7 +171,7 @@ def _embeddings(forward_func: Any) -> Sequence[LayerLike | None]:
         forward_func.embeddings_of(index) if isinstance(layout, TextLayout) else None
         for index, layout in enumerate(forward_func.layouts)
     )
-    return (first, second) if first is None or second is None else forward_func.told_apart((first, second))
+    return forward_func.told_apart((first, second))
 
 
 def _grid_axes(layout: Layout | None, tensor: Tensor) -> tuple[int, ...] | None:

@@ -53,7 +53,10 @@ def _add_audit(commands: Any) -> None:
         metavar=("IMAGE_LAYER", "TEXT_LAYER"),
         help="dotted names, or inputs[0] for the picture itself (default: what is recommended)",
     )
-    parser.add_argument("--published", action="store_true", help="the paper's layers and prior")
+    parser.add_argument(
+        "--method", metavar="NAME", default="m2ib", help="one that captum-m2ib explain names (default: %(default)s)"
+    )
+    parser.add_argument("--published", action="store_true", help="--method m2ib-published")
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the method's)")
     parser.add_argument("--samples", type=int, help="draws per step (default: the method's)")
@@ -117,6 +120,7 @@ def _audit(given: argparse.Namespace) -> None:
             revision=given.revision,
             device=given.device,
             layers=given.layers,
+            method=given.method,
             published=given.published,
             beta=given.beta,
             n_steps=given.steps,

@@ -3,43 +3,30 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
 
 
-def patch_maps(encoder: DualEncoder, pairs: Pairs, units: Any, image_bits: Any) -> list[np.ndarray]:
-    """Bits per patch, (gh, gw) for each pair; where the model has no patch grid, per cell of a 16 x 16 grid."""
+def coarse(pixels: Sequence[Tensor]) -> list[Tensor]:
+    """Maps of pixels, (h, w) each, as sums over the cells of a 16 x 16 grid."""
     import torch.nn.functional as F
 
-    from captum_m2ib.engine.layouts import PatchLayout, per_patch
-
-    layout = encoder.layouts[0]
-    if units is not None and isinstance(layout, PatchLayout) and units.shape[1:] == image_bits.shape[2:]:
-        units = per_patch(layout, units)
-    place = getattr(layout, "shapes_argument", None)
-    if units.ndim == 2 and place is not None:
-        # Packed patches: each picture has a grid of its own, then padding.
-        grids = (*pairs.inputs, *pairs.additional_forward_args)[place].tolist()
-        cells = [row[: height * width].view(height, width) for row, (height, width) in zip(units, grids, strict=True)]
-    elif units.ndim == 3:
-        cells = list(units)
-    else:
-        pixels = image_bits.sum(1)
-        cells = list(F.adaptive_avg_pool2d(pixels, 16) * (pixels[0].numel() / 256))
-    return [bits.float().cpu().numpy() for bits in cells]
+    return [F.adaptive_avg_pool2d(bits[None], 16)[0] * (bits.numel() / 256) for bits in pixels]
 
 
-def half_scores(encoder: DualEncoder, pairs: Pairs, image_bits: Any) -> Iterator[dict[str, float]]:
-    """Scores of the half of the pixels that holds the most bits, and of the other; the rest is the mean colour."""
+def half_scores(encoder: DualEncoder, pairs: Pairs, maps: Sequence[Tensor]) -> Iterator[dict[str, float]]:
+    """Scores of the half of the pixels where the maps are highest, and of the other; the rest is the mean colour."""
     import torch
 
     pixels, *rest = pairs.inputs
-    bits = image_bits.sum(1, keepdim=True)
+    bits = torch.stack(list(maps)).unsqueeze(1)
     order = bits.flatten(1).argsort(dim=1, descending=True, stable=True)
     rank = torch.empty_like(order).scatter_(
         1, order, torch.arange(order.shape[1], device=order.device).expand_as(order)

@@ -27,6 +27,7 @@ from captum_m2ib.audit.writer import (
     error_counts,
     forget_stop,
     is_finished,
+    method_of,
     only_writer,
     read_run,
     remove_unfinished,
@@ -198,6 +199,9 @@ def _claim(folder: Path, run: dict[str, Any]) -> dict[str, Any]:
         write_run(folder, {**run, "finished": 0, "errors": {}, "complete": False})
         return run
     earlier = read_run(folder)
+    if "method" in run["settings"]:
+        # Earlier releases did not write it.
+        earlier = {**earlier, "settings": {**earlier.get("settings", {}), "method": method_of(earlier)}}
     for name in ("model", "settings", "columns", "shard_size", "kind"):
         if earlier.get(name) != run[name]:
             told = _difference(name, earlier.get(name), run[name])

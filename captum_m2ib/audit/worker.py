@@ -25,17 +25,20 @@ from captum_m2ib.audit.decode import (
     read_region,
     seen_region,
 )
-from captum_m2ib.audit.measures import cosine, half_scores, jpeg, patch_maps
+from captum_m2ib.audit.measures import coarse, cosine, half_scores, jpeg
 from captum_m2ib.audit.processes import survive_fork
 from captum_m2ib.audit.rows import read_boxes
+from captum_m2ib.explanations.checking import MODALITIES
+from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import clean_token
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
-    from captum_m2ib.attr import MultiModalInfoBottleneck
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
 
+PUBLISHED = "m2ib-published"
 PASSED_ON = ("row", "id", "caption")
 FIGURES = (
     "score",
@@ -57,6 +60,8 @@ CHECKS = ("image_check", "text_check")
 RESULTS = (
     *FIGURES,
     *CHECKS,
+    "method",
+    "unit",
     "map",
     "tokens",
     "special",
@@ -97,9 +102,11 @@ class Worker:
         device (str, optional): For example ``"cuda"``. Default: None (the CPU)
         layers (sequence of str, optional): Dotted names of the image's and the text's layer, or "inputs[0]" for the
             picture itself. Default: None (recommended layers)
-        published (bool, optional): The paper's layers and prior. Default: False
+        method (str, optional): A name of :data:`captum_m2ib.attr.registry.METHODS`. Default: "m2ib"
+        published (bool, optional): The same as ``method="m2ib-published"``. Default: False
         beta, variance, n_steps, n_samples, lr, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`;
-            ``beta``, ``variance`` and ``lr`` one number for both modalities.
+            ``beta``, ``variance`` and ``lr`` one number for both modalities. Other methods take those of them that
+            their own ``attribute`` has.
         contrast (str, optional): A caption whose image map every row's is compared with, unless the row has its own;
             takes half as long again. Default: None
         halves (bool, optional): Also score the picture with only the half of its pixels that holds the most bits, and
@@ -114,7 +121,7 @@ class Worker:
             Default: 80
 
     Raises:
-        ValueError: if a setting is out of range.
+        ValueError: if a setting is out of range, the method is unknown, or it takes no such setting.
 
     Examples::
 
@@ -131,6 +138,7 @@ class Worker:
         revision: str | None = None,
         device: str | None = None,
         layers: Sequence[str] | None = None,
+        method: str = "m2ib",
         published: bool = False,
         beta: float | None = None,
         variance: float | None = None,
@@ -147,8 +155,14 @@ class Worker:
         batch_size: int = 8,
         internal_batch_size: int = 80,
     ) -> None:
+        from captum_m2ib.attr.registry import entry_named, settings_of
+
         if published and layers is not None:
             raise ValueError("published: chooses the layers itself; leave out layers or published.")
+        if published and method not in ("m2ib", PUBLISHED):
+            raise ValueError(f"published: is a method of its own; leave out published, or method={method!r}.")
+        self.method = PUBLISHED if published else method
+        entry_named(self.method, layers)
         for name, number, least in (
             ("n_steps", n_steps, 1),
             ("n_samples", n_samples, 1),
@@ -162,7 +176,7 @@ class Worker:
         if contrast is not None and not contrast.strip():
             raise ValueError("contrast: expected a caption with at least one word, got an empty one.")
         self.model, self.revision, self.device = model, revision, device
-        self.layers, self.published = None if layers is None else list(layers), published
+        self.layers = None if layers is None else list(layers)
         self.optimisation: dict[str, Any] = {
             "beta": beta,
             "variance": variance,
@@ -172,10 +186,11 @@ class Worker:
             "seed": seed,
             "joint": joint,
         }
+        self._options = settings_of(self.method, {**self.optimisation, "joint": joint or None})
         self.contrast, self.halves, self.cut_captions, self.thumbnail = contrast, halves, cut_captions, thumbnail
         self.check = check
         self.batch_size, self.internal_batch_size = batch_size, internal_batch_size
-        self._method: MultiModalInfoBottleneck | None = None
+        self._method: Any = None
 
     read_ahead = staticmethod(read_ahead)
 
@@ -194,7 +209,8 @@ class Worker:
         chosen = {
             "revision": self.revision,
             "layers": self.layers,
-            "published": self.published,
+            "method": self.method,
+            "published": self.method == PUBLISHED,
             **self.optimisation,
             "contrast": self.contrast,
             "halves": self.halves,
@@ -208,28 +224,26 @@ class Worker:
         sizes = {"batch_size": self.batch_size, "internal_batch_size": self.internal_batch_size}
         return {**self.settings, **sizes, "device": self.device}
 
-    def load(self) -> MultiModalInfoBottleneck:
+    def load(self) -> Any:
         r"""The attribution method on the loaded model; loads it once.
 
         Returns:
-            MultiModalInfoBottleneck: with the settings' layers and prior.
+            Attribution: the settings' method, with their layers.
         """
         survive_fork()
         if self._method is None:
             self._method = self._load()
         return self._method
 
-    def _load(self) -> MultiModalInfoBottleneck:
-        from captum_m2ib.attr import MultiModalInfoBottleneck
+    def _load(self) -> Any:
+        from captum_m2ib.attr.registry import method_named
         from captum_m2ib.encoders.naming import load_named
         from captum_m2ib.scenes import CHECKPOINT
 
         encoder = load_named(self.model or CHECKPOINT, revision=self.revision, device=self.device)
         if encoder.processor is None:
             raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
-        if self.published:
-            return MultiModalInfoBottleneck.published(encoder)
-        return MultiModalInfoBottleneck(encoder, layers=self.layers)
+        return method_named(self.method, encoder, self.layers)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
         r"""Explain a batch.
@@ -362,55 +376,49 @@ class Worker:
             ready[0].result.update(_failed("memory" if exhausted else "model", error))
 
     def _attribute(self, ready: Sequence[_Ready], pairs: Pairs) -> list[dict[str, Any]]:
+        from captum_m2ib.explanations.methods import maps_of
+
         encoder = self._encoder
-        (image_bits, token_bits), record = self.load().attribute_with_record(
-            pairs.inputs,
-            additional_forward_args=pairs.additional_forward_args,
-            internal_batch_size=self.internal_batch_size,
-            check=self.check,
-            **self.optimisation,
-        )
-        image, text = record.modalities
-        maps = patch_maps(encoder, pairs, image.units, image_bits)
-        pixels = image_bits.sum(1).float().cpu().numpy() if image_bits.ndim == 4 else None
+        maps = maps_of(encoder, self.load(), pairs, self.internal_batch_size, self.check, self._options)
+        grids, pixels = _grids(maps.pixels, maps.patches), [one.float().cpu().numpy() for one in maps.pixels]
         real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
+        has_totals, has_pixels = WORDINGS[maps.unit].has_totals, pairs.inputs[0].ndim == 4
         results = [
             {
-                "score": float(image.score_before[i]),
-                "image_bits": float(maps[i].sum(dtype=np.float64)),
-                "text_bits": float(token_bits[i].sum()),
-                "image_score": float(image.score_after[i]),
-                "text_score": float(text.score_after[i]),
-                "map": maps[i].astype(np.float16),
+                "score": float(maps.scores[i]),
+                "image_bits": float(grids[i].sum(dtype=np.float64)) if has_totals else None,
+                "text_bits": float(maps.tokens[i].sum()) if has_totals else None,
+                "method": self.method,
+                "unit": maps.unit,
+                # Bits compress better with fewer digits; other units may be tiny.
+                "map": grids[i].astype(np.float16 if maps.unit == "bits" else np.float32),
                 "tokens": [_storable(clean_token(pairs.tokens[i][j])) for j in real[i]],
                 "special": [pairs.special[i][j] for j in real[i]],
-                "token_bits": token_bits[i, real[i]].float().cpu().numpy(),
+                "token_bits": maps.tokens[i, real[i]].float().cpu().numpy(),
                 "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
-                **self._inside(pair, pixels[i] if pixels is not None else maps[i]),
+                **self._inside(pair, pixels[i] if has_pixels else grids[i]),
+                **({} if maps.records is None else _gated_scores(maps.records[i])),
+                **({} if maps.checks is None else _checked(maps.checks[i])),
             }
             for i, pair in enumerate(ready)
         ]
-        for name, part in zip(("image", "text"), record.modalities, strict=True):
-            if part.check is not None:
-                columns = zip(part.check.verdicts(), part.check.margin.tolist(), part.check.kept.tolist(), strict=True)
-                for result, (verdict, margin, kept) in zip(results, columns, strict=True):
-                    result.update({f"{name}_check": verdict, f"{name}_margin": margin, f"{name}_kept": kept})
-        if self.halves and pairs.inputs[0].ndim == 4:
-            for result, figures in zip(results, half_scores(encoder, pairs, image_bits), strict=True):
+        if self.halves and has_pixels:
+            for result, figures in zip(results, half_scores(encoder, pairs, maps.pixels), strict=True):
                 result.update(figures)
         compared = [i for i, pair in enumerate(ready) if pair.contrast]
         if compared:
             others = self._contrast_maps([ready[i] for i in compared])
             for i, other in zip(compared, others, strict=True):
-                results[i]["contrast_similarity"] = cosine(maps[i], other)
+                results[i]["contrast_similarity"] = cosine(grids[i], other)
                 results[i]["contrast"] = ready[i].contrast
         return results
 
     def _inside(self, pair: _Ready, bits: np.ndarray) -> dict[str, float | None]:
-        """Which share of the map's bits, and of its area, lies inside the given boxes or mask."""
+        """Which share of the map above zero, and of its area, lies inside the given boxes or mask."""
         if pair.region is None:
             return {}
         cover = cover_of(seen_region(self._encoder, pair.region, pair.caption), bits.shape)
+        bits = bits.clip(min=0)
         total = bits.sum(dtype=np.float64)
         return {
             "inside_share": float((bits * cover).sum() / total) if total > 0 else None,
@@ -418,14 +426,29 @@ class Worker:
         }
 
     def _contrast_maps(self, ready: Sequence[_Ready]) -> list[np.ndarray]:
+        from captum_m2ib.explanations.methods import pictures_alone
+
         pairs = self._inputs(ready, contrast=True)
-        image_bits, record = self.load().attribute_with_record(
-            pairs.inputs[0],
-            additional_forward_args=(pairs.inputs[1], *pairs.additional_forward_args),
-            internal_batch_size=self.internal_batch_size,
-            **self.optimisation,
-        )
-        return patch_maps(self._encoder, pairs, record.modalities[0].units, image_bits)
+        return _grids(*pictures_alone(self._encoder, self.load(), pairs, self.internal_batch_size, self._options))
+
+
+def _grids(pixels: Sequence[Tensor], patches: Sequence[Tensor] | None) -> list[np.ndarray]:
+    """Maps per patch, (gh, gw) for each pair; where the model has no patch grid, per cell of a coarse one."""
+    grids = coarse(pixels) if patches is None else patches
+    return [grid.float().cpu().numpy() for grid in grids]
+
+
+def _gated_scores(record: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{name}_score": record[name]["score_after"] for name in MODALITIES}
+
+
+def _checked(check: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for name in MODALITIES:
+        part = check[name]
+        found[f"{name}_check"], found[f"{name}_kept"] = part["verdict"], part["kept"]
+        found[f"{name}_margin"] = part["lost_top"] - part["lost_random"]
+    return found
 
 
 def _failed(kind: str, reason: object) -> dict[str, str]:

@@ -47,7 +47,7 @@ def schema() -> Any:
             ("inside_share", number),
             ("inside_area", number),
             ("contrast_similarity", number),
-            ("map", pa.list_(pa.list_(pa.float16()))),
+            ("map", pa.list_(pa.list_(number))),
             ("tokens", pa.list_(text)),
             ("special", pa.list_(pa.bool_())),
             ("token_bits", pa.list_(number)),
@@ -56,6 +56,8 @@ def schema() -> Any:
             ("warning", text),
             ("error_kind", text),
             ("error", text),
+            ("method", text),
+            ("unit", text),
             ("model", text),
             ("settings", text),
         ]
@@ -191,6 +193,12 @@ def read_run(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(run, dict) or run.get("format") != _FORMAT or run.get("version") != _VERSION:
         raise ValueError(f"{str(path)!r} does not say what an audit holds; this release reads version {_VERSION}.")
     return run
+
+
+def method_of(run: Mapping[str, Any]) -> str:
+    """The name of the method of what :func:`read_run` returned; earlier releases knew two, and told them apart."""
+    settings = run.get("settings", {})
+    return str(settings.get("method") or ("m2ib-published" if settings.get("published") else "m2ib"))
 
 
 def remove_unfinished(folder: Path) -> None:

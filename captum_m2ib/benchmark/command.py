@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from captum_m2ib.benchmark.pages.command import add_pages
 from captum_m2ib.benchmark.pairs.command import add_pairs
 from captum_m2ib.benchmark.photos.command import add_photos
 from captum_m2ib.benchmark.roar.command import add_roar
@@ -32,5 +33,6 @@ def add_benchmark(commands: Any, load: Load, check_device: CheckDevice) -> None:
     add_speed(benchmarks, check_device)
     add_scenes(benchmarks, load)
     add_pairs(benchmarks, load)
+    add_pages(benchmarks, load)
     add_photos(benchmarks, load)
     add_roar(benchmarks, load)

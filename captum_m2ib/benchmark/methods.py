@@ -182,8 +182,9 @@ _CHOICES = {
     "legrad": _both(layer=_BLOCKS),
 }
 
-ON_REQUEST = ("m2ib-fine", "m2ib-late", "rise")
-"""Methods that are left out unless they are asked for: variants of ours, and RISE, which takes 4000 passes per map."""
+ON_REQUEST = ("m2ib-fine", "m2ib-late", "similarity-map", "rise")
+"""Methods that are left out unless they are asked for: variants of ours, what is for late interaction alone, and RISE,
+which takes 4000 passes per map."""
 
 
 def _own(on_request: bool) -> Iterator[Family]:

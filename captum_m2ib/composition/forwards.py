@@ -364,7 +364,9 @@ def _embedding_of(forward_func: Any, modality: int) -> LayerLike:
             f"embedding: found no layer of {type(forward_func).__name__} that embeds tokens; pass the module, e.g. "
             "EmbeddingForward(forward_func, text_tower.embeddings)."
         )
-    return found
+    # A model that reads both inputs with one network embeds tokens of each.
+    told = forward_func.told_apart([found if index == modality else None for index in (0, 1)])[modality]
+    return found if told is None else told
 
 
 def _shifted(layout: Layout, n_inputs: int) -> Layout:

@@ -7,8 +7,6 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.families import Side
@@ -59,11 +57,14 @@ class TowerCall(nn.Module):
                 )
 
     def _is_resized(self, inputs: Tensor) -> bool:
-        """Whether pictures come in another size than the tower stores positions for."""
-        native = getattr(config_of(self.side.tower(self.model), "vision_config"), "image_size", None)
-        if self.side.modality != "image" or native is None or inputs.ndim != 4:
+        """Whether pictures or frames come in another size or number than the tower stores positions for."""
+        config = config_of(self.side.tower(self.model), "vision_config")
+        native = getattr(config, "image_size", None)
+        if native is None or inputs.ndim != {"image": 4, "video": 5}.get(self.side.modality):
             return False
-        return tuple(inputs.shape[-2:]) != ((native, native) if isinstance(native, int) else tuple(native))
+        frames = getattr(config, "num_frames", None) if inputs.ndim == 5 else None
+        size = (native, native) if isinstance(native, int) else tuple(native)
+        return tuple(inputs.shape[-2:]) != size or frames not in (None, inputs.shape[1])
 
 
 def as_called(side: Side, model: nn.Module) -> Side:
@@ -138,15 +139,3 @@ def embedding_of(output: Any, owner: str) -> Tensor:
         f"'image_embeds', 'text_embeds' or 'pooler_output', got {type(output).__name__}; wrap the tower in a module "
         "that returns it."
     )
-
-
-def similarity(first: Tensor, second: Tensor) -> Tensor:
-    """Cosine similarity along the last dimension, in float32 at least."""
-    if first.shape[-1] != second.shape[-1]:
-        raise ValueError(
-            f"model: expected both towers to return embeddings of one width, got {first.shape[-1]} and "
-            f"{second.shape[-1]} dimensions; wrap the towers with their projections."
-        )
-    # Half-precision scores differ by steps as large as what a token contributes.
-    precise = torch.promote_types(first.dtype, torch.float32)
-    return F.cosine_similarity(first.to(precise), second.to(precise), dim=-1)

@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from captum_m2ib.encoders.families import FAMILIES
+from captum_m2ib.encoders.families import FAMILIES, TEXT
 from captum_m2ib.encoders.processors import TransformAndTokenizer
+from captum_m2ib.encoders.wrappers import generating, writes_text
 from captum_m2ib.engine.statistics import ChannelStatistics, load_statistics
 
 STATISTICS_FILE = "bottleneck_statistics.safetensors"
@@ -208,9 +209,15 @@ def _class_of(model: str | os.PathLike[str], revision: str | None) -> Any:
     import transformers
 
     config = transformers.AutoConfig.from_pretrained(model, revision=revision)
-    names = getattr(config, "architectures", None) or ()
-    wanted = next((name for name in names if name in FAMILIES and hasattr(transformers, name)), "AutoModel")
-    return getattr(transformers, wanted)
+    names: list[str] = list(getattr(config, "architectures", None) or ())
+    wanted = next((name for name in names if name in FAMILIES and hasattr(transformers, name)), None)
+    if wanted is not None:
+        return getattr(transformers, wanted)
+    base = transformers.MODEL_MAPPING.get(type(config), None)
+    if base is not None and not hasattr(base, str(TEXT.encode)) and writes_text(None, config):
+        # Said before gigabytes of weights are read.
+        raise TypeError(f"model: {generating(names[0])}")
+    return transformers.AutoModel
 
 
 def load_processor(source: Source, revision: str | None) -> Any:

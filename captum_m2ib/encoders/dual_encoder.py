@@ -1,4 +1,4 @@
-"""Any two towers as one ``forward_func``: the cosine similarity of each aligned pair.
+"""Any two towers as one ``forward_func``: the cosine similarity of each aligned pair, or its family's own score.
 
 Works on transformers models that offer ``get_image_features`` and ``get_text_features`` (or what
 :mod:`captum_m2ib.encoders.families` knows of them), on models with ``encode_image`` and ``encode_text`` (open_clip),
@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of, similarity
+from captum_m2ib.encoders.calls import TowerCall, as_called, embedding_of
 from captum_m2ib.encoders.checkpoints import (
     find_source,
     find_statistics,
@@ -24,15 +24,17 @@ from captum_m2ib.encoders.checkpoints import (
     load_open_clip,
     load_processor,
 )
-from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
+from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of, image_token_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.pictures import PictureLike
 from captum_m2ib.encoders.processors import as_processor
+from captum_m2ib.encoders.scores import MaxSim, cosine, is_token
+from captum_m2ib.encoders.spans import find_span
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
 from captum_m2ib.encoders.towers import config_of, device_of, refine, stages_of
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import Layout, PackedLayout, PatchLayout, TextLayout, real_tokens
 from captum_m2ib.engine.statistics import ChannelStatistics
 
 __all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
@@ -50,8 +52,24 @@ _OWN = {
 _NAMES = {1: ("model",), 2: ("image_tower", "text_tower")}
 
 
+class Interaction(NamedTuple):
+    r"""What a MaxSim score is made of.
+
+    Attributes:
+
+        matches (Tensor): Of every query token with every page token, (N, query tokens, page tokens); minus infinity at
+            padding of the page.
+        counted (Tensor): Which query tokens count, boolean, (N, query tokens).
+        patches (Tensor): Which page tokens are patches, in their order, boolean, (N, page tokens).
+    """
+
+    matches: Tensor
+    counted: Tensor
+    patches: Tensor
+
+
 class DualEncoder(nn.Module):
-    r"""Two towers as one ``forward_func``: cosine similarity of each aligned pair.
+    r"""Two towers as one ``forward_func``: cosine similarity of each aligned pair, or its family's own score.
 
     Args:
 
@@ -128,6 +146,7 @@ class DualEncoder(nn.Module):
         for name, module in zip(names, modules, strict=True):
             super().__setattr__(name, module)
         self._family, self._is_whole = family, sides == family.sides
+        self._is_in_order = family.sides.index(sides[0]) <= family.sides.index(sides[1])
         self.sides: tuple[Side, Side] = (calls[0].side, calls[1].side)
         # Outside the registry of modules, so that parameters keep the model's own names.
         self.__dict__["_towers"] = tuple(calls)
@@ -206,13 +225,15 @@ class DualEncoder(nn.Module):
         return encoder.to(device) if device is not None else encoder
 
     def forward(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
-        r"""Cosine similarity of each aligned pair.
+        r"""Score of each aligned pair: the cosine similarity, or what the model's family says.
 
         Args:
 
             first (Tensor): What the first tower reads, e.g. pictures, (N, C, H, W).
             second (Tensor): What the second tower reads, e.g. token ids, (N, L).
             *additional: Further arguments, in the order of :attr:`argument_names`; attention masks, (N, L), come first.
+                For a MaxSim score one more may follow: which tokens of the query count, (N, L), as
+                :meth:`count_tokens` adds it.
 
         Returns:
             Tensor: (N,).
@@ -232,10 +253,11 @@ class DualEncoder(nn.Module):
                     f"inputs: expected integer token ids, got {inputs.dtype}; ids cannot be perturbed or averaged like "
                     "pixels. Pass them as additional_forward_args, or attribute to the layer that embeds them."
                 )
-        return similarity(*self._joined(*self._outputs(first, second, additional)))
+        additional, counted = self._split(additional)
+        return self._scored(*self._joined(*self._outputs(first, second, additional)), counted)
 
     def similarities(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:
-        r"""Cosine similarity of every first input with every second one; each tower runs once.
+        r"""Score of every first input with every second one; each tower runs once.
 
         Args:
 
@@ -260,8 +282,115 @@ class DualEncoder(nn.Module):
                 f"similarities: in {type(self.model).__name__} one side reads what the other returns, so that no "
                 "embedding serves several pairs; score the pairs one by one."
             )
+        additional, counted = self._split(additional)
         one, other = self._joined(*self._outputs(first, second, additional))
-        return similarity(one.unsqueeze(1), other.unsqueeze(0))
+        counted = None if counted is None else counted.unsqueeze(0 if self._is_in_order else 1)
+        return self._scored(one.unsqueeze(1), other.unsqueeze(0), counted)
+
+    def count_tokens(self, pairs: Pairs, tokens: str | Sequence[str] | Tensor) -> Pairs:
+        r"""The same pairs with a score that counts some tokens of the query alone, as a MaxSim score can.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+            tokens (str, sequence of str or Tensor): Words as they follow one another in every query, or one such string
+                per pair; or which tokens count, boolean, (N, L).
+
+        Returns:
+            Pairs: with that as one more additional argument.
+
+        Raises:
+            ValueError: if the score is no sum over tokens, the words cannot be found among a query's tokens, or no real
+                token is left.
+        """
+        self._ensure_terms()
+        if isinstance(tokens, Tensor):
+            counted = tokens.bool().cpu()
+        else:
+            words = [tokens] * len(pairs) if isinstance(tokens, str) else list(tokens)
+            if len(words) != len(pairs):
+                raise ValueError(
+                    f"tokens: expected one string for all pairs or one per pair, {len(pairs)}, got {len(words)}."
+                )
+            found = zip(pairs.captions, pairs.tokens, words, strict=True)
+            counted = torch.tensor([find_span(*each) for each in found])
+        real = self.real_tokens(pairs)
+        if counted.shape != real.shape or not bool((counted & real).any(1).all()):
+            raise ValueError(
+                f"tokens: expected at least one real token per pair among (N, L) = {tuple(real.shape)}, got a mask of "
+                f"shape {tuple(counted.shape)} with {counted.sum().item()} of them."
+            )
+        missing = (None,) * (len(self._slots) - 2 - len(pairs.additional_forward_args))
+        additional = (*pairs.additional_forward_args, *missing, counted.to(pairs.inputs[1].device))
+        return replace(pairs, additional_forward_args=additional)
+
+    def holds_sizes(self, pairs: Pairs) -> bool:
+        r"""Whether pairs hold pictures of several sizes one behind the other, so that each is to be explained alone.
+
+        Args:
+
+            pairs (Pairs): As :meth:`prepare` returns them.
+
+        Returns:
+            bool: False for most models, whose pictures all have one size.
+        """
+        layout = self.layouts[0]
+        if isinstance(layout, PackedLayout) and layout.drops_padding:
+            real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
+            return real is not None and len(set(real.sum(1).tolist())) > 1
+        return len(set(map(len, pairs.tiles))) > 1
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether the score is a sum over the tokens of the query, of which some can be chosen."""
+        return isinstance(self._family.score, MaxSim)
+
+    def interaction(self, page: Tensor, query: Tensor, *additional: Any) -> Interaction:
+        r"""What a MaxSim score is made of.
+
+        Args:
+
+            page, query (Tensor): As for :meth:`forward`.
+            *additional: As for :meth:`forward`.
+
+        Returns:
+            Interaction: matches of all tokens.
+
+        Raises:
+            ValueError: if the score is no MaxSim, or the first input is no page.
+        """
+        self._ensure_terms()
+        if not self._is_in_order:
+            raise ValueError("modalities: expected pages first, then queries; leave modalities out.")
+        read, counted = self._split(additional)
+        of_page, of_query = self._outputs(page, query, read)
+        is_query = is_token(of_query)
+        ids = read[self.argument_names.index("page_input_ids") - 2]
+        return Interaction(
+            cast(MaxSim, self._family.score).matches(of_page, of_query),
+            is_query if counted is None else is_query & counted.bool(),
+            ids == image_token_of(self.model),
+        )
+
+    def _ensure_terms(self) -> None:
+        if not self.has_terms:
+            raise ValueError(
+                f"tokens: {type(self._towers[1].model).__name__} scores a caption as a whole, and no token has a share "
+                "of its own in that; leave tokens out, or explain a model of late interaction, such as ColPali."
+            )
+
+    def _split(self, additional: tuple[Any, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        """What the towers read, and which tokens of the query count."""
+        taken = len(self._slots) - 2
+        if not self.has_terms or len(additional) != taken + 1:
+            return additional, None
+        return additional[:taken], additional[taken]
+
+    @property
+    def score_name(self) -> str:
+        """What the score is called."""
+        score = self._family.score
+        return "cosine similarity" if score is None else getattr(score, "name", "score")
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
         given = dict(zip(self._slots[2:], additional, strict=False))
@@ -290,7 +419,16 @@ class DualEncoder(nn.Module):
         names = [type(tower.model).__name__ for tower in self._towers]
         if self._join is not None:
             return self._join(self.model, first, embedding_of(second, names[1]))
+        if self._family.score is not None:
+            return first, second
         return embedding_of(first, names[0]), embedding_of(second, names[1])
+
+    def _scored(self, first: Tensor, second: Tensor, counted: Tensor | None = None) -> Tensor:
+        score = self._family.score
+        if score is None:
+            return cosine(first, second)
+        outputs = (first, second) if self._is_in_order else (second, first)
+        return score(*outputs) if counted is None else cast(MaxSim, score)(*outputs, counted)
 
     @property
     def argument_names(self) -> tuple[str, ...]:
@@ -389,8 +527,7 @@ class DualEncoder(nn.Module):
         Raises:
             ValueError: if the towers have no such layers under a known name.
         """
-        first, second = (self._recommended(index) for index in (0, 1))
-        return (first, second) if first is None or second is None else self.told_apart([first, second])
+        return self.told_apart([self._recommended(index) for index in (0, 1)])
 
     def published_layers(self) -> tuple[LayerLike, LayerLike]:
         r"""The layers of the M2IB paper: the output of the block at three quarters of each tower's depth.
@@ -426,8 +563,8 @@ class DualEncoder(nn.Module):
             for name, module in root.named_modules():
                 if module is wanted and name in self.statistics:
                     return self.statistics[name]
-        text = [index for index, side in enumerate(self.sides) if side.modality == "text"]
-        return vocabulary_statistics(wanted) if any(wanted is self.embeddings_of(index) for index in text) else None
+        embeds = any(wanted is self.embeddings_of(index) for index in (0, 1) if self.reads_tokens(index))
+        return vocabulary_statistics(wanted) if embeds else None
 
     def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
         r"""Turn pictures and captions into model inputs with the model's own processor.
@@ -527,7 +664,7 @@ class DualEncoder(nn.Module):
         # Adapters may have been put into the tower since.
         modules, known = list(tower.modules()), self.__dict__["_tokens"].get(index)
         if known is None or known[0] != modules:
-            call = self._towers[index] if self.sides[index].modality == "text" else None
+            call = self._towers[index] if self.reads_tokens(index) else None
             known = modules, find_token_modules(tower, call)
             self.__dict__["_tokens"][index] = known
         found: TokenModules = known[1]
@@ -569,11 +706,23 @@ class DualEncoder(nn.Module):
         is_grid = isinstance(layout, PatchLayout) and len(layout.patch_size) == 2
         return is_grid and self.sides[index].modality == "image"
 
+    def reads_tokens(self, index: int) -> bool:
+        r"""Whether an input is token ids: captions, and sounds that come as codes.
+
+        Args:
+
+            index (int): Position of the input.
+
+        Returns:
+            bool: False for pictures, videos, and sounds as waves or spectrograms.
+        """
+        return self.sides[index].modality == "text" or isinstance(self.layouts[index], TextLayout)
+
     def _recommended(self, index: int) -> nn.Module | None:
         if self.gates_input(index):
             return None
         tower = self.tower_of(index)
-        if self.sides[index].modality != "text":
+        if not self.reads_tokens(index):
             stages = self.stages(index)
             return stages[0][0] if len(stages) == 1 else stages[-2][-1]
         found = self.embeddings_of(index)
@@ -584,18 +733,36 @@ class DualEncoder(nn.Module):
             )
         return found
 
-    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]:
+    @overload
+    def told_apart(self, layers: Sequence[nn.Module]) -> tuple[LayerLike, LayerLike]: ...
+
+    @overload
+    def told_apart(self, layers: Sequence[nn.Module | None]) -> tuple[LayerLike | None, LayerLike | None]: ...
+
+    def told_apart(self, layers: Sequence[nn.Module | None]) -> tuple[LayerLike | None, LayerLike | None]:
         r"""Name the calls where one module serves both towers.
 
         Args:
 
-            layers (sequence of nn.Module): The layer of the first tower and the layer of the second.
+            layers (sequence of nn.Module or None): The layer of the first tower and the layer of the second; None for
+                an input itself.
 
         Returns:
-            tuple: The layers; if they are one module, ((module, 0), (module, 1)).
+            tuple: The layers, each that both sides run as (module, index of the side).
         """
         first, second = layers
-        return ((first, 0), (second, 1)) if first is second else (first, second)
+        is_one = first is second and first is not None
+        told = [
+            (layer, i) if layer is not None and (is_one or self._runs_twice(layer)) else layer
+            for i, layer in enumerate(layers)
+        ]
+        return told[0], told[1]
+
+    def _runs_twice(self, layer: nn.Module) -> bool:
+        """Whether each side runs a layer once."""
+        if not self._family.is_shared:
+            return False
+        return any(layer is module for module in self._family.sides[1].tower(self.model).modules())
 
 
 def is_dual_encoder(model: Any) -> bool:
@@ -611,12 +778,18 @@ def _known_family(model: nn.Module) -> Family:
 
 
 def _chosen_sides(family: Family, modalities: tuple[str, str] | None, owner: nn.Module) -> tuple[Side, Side]:
-    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides)
-    found = [side for side in map(family.side, kinds) if side is not None]
+    kinds = tuple(modalities) if modalities is not None else tuple(side.modality for side in family.sides[:2])
+    found = [side for side in map(family.side, kinds, kinds[::-1]) if side is not None]
     if len(kinds) != 2 or len(found) != 2:
         offered = ", ".join(sorted({side.modality for side in family.sides}))
         raise ValueError(
             f"modalities: expected two of what {type(owner).__name__} reads ({offered}), got {modalities!r}."
+        )
+    if family.score is not None and found[0] is found[1]:
+        compared = " with ".join(side.modality for side in family.sides)
+        raise ValueError(
+            f"modalities: the score of {type(owner).__name__} compares {compared}, got {modalities!r}; pass two of "
+            "these, in either order."
         )
     return found[0], found[1]
 

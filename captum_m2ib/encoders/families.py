@@ -2,27 +2,31 @@
 
 Most models need none: whatever offers ``get_image_features`` and ``get_text_features``, or ``encode_image`` and
 ``encode_text``, is a dual encoder as it is. An entry says what is particular: other inputs than pictures and captions,
-arguments beside them, an embedding that no method returns, or a score for which one side reads the other's output.
+arguments beside them, an embedding that no method returns, a score for which one side reads the other's output, or one
+that is no cosine of two embeddings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from captum_m2ib.encoders.scores import MaxSim, Score, dot
 from captum_m2ib.encoders.towers import (
-    config_of,
     embeds_text,
     image_layout,
     packed_layout,
-    spectrogram_layout,
+    sound_layout,
     text_layout,
     video_layout,
 )
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.layouts import Layout, TextLayout
 
 
 @dataclass(frozen=True)
@@ -33,14 +37,21 @@ class Side:
 
         modality (str): ``"image"``, ``"text"``, ``"audio"`` or ``"video"``.
         encode (str or Callable): Name of the model's method, or a function of the model and ``arguments``, that
-            returns one embedding per example, (N, dimensions), as a tensor or in an output object.
+            returns one embedding per example, (N, dimensions), as a tensor or in an output object; or what the
+            family's score reads.
         arguments (tuple[str, ...]): Names of what it reads; the first is the input that is explained, the others come
             among the additional arguments.
-        towers (tuple[str, ...]): Names under which the model may keep the tower; the model itself if it has none.
+        towers (tuple[str, ...]): Names under which the model may keep the tower, with dots where it lies deeper; the
+            model itself if it has none.
         named (bool, optional): Whether arguments are passed by name. Default: True
         padding (str, optional): How captions are padded: ``"longest"`` or ``"max_length"``. Default: ``"longest"``
+        is_tiled (bool, optional): Whether a picture comes as several of one size, (N, tiles, C, H, W). Default: False
+        is_filled (bool, optional): Whether captions end in tokens of one id that the mask rightly calls real, such as
+            those that queries of late interaction are filled up with. Default: False
         keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
             None (second)
+        beside (str, optional): The modality of the other side, where a model embeds one input in several ways.
+            Default: None (any)
     """
 
     modality: str
@@ -49,35 +60,70 @@ class Side:
     towers: tuple[str, ...]
     named: bool = True
     padding: str = "longest"
+    is_tiled: bool = False
+    is_filled: bool = False
     keyword: str | None = None
+    beside: str | None = None
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The module that holds this side's layers."""
-        found = (getattr(model, name, None) for name in self.towers)
-        return next((tower for tower in found if isinstance(tower, nn.Module)), model)
+        return next((tower for tower in self._held(model)), model)
+
+    def is_offered(self, model: Any) -> bool:
+        """Whether a model has what this side is computed with."""
+        if isinstance(self.encode, str):
+            return hasattr(model, self.encode)
+        return any(True for _ in self._held(model))
+
+    def _held(self, model: Any) -> Iterator[nn.Module]:
+        for name in self.towers:
+            with suppress(AttributeError):
+                tower = attrgetter(name)(model)
+                if isinstance(tower, nn.Module):
+                    yield tower
 
 
 @dataclass(frozen=True)
 class Family:
-    """The sides that a model offers, and, where one reads the other's output, how the two are joined."""
+    r"""The sides that a model offers, and how their outputs become a score.
+
+    Args:
+
+        sides (tuple[Side, ...]): What it compares; of more than two, the first two unless others are asked for.
+        join (Callable, optional): Where one side reads the other's output: from the model and both outputs to two
+            embeddings. Default: None
+        score (Callable, optional): Of both sides' outputs as ``encode`` returns them, in the order of ``sides``, what a
+            pair scores (see :mod:`captum_m2ib.encoders.scores`). Default: None (the cosine of two embeddings)
+        is_shared (bool, optional): Whether the first side runs the second side's tower, too, so that each of its layers
+            is reached twice. Default: False
+    """
 
     sides: tuple[Side, ...]
     join: Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None = None
+    score: Score | None = None
+    is_shared: bool = False
 
-    def side(self, modality: str) -> Side | None:
-        return next((side for side in self.sides if side.modality == modality), None)
+    def side(self, modality: str, beside: str) -> Side | None:
+        """The side that reads a modality, where the other one reads ``beside``."""
+        fitting = (side for side in self.sides if side.modality == modality and side.beside in (None, beside))
+        return next(fitting, None)
 
 
 def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> Layout | None:
     """A side's layout from its tower's modules; ``positions`` says where its other arguments are given."""
     if side.modality == "text":
-        return text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
-    if side.modality == "video":
-        return video_layout(tower)
+        layout = text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
+        return replace(layout, source=None) if layout is not None and side.is_filled else layout
+    if side.modality == "video" or side.is_tiled:
+        return video_layout(tower, positions.get("padding_mask_videos"))
+    if side.modality == "audio" and embeds_text(tower):
+        # Sound as codes: one token per span of time.
+        return TextLayout()
     if side.modality == "audio":
-        return spectrogram_layout(tower) if hasattr(config_of(tower, "audio_config"), "spec_size") else None
-    if "spatial_shapes" in positions:
-        return packed_layout(tower, positions["pixel_attention_mask"], positions["spatial_shapes"])
+        return sound_layout(tower, positions.get("padding_mask"))
+    shapes = next((positions[name] for name in ("spatial_shapes", "image_grid_thw") if name in positions), None)
+    if shapes is not None:
+        return packed_layout(tower, positions.get("pixel_attention_mask"), shapes)
     return image_layout(tower)
 
 
@@ -108,6 +154,22 @@ def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = No
     return model.text_proj(model.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
 
 
+def _bridge_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    inside = model.bridgetower
+    visual = inside.vision_model.visual
+    hidden = visual.forward_pre(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    # Of the blocks, the model runs as many as its text tower has.
+    for block in visual.transformer.resblocks[: len(inside.text_model.encoder.layer)]:
+        hidden = block(hidden)
+    first = inside.cross_modal_image_transform(visual.forward_post(hidden)[:, 0])
+    return model.itc_image_head(first + inside.token_type_embeddings.weight[1])
+
+
+def _bridge_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    output = model.bridgetower.text_model(input_ids, attention_mask=attention_mask)
+    return model.itc_text_head(output.last_hidden_state[:, 0])
+
+
 def _xclip_video(model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """The video's embedding, and its patches, which X-CLIP reads once more together with the caption."""
     pairs, frames = pixel_values.shape[:2]
@@ -125,8 +187,85 @@ def _xclip_join(model: Any, video: tuple[Tensor, Tensor], text: Tensor) -> tuple
     return embedding, (caption + model.prompts_generator(caption, patches)).squeeze(1)
 
 
+def _videoprism_video(model: Any, pixel_values_videos: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    output = model.get_video_features(pixel_values_videos, interpolate_pos_encoding=interpolate_pos_encoding)
+    return output.pooler_output.flatten(1)
+
+
 def _fused_audio(model: Any, input_features: Tensor, is_longer: Tensor | None = None) -> Any:
     return model.get_audio_features(input_features, is_longer=is_longer)
+
+
+def _page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Tensor) -> Tensor:
+    """A page's tokens: its patches, and the prompt around them."""
+    given = {name.removeprefix("page_"): value for name, value in others.items()}
+    found: Tensor = model(pixel_values=pixel_values, input_ids=page_input_ids, **given).embeddings
+    return found
+
+
+def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor) -> Tensor:
+    found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **others).embeddings
+    return found
+
+
+def _prefix_page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Tensor) -> Tensor:
+    # As ColPali's processor says: a prefix, whose tokens all see each other.
+    kinds = torch.zeros_like(page_input_ids)
+    return _page(model, pixel_values, page_input_ids, page_token_type_ids=kinds, **others)
+
+
+def _prefix_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    return _query(model, input_ids, attention_mask, token_type_ids=torch.zeros_like(input_ids))
+
+
+def _late(
+    vision: str,
+    language: str,
+    *others: str,
+    page: Callable[..., Tensor] = _page,
+    query: Callable[..., Tensor] = _query,
+    is_tiled: bool = False,
+) -> Family:
+    """Late interaction: one network reads a page, as patches among the tokens of a prompt, and a query."""
+    reads = ("pixel_values", "page_input_ids", "page_attention_mask", *others)
+    pages = Side("image", page, reads, (vision,), is_tiled=is_tiled)
+    queries = Side("text", query, ("input_ids", "attention_mask"), (language,), is_filled=True)
+    return Family((pages, queries), score=MaxSim(), is_shared=True)
+
+
+def _pe_audio(model: Any, input_values: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    inside = getattr(model, "audio_model", model)
+    return inside.audio_head(inside.audio_encoder(input_values, padding_mask=padding_mask).pooler_output)
+
+
+def _pe_video(model: Any, pixel_values_videos: Tensor, padding_mask_videos: Tensor | None = None) -> Tensor:
+    inside = getattr(model, "video_model", model)
+    output = inside.video_encoder(pixel_values_videos, padding_mask_videos=padding_mask_videos)
+    return inside.video_head(output.pooler_output)
+
+
+def _pe_text(kind: str) -> Callable[..., Tensor]:
+    """The text as it is compared with sounds or with videos."""
+
+    def encode(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        output = model.text_model(input_ids, attention_mask=attention_mask)
+        inside = getattr(model, f"{kind}_model", model)
+        return getattr(inside, f"text_{kind}_head")(output.last_hidden_state[:, 0])
+
+    return encode
+
+
+_PE_AUDIO = Side("audio", _pe_audio, ("input_values", "padding_mask"), ("audio_encoder", "audio_model.audio_encoder"))
+_PE_VIDEO = Side(
+    "video", _pe_video, ("pixel_values_videos", "padding_mask_videos"), ("video_encoder", "video_model.video_encoder")
+)
+_PE_TEXTS = tuple(
+    Side("text", _pe_text(kind), ("input_ids", "attention_mask"), _TEXT, beside=kind) for kind in ("audio", "video")
+)
+
+
+def _clvp_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
+    return model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).embeds
 
 
 # By class name, or by the model_type of the configuration.
@@ -152,8 +291,28 @@ FAMILIES: dict[str, Family] = {
             Side("text", _blip_text, ("input_ids", "attention_mask"), _TEXT),
         )
     ),
+    "BridgeTowerForContrastiveLearning": Family(
+        (
+            Side("image", _bridge_image, ("pixel_values",), ("bridgetower.vision_model",)),
+            Side("text", _bridge_text, ("input_ids", "attention_mask"), ("bridgetower.text_model",)),
+        )
+    ),
+    "videoprism": Family((Side("video", _videoprism_video, ("pixel_values_videos",), ("video_model",)), TEXT)),
+    "pe_audio": Family((_PE_AUDIO, _PE_TEXTS[0]), score=dot),
+    "pe_video": Family((_PE_VIDEO, _PE_TEXTS[1]), score=dot),
+    "pe_audio_video": Family((_PE_AUDIO, _PE_VIDEO, *_PE_TEXTS), score=dot),
     "xclip": Family((Side("video", _xclip_video, ("pixel_values",), _VISION), TEXT), join=_xclip_join),
+    "ColPaliForRetrieval": _late("vlm.vision_tower", "vlm.language_model", page=_prefix_page, query=_prefix_query),
+    "ColQwen2ForRetrieval": _late("vlm.visual", "vlm.language_model", "image_grid_thw"),
+    "ColModernVBertForRetrieval": _late("vlm.vision_model", "vlm.text_model", "pixel_attention_mask", is_tiled=True),
     "clap": Family((Side("audio", _fused_audio, ("input_features", "is_longer"), ("audio_model",)), TEXT)),
+    # Sound comes as the codes that the model's own decoder writes.
+    "clvp": Family(
+        (
+            Side("audio", "get_speech_features", ("speech_ids",), ("speech_encoder_model",)),
+            Side("text", _clvp_text, ("input_ids", "attention_mask"), ("text_encoder_model",)),
+        )
+    ),
 }
 
 
@@ -161,15 +320,15 @@ def family_of(model: Any) -> Family | None:
     """How a model embeds its inputs, or None if it offers no two towers under a known name."""
     config = getattr(model, "config", None)
     for key in (type(model).__name__, getattr(config, "model_type", None)):
-        if key in FAMILIES and all(_offers(model, side) for side in FAMILIES[key].sides):
+        if key in FAMILIES and all(side.is_offered(model) for side in FAMILIES[key].sides):
             return FAMILIES[key]
     for image, text in ((IMAGE, TEXT), (ENCODED_IMAGE, ENCODED_TEXT)):
-        if _offers(model, image) and _offers(model, text):
+        if image.is_offered(model) and text.is_offered(model):
             return Family((image, text))
     return None
 
 
-def _offers(model: Any, side: Side) -> bool:
-    if isinstance(side.encode, str):
-        return hasattr(model, side.encode)
-    return any(hasattr(model, name) for name in side.towers)
+def image_token_of(model: Any) -> int:
+    """The id that stands for a patch in the prompt of a page."""
+    config = getattr(model.config, "vlm_config", model.config)
+    return int(config.image_token_id)

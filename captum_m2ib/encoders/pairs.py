@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_m2ib.encoders.pages import read_pages, reads_pages
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture
 from captum_m2ib.encoders.regions import Region
@@ -36,6 +37,8 @@ class Pairs:
             (height, width, 3), at a resolution fit for looking at.
         regions (tuple[Region or None, ...]): Per pair, where that lies in the whole picture; None where the processor
             does not cut one box. Default: () (not known)
+        tiles (tuple[tuple[Region or None, ...], ...]): Per pair, where each of the tiles that its picture comes as lies
+            in the whole picture. Default: () (pictures come in one piece)
     """
 
     inputs: tuple[Tensor, Tensor]
@@ -45,6 +48,7 @@ class Pairs:
     special: tuple[tuple[bool, ...], ...]
     pictures: tuple[np.ndarray, ...]
     regions: tuple[Region | None, ...] = ()
+    tiles: tuple[tuple[Region | None, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -67,7 +71,26 @@ class Pairs:
             self.special,
             self.pictures,
             self.regions,
+            self.tiles,
         )
+
+    def select(self, rows: slice) -> Pairs:
+        r"""Some of the pairs.
+
+        Args:
+
+            rows (slice): Which.
+
+        Returns:
+            Pairs: these.
+        """
+
+        def of(given: Any) -> Any:
+            return given[rows] if isinstance(given, (Tensor, tuple)) else given
+
+        inputs = (self.inputs[0][rows], self.inputs[1][rows])
+        others = (self.captions, self.tokens, self.special, self.pictures, self.regions, self.tiles)
+        return Pairs(inputs, tuple(map(of, self.additional_forward_args)), *map(of, others))
 
 
 def prepare_pairs(
@@ -96,9 +119,14 @@ def prepare_pairs(
     """
     reader, tokenizer = parts_of(processor)
     texts, pictures = _align(_captions(captions), load_pictures(images))
-    found, views = _read_pictures(processor, reader, pictures, names[0])
-    ids, found["attention_mask"] = _read_captions(tokenizer, texts, longest, padding)
-    found[names[1]] = ids
+    tiles: tuple[tuple[Region | None, ...], ...] = ()
+    if reads_pages(processor):
+        found, views, tiles = read_pages(processor, pictures)
+        found.update(processor.process_queries(texts))
+    else:
+        found, views = _read_pictures(processor, reader, pictures, names[0])
+        found[names[1]], found["attention_mask"] = _read_captions(tokenizer, texts, longest, padding)
+    ids = found[names[1]]
     speller = Speller(tokenizer)
     tokens = tuple(speller.row(row) for row in ids.tolist())
     special = tuple(tuple(token in speller.special for token in row) for row in ids.tolist())
@@ -113,6 +141,7 @@ def prepare_pairs(
         special,
         tuple(view.picture for view in views),
         tuple(view.region for view in views),
+        tiles,
     )
 
 

@@ -72,12 +72,22 @@ def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
             return running.result()
         positions = next((table for name, table in tables.items() if "position" in name), None)
         # Some tables keep their first rows for padding.
-        length = 64 if positions is None else positions.num_embeddings - 1 - (positions.padding_idx or -1)
+        length = (
+            _positions(embeddings)
+            if positions is None
+            else positions.num_embeddings - 1 - (positions.padding_idx or -1)
+        )
         by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
         for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
             output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
             running.update(tensors_in(output)[0].flatten(0, -2))
     return running.result()
+
+
+def _positions(embeddings: nn.Module) -> int:
+    """How many tokens a module embeds at once that computes their positions."""
+    numbered = getattr(embeddings, "position_ids", None)
+    return min(numbered.shape[-1], 64) if isinstance(numbered, Tensor) else 64
 
 
 def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:

@@ -39,7 +39,10 @@ _SUFFIXES: dict[str, Callable[[Any], int]] = {
 
 # Text towers in which no token sees what follows it, so that nothing after the end token matters.
 _CAUSAL = ("clip", "metaclip_2", "groupvit", "owlvit", "owlv2", "xclip", "aimv2")
-_READS_PADDING = ("siglip",)
+_READS_PADDING = ("siglip", "clvp")
+
+# Parts of video towers that see the frames of each patch, by name.
+_OVER_TIME = ("temporal_embeddings", "temporal_layers")
 
 
 def config_of(tower: nn.Module, part: str) -> Any:
@@ -63,21 +66,31 @@ def image_layout(tower: nn.Module) -> PatchLayout:
     )
 
 
-def video_layout(tower: nn.Module) -> PatchLayout:
-    """The layout of a tower that reads videos frame by frame, (N, frames, C, H, W)."""
+def video_layout(tower: nn.Module, mask: int | None) -> PatchLayout:
+    """The layout of a tower that reads videos, (N, frames, C, H, W), frame by frame or in tubes."""
     layout = image_layout(tower)
-    return replace(layout, patch_size=(1, *layout.patch_size), axes=(1, 3, 4))
+    frames, *_ = getattr(config_of(tower, "vision_config"), "tubelet_size", (1,))
+    return replace(layout, patch_size=(frames, *layout.patch_size), axes=(1, 3, 4), mask_argument=mask)
 
 
-def packed_layout(tower: nn.Module, mask: int, shapes: int) -> PackedLayout:
+def packed_layout(tower: nn.Module, mask: int | None, shapes: int) -> PackedLayout:
     """The layout of a tower that reads pictures as sequences of patches, (N, patches, values)."""
-    patch = _patch_size(tower, config_of(tower, "vision_config"))
-    return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1))
+    config = config_of(tower, "vision_config")
+    patch, merge = _patch_size(tower, config), getattr(config, "spatial_merge_size", None) or 1
+    return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1), merge, drops_padding=mask is None)
 
 
-def spectrogram_layout(tower: nn.Module) -> PatchLayout:
-    """The layout of HTS-AT, which folds a spectrogram, (N, C, time, frequency), into a square picture."""
+def sound_layout(tower: nn.Module, mask: int | None) -> PatchLayout | None:
+    """The layout of a tower that reads spectrograms, (N, C, time, frequency), or waves, (N, C, samples)."""
     config = config_of(tower, "audio_config")
+    codec = getattr(config, "dac_config", None)
+    if codec is not None:
+        return PatchLayout((codec.hop_length,), _prefix(tower, None), mask_argument=mask)
+    return _folded_layout(config) if hasattr(config, "spec_size") else None
+
+
+def _folded_layout(config: Any) -> PatchLayout:
+    """The layout of HTS-AT, which folds a spectrogram into a square picture."""
     bins = config.num_mel_bins
     fold = config.spec_size // bins
     size = (config.spec_size * fold, bins)
@@ -119,11 +132,24 @@ def refine(layout: Layout | None, tower: nn.Module, layer: nn.Module, embeddings
         inside = embeddings is not None and any(layer is module for module in embeddings.modules())
         # A mask keeps words from reading padding, but the pooled last position may be padding that reads words.
         return layout if inside else replace(layout, pad_token_id=None, mask_argument=None, source=None)
+    if isinstance(layout, PatchLayout) and len(layout.patch_size) == 3:
+        return _over_time(layout, tower, layer)
     if isinstance(layout, PatchLayout) and layout.window is not None:
         owners = [m for m in tower.modules() if hasattr(m, "shift_size") and any(layer is c for c in m.modules())]
         shifts = [_side(owner.shift_size) or 0 for owner in owners]
         return replace(layout, shift=shifts[-1]) if shifts else layout
     return layout
+
+
+def _over_time(layout: PatchLayout, tower: nn.Module, layer: nn.Module) -> PatchLayout:
+    """A video's layout in a layer that sees the frames of each patch, or whole frames behind what reads each one."""
+    parts: list[str] = next((name.split(".") for name, module in tower.named_modules() if module is layer), [])
+    reader = _trunk(tower)
+    if reader is not tower and parts and not any(module is layer for module in reader.modules()):
+        own = sum(name.split(".")[-1] in _CLASS_TOKENS for name, _ in tower.named_parameters())
+        inside = sum(name.split(".")[-1] in _CLASS_TOKENS for name, _ in reader.named_parameters())
+        return replace(layout, whole_frames=True, prefix=own - inside)
+    return replace(layout, frames_last=any(part in _OVER_TIME for part in parts))
 
 
 def stages_of(tower: nn.Module) -> list[list[nn.Module]]:
@@ -162,15 +188,16 @@ def device_of(module: nn.Module) -> torch.device:
 
 
 def _trunk(tower: nn.Module) -> nn.Module:
-    """What holds the blocks: open_clip wraps towers of timm and transformers, and keeps its own under a name."""
-    for name in ("trunk", "transformer"):
-        if isinstance(getattr(tower, name, None), nn.Module):
-            return getattr(tower, name)
+    """What holds the blocks: towers wrap those of timm and transformers, and open_clip keeps its own under a name."""
+    for path in ("trunk", "transformer", "embedder.vision_model.timm_model"):
+        found = _matching(tower, path)
+        if found:
+            return found[0]
     return tower
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else (value[0], value[1])
+    return (value, value) if isinstance(value, int) else (value[-2], value[-1])
 
 
 def _side(value: Any) -> int | None:
@@ -184,7 +211,7 @@ def _first_attribute(tower: nn.Module, name: str) -> Any:
 def _patch_size(tower: nn.Module, config: Any) -> tuple[int, int] | None:
     trunk = _trunk(tower)
     for owner in (config, tower, trunk, getattr(trunk, "patch_embed", None)):
-        stated = getattr(owner, "patch_size", None)
+        stated = getattr(owner, "patch_size", None) or getattr(owner, "tubelet_size", None)
         if isinstance(stated, (int, tuple, list)):
             return _pair(stated)
     first = next((module for module in tower.modules() if isinstance(module, nn.Conv2d)), None)

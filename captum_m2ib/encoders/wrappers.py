@@ -55,11 +55,30 @@ def processor_in(model: Any) -> Any:
 
 def no_towers(model: Any) -> str:
     """What to pass instead of a model that offers no towers under a known name."""
+    if writes_text(model, getattr(model, "config", None)):
+        return generating(type(model).__name__)
     held = _held_encoder(model)
     advice = f"pass its attribute {held}" if held else "pass DualEncoder(image_tower, text_tower)"
     return (
         "expected get_image_features and get_text_features, or encode_image and encode_text, got "
         f"{type(model).__name__}, which offers neither; {advice} instead."
+    )
+
+
+def writes_text(model: Any, config: Any) -> bool:
+    """Whether a model, or the checkpoint that a configuration was saved with, generates text."""
+    if callable(getattr(model, "can_generate", None)) and model.can_generate():
+        return True
+    saved_from = getattr(config, "architectures", None) or ()
+    return any(name.endswith(("ForConditionalGeneration", "ForCausalLM", "LMHeadModel")) for name in saved_from)
+
+
+def generating(name: str) -> str:
+    """What to do with a model that generates text."""
+    return (
+        f"{name} generates text, and offers no score of a picture and a caption; what is explained here is such a "
+        "score. Give MultiModalInfoBottleneck a function that returns one for each pair, e.g. the log-odds of yes over "
+        "no as the answer to a question: see 'A model that answers' in docs/guides/own-model.md."
     )
 
 

@@ -5,7 +5,7 @@ Noise and random orders are the same for every pair and every seed of a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from captum_m2ib.engine.gates import Gates, check_finite, noise
 from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, HALVES_OF_PIXELS, Stakes, measured
 from captum_m2ib.engine.suffix import Suffix
+
+ROWS_WITHOUT_GRAPH = 4
+"""How many rows without a graph go through the model in the place of one with a graph."""
 
 # Steps that no descent reaches, for draws of their own.
 _CLOSED, _HALVES, _FIELD, _CHECK, _ORDERS = (2**32 + purpose for purpose in range(5))
@@ -33,6 +36,9 @@ def through(
 def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
     """So many draws, cut into those that go through the model together."""
     most = max(settings.n_samples)
+    if not torch.is_grad_enabled():
+        # Without a graph a row holds one layer's activations instead of all, and cores are busier with more rows.
+        most *= ROWS_WITHOUT_GRAPH
     at_once = most if settings.internal_batch_size is None else min(most, settings.internal_batch_size)
     return (slice(i, min(i + at_once, count)) for i in range(0, count, at_once))
 
@@ -48,13 +54,13 @@ def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, s
 
 def measured_stakes(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:
     """The same, measured whatever range was given."""
-    shut = [torch.full_like(gate.hidden[:1], -torch.inf).unsqueeze(1) for gate in gates]
-    closed = _scores(suffix, gates, settings, _CLOSED, [one.expand(1, CLOSED_DRAWS, *one.shape[2:]) for one in shut])
     count = max(HALVES if gate.shared is None else HALVES_OF_PIXELS for gate in gates)
     half = [_open_where(_fields(gate, _FIELD, count) > 0) for gate in gates]
-    halves = _scores(suffix, gates, settings, _HALVES, half)
-    check_finite("score with closed gates", torch.cat([closed, halves], 1), start)
-    return measured(suffix.score, closed, halves)
+    shut = [torch.full_like(one[:, :1], -torch.inf).expand(-1, CLOSED_DRAWS, *one.shape[2:]) for one in half]
+    logits = [torch.cat(both, 1) for both in zip(shut, half, strict=True)]
+    scores = _scores(suffix, gates, settings, {_CLOSED: CLOSED_DRAWS, _HALVES: count}, logits)
+    check_finite("score with closed gates", scores, start)
+    return measured(suffix.score, *scores.split([CLOSED_DRAWS, count], 1))
 
 
 def check_of(
@@ -86,17 +92,18 @@ def check_of(
         # The draws stand before the pairs here, so that the channels are one dimension further on.
         fields = fields.mean(gate.channels + 1, keepdim=True)
     counts = there.flatten(1).sum(1).view(-1, *[1] * (relevance.ndim - 1))
-    found = []
+    open_ = []
     # Each fraction has random orders of its own: an order that begins with what matters would spoil all of them.
     for orders in ([relevance] * len(FRACTIONS), *fields.unflatten(0, (ORDERS, len(FRACTIONS)))):
-        open_ = []
         for order, fraction in zip(orders, FRACTIONS, strict=True):
             # Where a map says the same of many positions, they come in a random order, too.
             rank = _rank(order.expand_as(relevance), fields[0].expand_as(relevance), there)
             open_.append(_open_where(rank >= fraction * counts))
-        found.append(_scores(suffix, [gate], settings, _CHECK, [torch.stack(open_, 1)]))
-    check_finite("score with closed gates", torch.cat(found, 1), start)
-    return Check(found[0], torch.stack(found[1:]).mean(0), suffix.score, after, stakes.closed, stakes.range)
+    rounds = len(open_) // len(FRACTIONS)
+    scores = _scores(suffix, [gate], settings, {_CHECK: len(FRACTIONS)}, [torch.stack(open_, 1)], rounds)
+    check_finite("score with closed gates", scores, start)
+    found = scores.unflatten(1, (rounds, len(FRACTIONS)))
+    return Check(found[:, 0], found[:, 1:].mean(1), suffix.score, after, stakes.closed, stakes.range)
 
 
 def _positions(bits: Tensor, gate: Gates) -> tuple[Tensor, Tensor]:
@@ -111,15 +118,24 @@ def _positions(bits: Tensor, gate: Gates) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def _scores(
-    suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, step: int, logits: Sequence[Tensor]
+    suffix: Suffix,
+    gates: Sequence[Gates],
+    settings: LayerSettings,
+    steps: Mapping[int, int],
+    logits: Sequence[Tensor],
+    rounds: int = 1,
 ) -> Tensor:
-    """Scores through gates of given logits, (N or 1, draws, ...), with the noise of a step that no descent reaches."""
-    draws = logits[0].shape[1]
-    drawn = [noise(0, gate.index, step, draws, gate.hidden.shape[1:], antithetic=True) for gate in gates]
-    found = [
-        through(suffix, gates, [one[part] for one in drawn], [one[:, part] for one in logits])
-        for part in parts_of(settings, draws)
+    """Scores through gates of given logits, (N or 1, draws, ...), with the noise of steps that no descent reaches: so
+    many draws of each, in as many rounds."""
+    drawn = [
+        torch.cat([noise(0, gate.index, step, draws, gate.hidden.shape[1:], True) for step, draws in steps.items()])
+        for gate in gates
     ]
+    draws = rounds * sum(steps.values())
+    found = []
+    for part in parts_of(settings, draws):
+        places = torch.arange(draws)[part] % len(drawn[0])
+        found.append(through(suffix, gates, [one[places] for one in drawn], [one[:, part] for one in logits]))
     return torch.cat(found, 1)
 
 

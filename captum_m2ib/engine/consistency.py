@@ -335,6 +335,11 @@ class _Derivatives:
         self._replayer = replayer
         self._frames = Frames(lambda tensor: tensor)
         self.dependence = Dependence(self._frames.of_unseen)
+        # Copies of what is reused may be made within sight.
+        reused: list[Kept] = []
+        outputs = (call.output.structure for call in recording.calls if call.output is not None)
+        map_leaves([*recording.structures, *outputs], reused.append, Kept)
+        self.dependence.mark((kept.value for kept in reused), NOTHING)
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         place = self._replayer.place

@@ -48,6 +48,14 @@ class PatchLayout:
             HTS-AT does with a spectrogram. Default: 1
         window (int, optional): Side of the square windows within which attention works. Default: None
         shift (int, optional): By how many patches windows are shifted in this layer. Default: 0
+        frames_last (bool, optional): Whether this layer holds the grid's first axis last, (patches, frames), as blocks
+            do that see the frames of each patch. Default: False
+        whole_frames (bool, optional): Whether this layer holds one cell per step along the first axis, as blocks do
+            that see whole frames. Default: False
+        mask_argument (int, optional): Position, among all arguments of forward_func, of the mask that tells what is
+            padding along the first axis, (N, extent of that axis): samples of a sound, frames of a video. A cell is
+            real if its first element is, and shares its bits equally along that axis, so that none reach padding.
+            Default: None
 
     Examples::
 
@@ -66,6 +74,9 @@ class PatchLayout:
     fold: int = 1
     window: int | None = None
     shift: int = 0
+    frames_last: bool = False
+    whole_frames: bool = False
+    mask_argument: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,16 +87,23 @@ class PackedLayout:
 
         mask_argument (int, optional): Position, among all arguments of forward_func, of the mask that tells patches
             from padding, (N, patches). Default: None
-        shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2). Default: None
+        shapes_argument (int, optional): Position of the grids' heights and widths, (N, 2), or of these behind a number
+            of frames, (N, 3). Without a mask they tell patches from padding. Default: None
         prefix (int, optional): Tokens before the first patch. Default: 0
         patch_size (tuple[int, int], optional): Height and width of a patch in pixels, to show maps at the picture's
             resolution. Default: (1, 1)
+        merge (int, optional): Side of the square blocks whose patches follow one another, as Qwen2-VL orders them.
+            Default: 1 (row by row)
+        drops_padding (bool, optional): Whether the tower leaves padding out, so that a hidden state holds the patches
+            of pictures of one size alone. Default: False
     """
 
     mask_argument: int | None = None
     shapes_argument: int | None = None
     prefix: int = 0
     patch_size: tuple[int, int] = (1, 1)
+    merge: int = 1
+    drops_padding: bool = False
 
 
 @dataclass(frozen=True)
@@ -172,21 +190,32 @@ def real_tokens(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Ten
     return believe_ids(inputs, real, layout.pad_token_id, source, layout.reads_padding)
 
 
-def _mask_of(layout: PackedLayout | TextLayout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+def _mask_of(layout: Layout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
     """The mask among the arguments, boolean, (N, L)."""
+    if isinstance(layout, PackedLayout) and layout.mask_argument is None:
+        return _told_by_shapes(layout, inputs, arguments)
     if layout.mask_argument is None or layout.mask_argument >= len(arguments):
         return None
     mask = arguments[layout.mask_argument]
     mask = mask.value if isinstance(mask, Shared) else mask
     if not isinstance(mask, Tensor):
         return None
-    if mask.shape != inputs.shape[:2]:
+    length = inputs.shape[_axes(layout, inputs)[0] if isinstance(layout, PatchLayout) else 1]
+    if mask.shape != (len(inputs), length):
         raise ValueError(
             f"additional_forward_args: expected the mask (argument {layout.mask_argument} of forward_func, "
-            f"counted from 0) to be of shape (N, L), {tuple(inputs.shape[:2])} for these inputs, got "
-            f"{tuple(mask.shape)}; pass 1 for each real token or patch and 0 for each that is padding."
+            f"counted from 0) to be of shape (N, L), {(len(inputs), length)} for these inputs, got "
+            f"{tuple(mask.shape)}; pass 1 for each real token, patch, sample or frame and 0 for each that is padding."
         )
     return mask.bool()
+
+
+def _told_by_shapes(layout: PackedLayout, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+    """Which packed patches lie on the grids."""
+    if layout.shapes_argument is None or layout.shapes_argument >= len(arguments):
+        return None
+    counts = arguments[layout.shapes_argument][:, -2:].prod(1, keepdim=True)
+    return torch.arange(inputs.shape[1], device=counts.device) < counts
 
 
 def _told_by_ids(layout: TextLayout, ids: Tensor) -> Tensor | None:
@@ -202,7 +231,7 @@ def _told_by_ids(layout: TextLayout, ids: Tensor) -> Tensor | None:
 def check_masks(layouts: Sequence[Layout | None], arguments: Sequence[Any]) -> None:
     """Raise where a mask has another shape than its inputs, before any model meets it."""
     for layout, inputs in zip(layouts, arguments, strict=False):
-        if isinstance(layout, (PackedLayout, TextLayout)) and isinstance(inputs, Tensor) and inputs.ndim > 1:
+        if layout is not None and isinstance(inputs, Tensor) and inputs.ndim > 1:
             _mask_of(layout, inputs, arguments)
 
 
@@ -219,7 +248,9 @@ def real_elements(layout: Layout | None, hidden: Tensor, modality: int, argument
     Returns:
         Tensor or None: Boolean, broadcastable to ``hidden``; None if every element is real.
     """
-    if layout is None or isinstance(layout, PatchLayout) or hidden.ndim != 3:
+    if isinstance(layout, PatchLayout):
+        return _real_cells(layout, hidden, arguments[modality], arguments)
+    if layout is None or hidden.ndim != 3:
         return None
     inputs = arguments[modality]
     real = real_tokens(layout, inputs, arguments)
@@ -229,6 +260,27 @@ def real_elements(layout: Layout | None, hidden: Tensor, modality: int, argument
     # What the tower adds of its own is read by it, whatever the caption's length.
     real = F.pad(real, (start, hidden.shape[1] - start - inputs.shape[1]), value=True)
     return real.to(hidden.device).unsqueeze(-1)
+
+
+def _real_cells(layout: PatchLayout, hidden: Tensor, inputs: Tensor, arguments: Sequence[Any]) -> Tensor | None:
+    """Which elements belong to real steps along the first axis, or to no step."""
+    mask = _mask_of(layout, inputs, arguments)
+    if mask is None or bool(mask.all()):
+        return None
+    found = _find_grid(layout, hidden.shape, _extents(layout, inputs))
+    if found is None or found.windows or layout.fold > 1:
+        return None
+    steps = mask[:, :: -(-mask.shape[1] // found.cells[0])][:, : found.cells[0]].to(hidden.device)
+    real = steps.view(*steps.shape, *[1] * (len(found.cells) - 1)).expand(len(steps), *found.cells)
+    shape = [size for axis, size in enumerate(hidden.shape) if axis != found.channels]
+    if found.frames_last:
+        real = real.flatten(2).transpose(1, 2)
+    elif list(real.shape) != shape:
+        # What the tower adds before and after the cells is read by it, however long the input is.
+        ahead = len(shape) - 1
+        real = real.flatten(ahead)
+        real = F.pad(real, (found.start, shape[-1] - found.start - real.shape[-1]), value=True)
+    return real.unsqueeze(found.channels)
 
 
 def covered_elements(layout: Layout | None, inputs: Tensor) -> Tensor | None:
@@ -282,15 +334,17 @@ def to_units(layout: Layout, elements: Tensor, inputs: Tensor, real: Tensor | No
         real (Tensor, optional): What :func:`real_elements` told. Default: None
 
     Returns:
-        Tensor: (N, \*grid) for a :class:`PatchLayout`, without what prefix tokens carry; else (N, L), exactly 0 at
+        Tensor: (N, \*grid) for a :class:`PatchLayout`, without what prefix tokens carry; else (N, L); exactly 0 at
         padding.
 
     Raises:
         ValueError: if the hidden state does not have the units that the layout says.
     """
     if isinstance(layout, PatchLayout):
-        return _grid_units(layout, elements, inputs)
+        return _grid_units(layout, elements if real is None else torch.where(real, elements, 0.0), inputs)
     length = inputs.shape[1]
+    if isinstance(layout, PackedLayout) and layout.drops_padding and elements.ndim == 3:
+        elements = F.pad(elements, (0, 0, 0, max(layout.prefix + length - elements.shape[1], 0)))
     start = _first_of(layout, elements.shape[1], length) if elements.ndim == 3 else None
     if start is None:
         kind = "packed patch" if isinstance(layout, PackedLayout) else "input token"
@@ -369,8 +423,24 @@ def packed_grid(layout: PackedLayout, units: Tensor, arguments: Sequence[Any], i
             "layouts: expected a PackedLayout whose shapes_argument is among the arguments; pass the grids' heights "
             "and widths, (N, 2), to forward_func."
         )
-    rows, columns = arguments[layout.shapes_argument][index].tolist()
-    return units[index, : rows * columns].unflatten(0, (rows, columns))
+    rows, columns = arguments[layout.shapes_argument][index, -2:].tolist()
+    return unpacked(units[index, : rows * columns], rows, columns, layout.merge)
+
+
+def unpacked(patches: Tensor, rows: int, columns: int, merge: int) -> Tensor:
+    r"""Packed patches as the grid they were cut from.
+
+    Args:
+
+        patches (Tensor): (rows * columns, ...), block by block.
+        rows, columns (int): The grid.
+        merge (int): Side of the blocks; 1 where patches follow one another row by row.
+
+    Returns:
+        Tensor: (rows, columns, ...).
+    """
+    blocks = patches.unflatten(0, (rows // merge, columns // merge, merge, merge))
+    return blocks.transpose(1, 2).flatten(2, 3).flatten(0, 1)
 
 
 def _first_of(layout: PackedLayout | TextLayout, tokens: int, length: int) -> int | None:
@@ -392,6 +462,7 @@ class _Grid:
     cells: tuple[int, ...]
     start: int = 0
     windows: bool = False
+    frames_last: bool = False
 
 
 def _axes(layout: PatchLayout, inputs: Tensor) -> tuple[int, ...]:
@@ -410,6 +481,8 @@ def _grids(layout: PatchLayout, extents: Sequence[int]) -> Iterator[tuple[int, .
         steps = [p if len(extents) > 2 and not i else p * factor for i, p in enumerate(layout.patch_size)]
         floor = tuple(e // s for e, s in zip(extents, steps, strict=True))
         ceiling = tuple(-(-e // s) for e, s in zip(extents, steps, strict=True))
+        if layout.whole_frames:
+            floor, ceiling = ((cells[0], *[1] * (len(cells) - 1)) for cells in (floor, ceiling))
         if min(floor) and (layout.fold == 1 or floor[0] % layout.fold == 0):
             yield floor
         if ceiling != floor and layout.fold == 1:
@@ -429,6 +502,8 @@ def _find_grid(layout: PatchLayout, shape: Sequence[int], extents: Sequence[int]
     if first is not None:
         return _Grid(1, first)
     for cells, stored in grids:
+        if layout.frames_last and inner[:-1] == (math.prod(cells[1:]), cells[0]):
+            return _Grid(last, cells, frames_last=True)
         if inner[:-1] == stored:
             return _Grid(last, cells)
         ahead = last - 2
@@ -468,6 +543,8 @@ def _grid_units(layout: PatchLayout, elements: Tensor, inputs: Tensor) -> Tensor
     cells, stored = elements.sum(found.channels), _stored(layout, found.cells)
     if found.windows:
         cells = _join_windows(layout, cells, stored)
+    elif found.frames_last:
+        cells = cells.transpose(1, 2).unflatten(2, stored[1:])
     elif cells.shape[1:] != stored:
         ahead = cells.ndim - 2
         rest = stored[ahead:]
@@ -504,6 +581,8 @@ def _spread_grid(layout: PatchLayout, units: Tensor, inputs: Tensor) -> Tensor:
         side if layout.size else covered_side(side, count, patch, layout.coarser)
         for side, count, patch in zip(sides, units.shape[1:], layout.patch_size, strict=True)
     ]
+    if layout.mask_argument is not None:
+        units = resized(units, (covered[0], *units.shape[2:]), nearest=True)
     fine = resized(units, covered)
     # Patches that do not divide the input leave a margin that the model never sees.
     margins = [extra for side, part in zip(sides[::-1], covered[::-1], strict=True) for extra in (0, side - part)]

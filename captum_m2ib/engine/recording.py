@@ -247,7 +247,8 @@ class _Recorder:
         if axis is None:
             raise RuntimeError(
                 f"layers: the hidden state at the {side} of layer {tap.layer.name!r}, of shape "
-                f"{tuple(passed.shape)}, does not depend on the pair; choose another layer."
+                f"{tuple(passed.shape)}, does not depend on the pair, or holds pairs of several sizes one behind the "
+                "other; choose another layer, or pass pairs of one size at a time."
             )
         self._opened[index] = _Opened(path, axis, passed.clone())
         self.dependence.mark([passed], frozenset([index]))

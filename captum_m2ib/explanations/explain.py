@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from captum_m2ib.attr import MultiModalInfoBottleneck
+from captum_m2ib.attr import ContrastiveInfoBottleneck, MultiModalInfoBottleneck
 from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.pictures import PictureLike
+from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.explanations.explanation import Explanation
-from captum_m2ib.explanations.methods import Method, maps_of
+from captum_m2ib.explanations.methods import Method, maps_of, scores_of
 from captum_m2ib.explanations.visualization import clean_token
 from captum_m2ib.metrics.bypass import has_chosen_layers, warn_of_bypass
 
@@ -23,8 +23,10 @@ def explain(
     captions: str | Sequence[str],
     *,
     method: Method = "m2ib",
+    instead_of: str | None = None,
     internal_batch_size: int | None = 80,
     check: bool = True,
+    tokens: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Explanation]:
     r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
@@ -39,11 +41,17 @@ def explain(
             method of this package or of Captum, made of the encoder or of a view of it from
             :mod:`captum_m2ib.composition`; or two, (of the picture, of the caption), that have a map each. Default:
             ``"m2ib"``, :class:`MultiModalInfoBottleneck`
+        instead_of (str, optional): Another caption: why the pair's rather than this one. Maps are then those of
+            :class:`ContrastiveInfoBottleneck`, of the difference of the two scores, and so is the check; of the methods
+            M2IB alone can tell. Default: None
         internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; None for all at
             once. Default: 80
         check (bool, optional): Whether to look at what the score loses where the maps' top positions are hidden, and so
             many at random: 9 forward passes per pair and modality, without gradients; 8 more for other methods than
             M2IB. Default: True
+        tokens (str or sequence of str, optional): Words of the query, for all pairs or one string per pair: the score
+            explained is then what their tokens add to a MaxSim score (:meth:`DualEncoder.count_tokens`). Default: None
+            (the whole score)
         **settings: Further arguments of the method's ``attribute``, such as ``beta`` or ``seed``.
 
     Returns:
@@ -69,12 +77,36 @@ def explain(
         'relative'
     """
     encoder = as_forward_func(encoder)
+    if instead_of is not None and method not in (None, "m2ib"):
+        raise ValueError(f"instead_of: of the methods m2ib alone explains a difference of captions, not {method!r}.")
+    if instead_of is not None and tokens is not None:
+        raise ValueError("instead_of: compares whole captions; leave out tokens, or leave out instead_of.")
     if method is None or method == "m2ib":
-        method = MultiModalInfoBottleneck(encoder)
+        method = MultiModalInfoBottleneck(encoder) if instead_of is None else ContrastiveInfoBottleneck(encoder)
+    images = load_pictures(images)
     pairs = encoder.prepare(images, captions)
+    if encoder.holds_sizes(pairs):
+        words = list(tokens) if tokens is not None and not isinstance(tokens, str) else [tokens] * len(pairs)
+        alone = zip(images * (len(pairs) // len(images)), pairs.captions, words, strict=True)
+        given = {"instead_of": instead_of, "internal_batch_size": internal_batch_size, "check": check, **settings}
+        method = method if instead_of is None else "m2ib"
+        return [
+            explain(encoder, image, caption, method=method, tokens=one, **given)[0] for image, caption, one in alone
+        ]
+    if tokens is not None:
+        pairs = encoder.count_tokens(pairs, tokens)
+    rivals = None if instead_of is None else encoder.prepare(images, [instead_of] * len(pairs))
     if isinstance(method, MultiModalInfoBottleneck) and has_chosen_layers(method):
         warn_of_bypass(method, pairs.inputs, pairs.additional_forward_args)
-    maps = maps_of(encoder, method, pairs, internal_batch_size, check, settings)
+    maps = maps_of(encoder, method, pairs, internal_batch_size, check, settings, rivals)
+    compared = (
+        [{} for _ in pairs.captions]
+        if rivals is None
+        else [
+            {"instead_of": instead_of, "rival_score": score}
+            for score in scores_of(encoder, rivals, internal_batch_size).tolist()
+        ]
+    )
     real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
     return [
         Explanation(
@@ -86,7 +118,7 @@ def explain(
             image_bits=maps.pixels[i].float().cpu().numpy(),
             patch_bits=None if maps.patches is None else maps.patches[i].float().cpu().numpy(),
             token_bits=maps.tokens[i, real[i]].float().cpu().numpy(),
-            settings=maps.settings,
+            settings={**maps.settings, **_told_of_score(encoder, tokens, i), **compared[i]},
             record=None if maps.records is None else maps.records[i],
             check=None if maps.checks is None else maps.checks[i],
             unit=maps.unit,
@@ -94,3 +126,11 @@ def explain(
         )
         for i in range(len(pairs))
     ]
+
+
+def _told_of_score(encoder: DualEncoder, tokens: str | Sequence[str] | None, index: int) -> dict[str, str]:
+    """What an explanation says of a score that is no cosine similarity of whole captions."""
+    if encoder.score_name == Explanation.USUAL_SCORE:
+        return {}
+    words = tokens if tokens is None or isinstance(tokens, str) else tokens[index]
+    return {"score": encoder.score_name, **({} if words is None else {"tokens": words})}

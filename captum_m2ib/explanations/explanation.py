@@ -1,8 +1,8 @@
 """What one pair's explanation holds, how it is looked at, and how it is kept on disk.
 
 An :class:`Explanation` is plain data: NumPy arrays, text and numbers, with no reference to a model. Files are
-a figure (``.png``), a self-contained page (``.html``) or data that loads back exactly (``.npz``, ``.json``);
-never pickles.
+a figure (``.png``, ``.pdf``, ``.svg``), a self-contained page (``.html``) or data that loads back exactly
+(``.npz``, ``.json``); never pickles.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
+from captum_m2ib.explanations.lettering import format_score
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import pair_figure
 
@@ -80,6 +81,8 @@ class Explanation:
         ((8, 8), (64, 64))
     """
 
+    USUAL_SCORE: ClassVar[str] = "cosine similarity"
+
     image: NDArray[np.uint8]
     caption: str
     tokens: tuple[str, ...]
@@ -125,6 +128,12 @@ class Explanation:
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
+
+    @property
+    def score_name(self) -> str:
+        """What the score is, as figures and pages call it."""
+        name, tokens = self.settings.get("score", self.USUAL_SCORE), self.settings.get("tokens")
+        return str(name) if tokens is None else f"{name} of “{tokens}”"
 
     def __repr__(self) -> str:
         caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
@@ -175,6 +184,13 @@ class Explanation:
         """The check in words, one line per modality; none where it was left out."""
         return [] if self.check is None else told(self.check)
 
+    @property
+    def notes(self) -> list[str]:
+        """What a figure says beside its numbers: the caption that this one is compared with, and the check."""
+        rival = self.settings.get("instead_of")
+        told = [] if rival is None else [f"instead of “{rival}” ({format_score(self.settings['rival_score'])})"]
+        return [*told, *(f"check: {line}" for line in self.check_lines)]
+
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
         return to_png(self)
@@ -222,39 +238,52 @@ class Explanation:
         picture.thumbnail((_LARGEST_SIDE, _LARGEST_SIDE))
         return np.asarray(picture), self._laid_over(picture)
 
-    def plot(self, original: PictureLike | None = None) -> Figure:
+    def plot(self, original: PictureLike | None = None, *, style: str = "heat", share: float = 0.5) -> Figure:
         r"""The explanation as a figure; see :func:`captum_m2ib.explanations.visualization.pair_figure`.
 
         Args:
 
-            original (picture, optional): The whole picture, to lay the map over it instead of over what the model saw;
-                as for :meth:`bits_over`. Default: None
+            original (picture, optional): The whole picture, to lay the map over it instead of over what the model saw,
+                which is framed where it is a part; as for :meth:`bits_over`. Default: None
+            style (str, optional): ``"heat"``; ``"safe"``, which survives a grey print and colour blindness; or
+                ``"contour"``, a line round the smallest area that holds a share of the map. Default: "heat"
+            share (float, optional): That share. Default: 0.5
 
         Returns:
             matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
 
         Raises:
-            ValueError: as for :meth:`bits_over`.
+            ValueError: as for :meth:`bits_over`, or if ``style`` is unknown or ``share`` is out of range.
         """
         picture, bits = self.shown(original)
+        crop = None
+        if original is not None and self.region is not None:
+            sides = (self.region.width, self.region.height) * 2
+            shares = [edge / side for edge, side in zip(self.region.inside, sides, strict=True)]
+            crop = shares if shares != [0, 0, 1, 1] else None
         return pair_figure(
             picture,
             bits,
             self.tokens,
             self.token_bits,
             score=self.score,
+            score_name=self.score_name,
             caption=self.caption,
             special=self.special,
-            notes=[f"check: {line}" for line in self.check_lines],
+            notes=self.notes,
             unit=self.unit,
             image_total=self.image_total_bits,
+            style=style,
+            share=share,
+            crop=crop,
         )
 
     def save(self, path: str | os.PathLike[str], original: PictureLike | None = None) -> Path:
         r"""Write the explanation to a file; the name's ending says how.
 
-        ``.png``: the figure. ``.html``: one page that needs no other file. ``.npz`` and ``.json``: data that
-        :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an older one.
+        ``.png``, ``.pdf`` and ``.svg``: the figure. ``.html``: one page that needs no other file. ``.npz`` and
+        ``.json``: data that :meth:`load` reads back exactly. The file appears complete or not at all, and replaces an
+        older one.
 
         Args:
 

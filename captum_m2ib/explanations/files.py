@@ -51,6 +51,8 @@ class Explained(Protocol):
     @property
     def score(self) -> float: ...
     @property
+    def score_name(self) -> str: ...
+    @property
     def image_bits(self) -> NDArray[np.float32]: ...
     @property
     def patch_bits(self) -> NDArray[np.float32] | None: ...
@@ -63,7 +65,7 @@ class Explained(Protocol):
     @property
     def check(self) -> dict[str, Any] | None: ...
     @property
-    def check_lines(self) -> list[str]: ...
+    def notes(self) -> list[str]: ...
     @property
     def image_total_bits(self) -> float: ...
     @property
@@ -76,15 +78,15 @@ class Explained(Protocol):
     def plot(self, original: PictureLike | None = None) -> Figure: ...
 
 
-def check_output(path: str | os.PathLike[str]) -> Path:
-    """Whether :meth:`Explanation.save` could write there, asked before any work is done.
+def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None = None) -> Path:
+    """Whether a file of one of these kinds, by default an :class:`Explanation`'s, could be written there.
 
     Raises:
-        ValueError: if the name ends in none of ``.png``, ``.html``, ``.npz`` and ``.json``, or is a directory's.
+        ValueError: if the name ends in none of them, or is a directory's.
         FileNotFoundError: if the directory does not exist.
     """
     path = Path(path)
-    one_of(WRITERS, path)
+    one_of(WRITERS if kinds is None else kinds, path)
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a directory: name a file")
     if not path.parent.is_dir():
@@ -93,8 +95,29 @@ def check_output(path: str | os.PathLike[str]) -> Path:
 
 
 def to_png(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    return figure_bytes(explanation.plot(original), "png")
+
+
+def _to_pdf(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    return figure_bytes(explanation.plot(original), "pdf")
+
+
+def _to_svg(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    return figure_bytes(explanation.plot(original), "svg")
+
+
+FIGURES = {".png": "png", ".pdf": "pdf", ".svg": "svg"}
+"""Endings of figures' names, and what they are."""
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as a file; the same figure gives the same file, and letters of a PDF stay letters."""
+    from matplotlib import rc_context
+
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
     buffer = io.BytesIO()
-    explanation.plot(original).savefig(buffer, format="png")
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "captum_m2ib"}):
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
     return buffer.getvalue()
 
 
@@ -234,7 +257,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
         details.append(("record of the optimisation", explanation.record))
     if explanation.check is not None:
         details.append(("figures of the check", explanation.check))
-    check = "".join(f"<li>check: {html.escape(line)}</li>\n" for line in explanation.check_lines)
+    check = "".join(f"<li>{html.escape(line)}</li>\n" for line in explanation.notes)
     check = check and f'<ul class="check">\n{check}</ul>\n'
     details_html = "\n".join(
         f"<details><summary>{name}</summary><pre>{html.escape(json.dumps(value, indent=2))}</pre></details>"
@@ -242,7 +265,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     )
     caption = html.escape(explanation.caption) or "(empty caption)"
     tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
-    totals = [f"cosine similarity {explanation.score:.3f}"]
+    totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
     if wording.has_totals:
         both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
         totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
@@ -279,6 +302,8 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
 
 WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
     ".png": to_png,
+    ".pdf": _to_pdf,
+    ".svg": _to_svg,
     ".html": _to_html,
     ".npz": _to_npz,
     ".json": _to_json,
@@ -286,7 +311,7 @@ WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
 READERS: dict[str, Callable[[bytes], dict[str, Any]]] = {".npz": _from_npz, ".json": _from_json}
 
 
-def one_of(handlers: Mapping[str, Callable[..., Any]], path: Path) -> Callable[..., Any]:
+def one_of(handlers: Mapping[str, Any], path: Path) -> Any:
     handler = handlers.get(path.suffix.lower())
     if handler is None:
         raise ValueError(f"the file name must end in one of {', '.join(handlers)}, got {path.name!r}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from captum_m2ib.encoders.spelling import byte_alphabet
 
-INK = "#1b1b1f"
+INK, QUIET, EDGE = "#1b1b1f", "#5c5c66", "#b8b8c2"
 
 
 def clean_token(token: str) -> str:
@@ -33,6 +33,11 @@ def clean_token(token: str) -> str:
         text = text[2:]
     text = visible(text.replace("▁", " ").replace("\n", "⏎")).strip()
     return text or "␣"
+
+
+def format_score(score: float) -> str:
+    """A score with three digits."""
+    return f"{score:.3f}".replace("-", "−")
 
 
 def write(page: Any, x: float, y: float, text: str, *, size: float, color: str = INK, **style: Any) -> None:

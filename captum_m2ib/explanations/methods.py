@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def maps_of(
     internal_batch_size: int | None,
     check: bool,
     settings: Mapping[str, Any],
+    rivals: Pairs | None = None,
 ) -> Maps:
     r"""What a method says of pairs.
 
@@ -71,6 +73,8 @@ def maps_of(
         internal_batch_size (int or None): Most rows in one pass, where a method takes it.
         check (bool): Whether to check the maps.
         settings (mapping): Further arguments of ``attribute``.
+        rivals (Pairs, optional): The same pictures with other captions, for a :class:`ContrastiveInfoBottleneck`.
+            Default: None
 
     Returns:
         Maps: in one form, whatever the method.
@@ -83,7 +87,7 @@ def maps_of(
         method = method_named(method, encoder)
     _check_model(encoder, method)
     if isinstance(method, MultiModalInfoBottleneck):
-        return _by_bottleneck(method, pairs, internal_batch_size, check, settings)
+        return _by_bottleneck(method, pairs, internal_batch_size, check, settings, rivals)
     both = tuple(method) if isinstance(method, Sequence) else (method, method)
     if len(both) != 2 or not all(callable(getattr(one, "attribute", None)) for one in both):
         raise TypeError(
@@ -112,30 +116,26 @@ def _by_bottleneck(
     internal_batch_size: int | None,
     check: bool,
     settings: Mapping[str, Any],
+    rivals: Pairs | None,
 ) -> Maps:
-    arguments = (*pairs.inputs, *pairs.additional_forward_args)
+    additional = pairs.additional_forward_args
+    if rivals is not None:
+        additional = (rivals.inputs[1], *additional, *rivals.additional_forward_args)
     (image_bits, token_bits), record = method.attribute_with_record(
         pairs.inputs,
-        additional_forward_args=pairs.additional_forward_args,
+        additional_forward_args=additional,
         internal_batch_size=internal_batch_size,
         check=check,
         **settings,
     )
     image, text = record.modalities
     found = [part.check for part in record.modalities if part.check is not None]
-    layout, units = method.layouts[0], image.units
-    if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
-        units = per_patch(layout, units)
-    patches = None if units is None else list(units)
-    pixels = [bits.sum(0) for bits in image_bits]
-    if isinstance(layout, PackedLayout) and image.units is not None:
-        patches = _packed_grids(layout, image.units, arguments)
-        pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
+    pixels, patches = _picture_in_bits(method, image_bits, image.units, pairs)
     return Maps(
         pixels,
         patches,
         token_bits,
-        image.score_before,
+        image.score_before if rivals is None else scores_of(method.forward_func, pairs, internal_batch_size),
         "bits",
         {
             "method": type(method).__name__,
@@ -146,6 +146,61 @@ def _by_bottleneck(
         [{"image": _course(image, i), "text": _course(text, i)} for i in range(len(pairs))],
         pair_checks(found) if found else None,
     )
+
+
+def _picture_in_bits(
+    method: MultiModalInfoBottleneck, image_bits: Tensor, units: Tensor | None, pairs: Pairs
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """Pictures' maps per pixel, and per patch where there are patches."""
+    if pairs.tiles:
+        return _on_page(pairs, image_bits), None
+    layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
+    if isinstance(layout, PackedLayout) and units is not None:
+        patches = _packed_grids(layout, units, arguments)
+        return [_over_pixels(grid, layout.patch_size) for grid in patches], patches
+    if isinstance(layout, PatchLayout) and method.layers[0].argument is not None and units is not None:
+        units = per_patch(layout, units)
+    return [bits.sum(0) for bits in image_bits], None if units is None else list(units)
+
+
+def _picture_of_any(layout: Layout | None, image_map: Tensor, pairs: Pairs) -> tuple[list[Tensor], list[Tensor] | None]:
+    """The same of maps that may be below zero."""
+    if pairs.tiles:
+        return _on_page(pairs, image_map), None
+    if isinstance(layout, PackedLayout):
+        arguments = (*pairs.inputs, *pairs.additional_forward_args)
+        patches = _packed_grids(layout, image_map.flatten(2).sum(2), arguments)
+        return [_over_pixels(grid, layout.patch_size) for grid in patches], patches
+    summed = image_map.sum(1)
+    if not isinstance(layout, PatchLayout):
+        return list(summed), None
+    return list(summed), list(per_patch(layout, summed.clamp(min=0)) - per_patch(layout, (-summed).clamp(min=0)))
+
+
+def pictures_alone(
+    encoder: DualEncoder, method: Any, pairs: Pairs, internal_batch_size: int | None, settings: Mapping[str, Any]
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    r"""What a method says of pairs' pictures, the captions left unexplained.
+
+    Args:
+
+        encoder (DualEncoder): Whose score is explained.
+        method (Attribution): As :func:`captum_m2ib.attr.registry.method_named` makes it.
+        pairs (Pairs): As the encoder prepares them.
+        internal_batch_size (int or None): Most rows in one pass, where a method takes it.
+        settings (mapping): Further arguments of ``attribute``.
+
+    Returns:
+        tuple: :attr:`Maps.pixels` and :attr:`Maps.patches`.
+    """
+    arguments = (*pairs.inputs, *pairs.additional_forward_args)
+    given = {"additional_forward_args": arguments[1:], **_options(method, internal_batch_size, settings)}
+    if isinstance(method, MultiModalInfoBottleneck):
+        bits: Any
+        bits, record = method.attribute_with_record(arguments[0], **given)
+        return _picture_in_bits(method, bits, record.modalities[0].units, pairs)
+    found = method.attribute(arguments[0], **given).detach()
+    return _picture_of_any(encoder.layouts[0], _image_map(method, found, encoder.layouts[0], arguments[0]), pairs)
 
 
 def _by_attribution(
@@ -169,21 +224,13 @@ def _by_attribution(
             "methods, method=(of_picture, of_caption)."
         )
     tokens = _token_map(text, found[-1] if isinstance(found, tuple) else found, pairs.inputs[1])
-    patches = None
-    if isinstance(layout, PackedLayout):
-        patches = _packed_grids(layout, image_map.flatten(2).sum(2), arguments)
-        pixels = [_over_pixels(grid, layout.patch_size) for grid in patches]
-    else:
-        summed = image_map.sum(1)
-        pixels = list(summed)
-        if isinstance(layout, PatchLayout):
-            patches = list(per_patch(layout, summed.clamp(min=0)) - per_patch(layout, (-summed).clamp(min=0)))
+    pixels, patches = _picture_of_any(layout, image_map, pairs)
     units = {unit_of(image), unit_of(text)}
     return Maps(
         pixels,
         patches,
         tokens,
-        _scores(encoder, arguments, internal_batch_size),
+        scores_of(encoder, pairs, internal_batch_size),
         units.pop() if len(units) == 1 else "relative",
         _told(methods, settings),
         checks=_checks(encoder, arguments, (image_map, tokens), internal_batch_size) if check else None,
@@ -201,9 +248,7 @@ def _attributed(method: Any, pairs: Pairs, internal_batch_size: int | None, sett
             f"method: {_name(method)} takes the gradient of every input, and token ids have none; make it of "
             f"captum_m2ib.composition.EmbeddingForward(encoder) instead of the encoder."
         )
-    given = dict(settings)
-    if internal_batch_size is not None and "internal_batch_size" in inspect.signature(method.attribute).parameters:
-        given["internal_batch_size"] = internal_batch_size
+    given = _options(method, internal_batch_size, settings)
     # Captum's gradient methods ask for the gradient themselves, and warn that they had to.
     ready = tuple(one.clone().requires_grad_() if one.is_floating_point() else one for one in inputs)
     found = method.attribute(ready, additional_forward_args=additional or None, **given)
@@ -212,6 +257,13 @@ def _attributed(method: Any, pairs: Pairs, internal_batch_size: int | None, sett
     if isinstance(found, Tensor):
         return found.detach()
     raise ValueError(f"method: expected {_name(method)} to return maps as tensors, got {type(found).__name__}.")
+
+
+def _options(method: Any, internal_batch_size: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
+    takes_size = "internal_batch_size" in inspect.signature(method.attribute).parameters
+    if internal_batch_size is None or not takes_size:
+        return dict(settings)
+    return {**settings, "internal_batch_size": internal_batch_size}
 
 
 def _needs_gradients(method: Any) -> bool:
@@ -247,10 +299,11 @@ def _token_map(method: Any, found: Tensor, ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def _scores(encoder: DualEncoder, arguments: tuple[Any, ...], at_once: int | None) -> Tensor:
-    pairs = len(arguments[0])
-    step = min(pairs, at_once or pairs)
-    chunks = (tuple(slice_pairs(a, pairs, start, step) for a in arguments) for start in range(0, pairs, step))
+def scores_of(encoder: DualEncoder, pairs: Pairs, at_once: int | None) -> Tensor:
+    """The model's similarity of each pair, (N,), so many in one pass."""
+    arguments, count = (*pairs.inputs, *pairs.additional_forward_args), len(pairs)
+    step = min(count, at_once or count)
+    chunks = (tuple(slice_pairs(a, count, start, step) for a in arguments) for start in range(0, count, step))
     return torch.cat([encoder(*chunk) for chunk in chunks])
 
 
@@ -294,6 +347,20 @@ def _is_single(value: Any) -> bool:
 
 def _packed_grids(layout: PackedLayout, units: Tensor, arguments: tuple[Any, ...]) -> list[Tensor]:
     return [packed_grid(layout, units, arguments, index) for index in range(len(units))]
+
+
+def _on_page(pairs: Pairs, maps: Tensor) -> list[Tensor]:
+    """Maps of tiles, (N, tiles, C, h, w), summed where they lie on the page that is shown."""
+    found = []
+    for tiles, shown, regions in zip(maps.sum(2).float().cpu(), pairs.pictures, pairs.tiles, strict=True):
+        size = shown.shape[1], shown.shape[0]
+        if any(region is None for region in regions):
+            raise ValueError(
+                "processor: cannot tell where on the page the tiles lie that it makes; explain the tensors instead."
+            )
+        laid = [region.scaled(*size).lay(tile.numpy()) for region, tile in zip(regions, tiles, strict=False) if region]
+        found.append(torch.from_numpy(np.sum(laid, 0)))
+    return found
 
 
 def _over_pixels(grid: Tensor, patch: tuple[int, int]) -> Tensor:

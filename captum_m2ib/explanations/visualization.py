@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from captum_m2ib.explanations.lettering import INK, clean_token, elide, text_width, visible, write
+from captum_m2ib.explanations.lettering import (
+    EDGE,
+    INK,
+    QUIET,
+    clean_token,
+    elide,
+    format_score,
+    text_width,
+    visible,
+    write,
+)
+from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
 from captum_m2ib.explanations.units import WORDINGS, format_bits
 
 if TYPE_CHECKING:
@@ -32,11 +43,18 @@ __all__ = [
     "token_html",
 ]
 
+STYLES = ("heat", "safe", "contour")
+"""How a map is drawn: heat, heat that survives a grey print and colour blindness, or a line round its top share."""
+
+# Per palette, above and below zero, a colour map and where it starts.
+_PALETTES = {
+    "heat": (("inferno", 0.38), ("BuGn_r", 0.1)),
+    "safe": (("cividis", 0.4), ("Blues_r", 0.1)),
+}
+
 # Where the heat is zero, the picture shows through dimmed and half grey, so that the hottest places are the
 # brightest on white and on black pictures alike.
 _DIM, _GREY = 0.55, 0.5
-
-_QUIET, _EDGE = "#5c5c66", "#b8b8c2"
 
 
 def overlay(
@@ -47,6 +65,7 @@ def overlay(
     percentile: float = 100.0,
     strength: float = 0.85,
     signed: bool = False,
+    palette: str = "heat",
 ) -> NDArray[np.uint8]:
     r"""Lay a map of bits over a picture as heat.
 
@@ -61,6 +80,9 @@ def overlay(
             given; below 100, a few extreme values do not hide the rest. Default: 100.0
         strength (float, optional): The opacity of the hottest colour, in (0, 1]. Default: 0.85
         signed (bool, optional): Draw values below zero in green, on the same scale. Default: False (they count as zero)
+        palette (str, optional): ``"heat"``, or ``"safe"``: a grey picture under yellow, with blue below zero, told
+            apart without red and green; what lies above zero rises in lightness, so that it survives a grey print.
+            Default: "heat"
 
     Returns:
         numpy.ndarray: uint8, (H, W, 3). A map that is zero everywhere gives the dimmed picture.
@@ -83,21 +105,26 @@ def overlay(
     level = np.clip(resized / top, -1.0 if signed else 0.0, 1.0) if top > 0 else np.zeros_like(resized)
 
     base = picture.astype(np.float32) / 255
-    base = _DIM * ((1 - _GREY) * base + _GREY * base.mean(axis=2, keepdims=True))
-    return np.rint(_heated(base, level, strength) * 255).astype(np.uint8)
+    grey = 1.0 if palette == "safe" else _GREY
+    base = _DIM * ((1 - grey) * base + grey * base.mean(axis=2, keepdims=True))
+    return np.rint(_heated(base, level, strength, palette) * 255).astype(np.uint8)
 
 
-def _heated(base: NDArray[np.float32], level: NDArray[Any], strength: float) -> NDArray[np.float32]:
+def _heated(
+    base: NDArray[np.float32], level: NDArray[Any], strength: float, palette: str = "heat"
+) -> NDArray[np.float32]:
     """Colours, (..., 3), under heat of levels from -1 to 1."""
-    colors, opacity = heat_ramp(strength)
-    below = _cold_colors()
+    colors, opacity = heat_ramp(strength, palette=palette)
+    below, _ = heat_ramp(strength, below=True, palette=palette)
     index = np.rint(np.abs(level) * (len(colors) - 1)).astype(np.intp)
     chosen = np.where((level < 0)[..., None], below[index], colors[index])
     mixed: NDArray[np.float32] = base + opacity[index][..., None] * (chosen - base)
     return mixed
 
 
-def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -> NDArray[np.float32]:
+def heat_colors(
+    n: int = 256, *, strength: float = 0.85, signed: bool = False, palette: str = "heat"
+) -> NDArray[np.float32]:
     r"""The colours of :func:`overlay` from zero to the maximum on a mid-grey picture.
 
     Args:
@@ -105,6 +132,7 @@ def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -
         n (int, optional): How many colours. Default: 256
         strength (float, optional): As for :func:`overlay`. Default: 0.85
         signed (bool, optional): Start from minus the maximum instead of from zero. Default: False
+        palette (str, optional): As for :func:`overlay`. Default: "heat"
 
     Returns:
         numpy.ndarray: float32, (n, 3), in [0, 1].
@@ -113,7 +141,7 @@ def heat_colors(n: int = 256, *, strength: float = 0.85, signed: bool = False) -
         ValueError: if ``strength`` is out of range.
     """
     grey = np.full((n, 3), _DIM * 0.5, dtype=np.float32)
-    return _heated(grey, np.linspace(-1 if signed else 0, 1, n), strength).astype(np.float32)
+    return _heated(grey, np.linspace(-1 if signed else 0, 1, n), strength, palette).astype(np.float32)
 
 
 def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -134,10 +162,6 @@ def at_display_size(picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
     # A tiny picture is shown as the pixels it has; smoothing would draw halos around them.
     kernel = Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(picture).resize(size, kernel))
-
-
-def _format_score(score: float) -> str:
-    return f"{score:.3f}".replace("-", "−")
 
 
 def token_colors(bits: ArrayLike, *, maximum: float | None = None) -> list[tuple[str, str]]:
@@ -203,7 +227,7 @@ def token_html(
     for token, value, flag, (background, ink) in zip(tokens, values, flags, token_colors(values), strict=True):
         style = (
             "display:inline-block;margin:2px;padding:3px 7px;border-radius:5px;text-align:center;"
-            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {_EDGE};"
+            f"max-width:100%;overflow-wrap:anywhere;border:1px {'dashed' if flag else 'solid'} {EDGE};"
             f"background:{background};color:{ink}"
         )
         kind = ", special token" if flag else ""
@@ -228,6 +252,9 @@ def pair_figure(
     notes: Sequence[str] = (),
     unit: str = "bits",
     image_total: float | None = None,
+    style: str = "heat",
+    share: float = 0.5,
+    crop: Sequence[float] | None = None,
 ) -> Figure:
     r"""One figure for one pair: the picture, the picture under its heat, and the caption's tokens.
 
@@ -248,6 +275,10 @@ def pair_figure(
         unit (str, optional): What the values are in, as for :class:`captum_m2ib.Explanation`; all but bits may be below
             zero. Default: "bits"
         image_total (float, optional): The image's total. Default: None (the sum of ``image_bits``)
+        style (str, optional): One of :data:`STYLES`. Default: "heat"
+        share (float, optional): Of the style ``"contour"``, the share of the map inside the line. Default: 0.5
+        crop (sequence of float, optional): What the model saw of the picture, framed: left, top, right and bottom as
+            shares of its sides. Default: None (no frame)
 
     Returns:
         matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``. Characters that no installed
@@ -259,6 +290,8 @@ def pair_figure(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    if style not in STYLES:
+        raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
     values, flags = _checked_tokens(tokens, token_bits, special)
     wording = WORDINGS[unit]
@@ -282,8 +315,8 @@ def pair_figure(
     caption_top = top + bar_height + 0.42
     tokens_top = caption_top + 0.3 + 0.24 * len(heading)
     numbers = [wording.number(value) for value in values]
-    rows = _token_rows([visible(token) for token in tokens], numbers, room)
-    height = tokens_top + _ROW_PITCH * len(rows) + 0.2
+    rows = token_rows([visible(token) for token in tokens], numbers, room)
+    height = tokens_top + ROW_PITCH * len(rows) + 0.2
 
     figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
     FigureCanvasAgg(figure)
@@ -294,90 +327,105 @@ def pair_figure(
     page = axes_at(0, 0, width, height)
     page.set(xlim=(0, width), ylim=(height, 0))
     page.set_axis_off()
-    write(page, margin, 0.36, f"{score_name} {_format_score(score)}", size=15, weight="bold")
+    write(page, margin, 0.36, f"{score_name} {format_score(score)}", size=15, weight="bold")
     if wording.has_totals:
         of_image = wording.amount(pixels.sum() if image_total is None else image_total)
         totals = f"image {of_image}   ·   text {wording.amount(values.sum())}"
         write(page, width - margin, 0.36, totals, size=11.5, ha="right")
-    page.plot((margin, width - margin), (0.6, 0.6), color=_EDGE, linewidth=0.8)
+    page.plot((margin, width - margin), (0.6, 0.6), color=EDGE, linewidth=0.8)
     for line, note in enumerate(notes):
-        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=_QUIET)
+        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=QUIET)
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2
-    panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
+    if style == "contour":
+        panels = (("picture", shown), (f"{share:.0%} of the map lie inside the line", shown))
+    else:
+        panels = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed, palette=style)))
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
-        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=_QUIET)
+        write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=QUIET)
         axes = axes_at(x, first_top, panel_width, panel_height)
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
-        axes.spines[:].set(color=_EDGE, linewidth=0.6)
-    _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed)
+        axes.spines[:].set(color=EDGE, linewidth=0.6)
+        if crop is not None:
+            _mark_crop(axes, crop, shown.shape)
+        if column and style == "contour":
+            _draw_contour(axes, heat, share, shown.shape)
+    if style != "contour":
+        _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed, style)
 
     count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, {wording.name} below each"
-    write(page, margin, caption_top, f"caption: {count}", size=10, color=_QUIET)
+    write(page, margin, caption_top, f"caption: {count}", size=10, color=QUIET)
     for line, text in enumerate(heading):
         write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
     colors = token_colors(values)
     for line, row in enumerate(rows):
-        y = tokens_top + _ROW_PITCH * line
+        y = tokens_top + ROW_PITCH * line
         for index, x, box_width, text in row:
-            _token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
+            token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
     return figure
 
 
-_TOKEN_SIZE, _BITS_SIZE = 10.5, 8.0
-_BOX_HEIGHT, _BOX_GAP, _ROW_PITCH = 0.3, 0.07, 0.62
+def top_share(values: ArrayLike, share: float) -> float:
+    r"""The least value of the smallest area that holds a share of a map.
+
+    Args:
+
+        values (array): The map, of any shape; what lies below zero counts as zero.
+        share (float): In (0, 1).
+
+    Returns:
+        float: places of at least this value hold at least the share; infinity for a map with nothing above zero.
+
+    Raises:
+        ValueError: if the share is out of range.
+
+    Examples::
+
+        >>> top_share([[1.0, 2.0], [3.0, 4.0]], 0.6)
+        3.0
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share: expected a number between 0 and 1, got {share}")
+    falling = np.sort(np.asarray(values, dtype=np.float64).clip(min=0).ravel())[::-1]
+    held = falling.cumsum()
+    if not held[-1] > 0:
+        return float("inf")
+    return float(falling[min(np.searchsorted(held, share * held[-1]), len(falling) - 1)])
 
 
-def _token_rows(
-    tokens: Sequence[str], numbers: Sequence[str], room: float
-) -> list[list[tuple[int, float, float, str]]]:
-    """Break the tokens into lines no wider than room: per token its index, left edge, box width and text."""
-    rows: list[list[tuple[int, float, float, str]]] = []
-    x = room + 1
-    for index, (token, number) in enumerate(zip(tokens, numbers, strict=True)):
-        text = elide(token, room - 0.2, _TOKEN_SIZE)
-        needed = max(text_width(text, _TOKEN_SIZE) + 0.18, text_width(number, _BITS_SIZE) + 0.06, 0.36)
-        if x + needed > room:
-            rows.append([])
-            x = 0.0
-        rows[-1].append((index, x, needed, text))
-        x += needed + _BOX_GAP
-    return rows
+def _draw_contour(axes: Any, heat: NDArray[np.float64], share: float, shape: tuple[int, ...]) -> None:
+    """The edge of the smallest area that holds a share of the map, in white on black, to be seen on any ground."""
+    from PIL import Image
+
+    size = (shape[1], shape[0])
+    fine = np.asarray(Image.fromarray(heat.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
+    level = top_share(fine, share)
+    if not fine.min() < level < fine.max():
+        return
+    for color, width in (("black", 3.0), ("white", 1.4)):
+        axes.contour(fine, levels=[level], colors=color, linewidths=width)
 
 
-def _token_box(
-    page: Any,
-    x: float,
-    y: float,
-    width: float,
-    text: str,
-    number: str,
-    colors: tuple[str, str],
-    special: bool,
-) -> None:
-    from matplotlib.patches import FancyBboxPatch
+def _mark_crop(axes: Any, crop: Sequence[float], shape: tuple[int, ...]) -> None:
+    """A dashed frame round what the model saw; ``crop`` in shares of the picture: left, top, right, bottom."""
+    from matplotlib.patches import Rectangle
 
-    background, ink = colors
-    edge = {"edgecolor": _QUIET, "linestyle": (0, (3, 2))} if special else {"edgecolor": _EDGE}
-    style = "round,pad=0,rounding_size=0.05"
-    page.add_patch(
-        FancyBboxPatch((x, y), width, _BOX_HEIGHT, boxstyle=style, facecolor=background, linewidth=0.8, **edge)
-    )
-    write(page, x + width / 2, y + _BOX_HEIGHT / 2, text, size=_TOKEN_SIZE, color=ink, ha="center")
-    below = y + _BOX_HEIGHT + 0.1
-    write(page, x + width / 2, below, number, size=_BITS_SIZE, color=_QUIET, ha="center")
+    left, top, right, bottom = (share * side for share, side in zip(crop, (shape[1], shape[0]) * 2, strict=True))
+    corner = (left - 0.5, top - 0.5)
+    for look in ({"edgecolor": "black"}, {"edgecolor": "white", "linestyle": (0, (4, 4))}):
+        axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, linewidth=1.4, **look))
 
 
-def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool) -> None:
+def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool, palette: str) -> None:
     from matplotlib.ticker import MaxNLocator
 
     maximum = float(np.abs(heat).max() if is_signed else heat.max())
     top = maximum if maximum > 0 else 1.0
     extent = (0, 1, -top if is_signed else 0, top)
-    axes.imshow(heat_colors(signed=is_signed)[:, None], origin="lower", aspect="auto", extent=extent)
+    axes.imshow(heat_colors(signed=is_signed, palette=palette)[:, None], origin="lower", aspect="auto", extent=extent)
     axes.set_xticks([])
     axes.yaxis.tick_right()
     axes.yaxis.set_label_position("right")
@@ -387,7 +435,7 @@ def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool)
         axes.set_yticks([0.0], ["0"])
     axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
     axes.set_ylabel(scale, fontsize=9.5, color=INK, labelpad=6)
-    axes.spines[:].set(color=_EDGE, linewidth=0.6)
+    axes.spines[:].set(color=EDGE, linewidth=0.6)
 
 
 def _caption_lines(caption: str, room: float) -> list[str]:
@@ -405,12 +453,16 @@ def _caption_lines(caption: str, room: float) -> list[str]:
     return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
 
 
-def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def heat_ramp(
+    strength: float, *, below: bool = False, palette: str = "heat"
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     r"""Colours and opacities from no bits to the most; the colours' lightness rises throughout.
 
     Args:
 
         strength (float): The opacity of the hottest colour, in (0, 1].
+        below (bool, optional): Those of values below zero, from zero to the least. Default: False
+        palette (str, optional): As for :func:`overlay`. Default: "heat"
 
     Returns:
         tuple[numpy.ndarray, numpy.ndarray]: colours, (256, 3), and opacities, (256,), float32, in [0, 1].
@@ -423,16 +475,9 @@ def heat_ramp(strength: float) -> tuple[NDArray[np.float32], NDArray[np.float32]
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], got {strength}")
     level = np.linspace(0, 1, 256)
-    colors = colormaps["inferno"](0.38 + 0.6 * level)[:, :3]
+    name, start = _PALETTES[palette][below]
+    colors = colormaps[name](start + 0.6 * level)[:, :3]
     return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
-
-
-def _cold_colors() -> NDArray[np.float32]:
-    """Colours from just below zero to the least; their lightness rises throughout."""
-    from matplotlib import colormaps
-
-    colors: NDArray[np.float32] = colormaps["BuGn_r"](0.1 + 0.6 * np.linspace(0, 1, 256))[:, :3].astype(np.float32)
-    return colors
 
 
 def _luminance(color: NDArray[np.float64]) -> float:

@@ -344,7 +344,7 @@ def _layers_of(encoder: Any, index: int) -> list[LayerLike | None]:
     if embeddings is not None and (encoder.sides[index].modality == "text" or not isinstance(embeddings, nn.Embedding)):
         found = [embeddings, *found]
     shared = encoder.tower_of(0) is encoder.tower_of(1) and encoder.sides[0] == encoder.sides[1]
-    layers = [encoder.told_apart([layer, layer])[index] if shared else layer for layer in found]
+    layers = [encoder.told_apart([layer if shared or i == index else None for i in (0, 1)])[index] for layer in found]
     return [None, *layers] if encoder.gates_input(index) else layers
 
 

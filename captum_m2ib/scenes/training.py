@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +162,7 @@ def train(
     began = time.monotonic()
     model: Any = build_model(seed=seed, **settings["model_options"])
     model.to(place)
-    optimizers = _optimizers(model, lr, muon_lr, weight_decay)
+    optimizers = optimizers_of(list(model.named_parameters()), lr, muon_lr, weight_decay)
     state = target.with_name(target.name + ".training.safetensors")
     progress: dict[str, Any] = {"step": 0, "seconds": 0.0}
     if resume and state.exists():
@@ -175,9 +175,7 @@ def train(
     bar = _progress_bar(steps, progress["step"], show_progress)
     with bar:
         for step, batch in enumerate(batches, start=progress["step"]):
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = optimizer.defaults["lr"] * _rate(step, steps, warmup_steps)
+            set_rate(optimizers, rate_at(step, steps, warmup_steps))
             images, input_ids, name_ids, kinds = (part.to(place, non_blocking=True) for part in batch)
             with torch.autocast(place.type, torch.bfloat16, enabled=settings["bf16"]):
                 image_embeddings = embed_images(model, normalize_images(images))
@@ -271,11 +269,23 @@ def naming_loss(
     Returns:
         torch.Tensor: The loss in nats, a scalar.
     """
-    logits = logit_scale.exp() * image_embeddings @ name_embeddings.T
-    wrong = logits.masked_fill(kinds, -torch.inf)
-    among_names = functional.softplus(wrong.logsumexp(dim=1, keepdim=True) - logits)
+    return true_pairs_loss(logit_scale.exp() * image_embeddings @ name_embeddings.T, kinds)
+
+
+def true_pairs_loss(logits: torch.Tensor, is_true: torch.Tensor) -> torch.Tensor:
+    """The contrastive loss where any number of captions are true of a picture: each true pair against wrong ones.
+
+    Args:
+        logits (torch.Tensor): Of every picture and every caption, (N, K).
+        is_true (torch.Tensor): Which belong together, bool (N, K).
+
+    Returns:
+        torch.Tensor: The loss in nats, a scalar.
+    """
+    wrong = logits.masked_fill(is_true, -torch.inf)
+    among_captions = functional.softplus(wrong.logsumexp(dim=1, keepdim=True) - logits)
     among_images = functional.softplus(wrong.logsumexp(dim=0, keepdim=True) - logits)
-    return ((among_names + among_images) * kinds).sum() / (2 * kinds.sum())
+    return ((among_captions + among_images) * is_true).sum() / (2 * is_true.sum())
 
 
 class _Steps(Dataset[tuple[torch.Tensor, ...]]):
@@ -352,16 +362,30 @@ def _batches(
     )
 
 
-def _optimizers(model: CLIPModel, lr: float, muon_lr: float, weight_decay: float) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices that map activations to activations, AdamW for everything else."""
+def optimizers_of(
+    named: Sequence[tuple[str, torch.nn.Parameter]], lr: float, muon_lr: float, weight_decay: float
+) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices that map activations to activations, AdamW for everything else.
+
+    Args:
+        named (sequence): Names and parameters; what is called after an embedding is none of those matrices.
+        lr (float): Of AdamW.
+        muon_lr (float): Of Muon.
+        weight_decay (float): On matrices and tables only.
+
+    Returns:
+        tuple[torch.optim.Optimizer, ...]: Both.
+
+    Raises:
+        RuntimeError: If this torch has no Muon.
+    """
     if not hasattr(torch.optim, "Muon"):
         raise RuntimeError(
             f"torch: training the compact model needs torch 2.9 or newer (torch.optim.Muon), got {torch.__version__}; "
             "the shipped checkpoint needs no training."
         )
-    named = list(model.named_parameters())
-    matrices = [p for name, p in named if p.ndim == 2 and "embedding" not in name]
-    tables = [p for name, p in named if p.ndim > 2 or (p.ndim == 2 and "embedding" in name)]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    tables = [p for name, p in named if p.ndim > 2 or (p.ndim == 2 and "embed" in name)]
     vectors = [p for _, p in named if p.ndim < 2]
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return (
@@ -370,7 +394,14 @@ def _optimizers(model: CLIPModel, lr: float, muon_lr: float, weight_decay: float
     )
 
 
-def _rate(step: int, steps: int, warmup_steps: int) -> float:
+def set_rate(optimizers: Sequence[torch.optim.Optimizer], share: float) -> None:
+    """Sets learning rates to a share of the highest."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = optimizer.defaults["lr"] * share
+
+
+def rate_at(step: int, steps: int, warmup_steps: int) -> float:
     """Share of the highest learning rate at an update, counted from 0."""
     warmup_steps = min(warmup_steps, steps // 2)
     if step < warmup_steps:

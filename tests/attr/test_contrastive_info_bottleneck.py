@@ -112,9 +112,9 @@ def test_the_first_tower_runs_once_for_both_scores():
         additional_forward_args=(case.inputs[1], rival, case.additional[0], rival_mask),
         **FEW,
     )
-    # One recorded pass, three steps, eight draws of closed gates, at most three at a time, and a pass that the first of
-    # them is held against; the captions' tower runs for each caption of the recorded pass and of the latter only.
-    assert counts == {"image": 1 + 3 + 1 + 2 + 1, "text": 2 + 2}
+    # One recorded pass, three steps, eight draws of closed gates at once, and a pass that these are held against; the
+    # captions' tower runs for each caption of the recorded pass and of the latter only.
+    assert counts == {"image": 1 + 3 + 1 + 1, "text": 2 + 2}
 
 
 def test_the_published_settings_are_one_call_away():

@@ -440,8 +440,8 @@ def test_padding_passes_the_bottleneck_unchanged():
     method = MultiModalInfoBottleneck(score, [embed], [TextLayout(mask_argument=1)])
     bits = method.attribute(ids, additional_forward_args=mask, n_steps=5, n_samples=3)
     assert not bits[mask == 0].any()
-    # The pass that reruns are held against has one draw, closed gates have two, random halves come three at a time.
-    assert {len(received) for received in passed[1:]} == {2 * 1, 2 * 2, 2 * 3}
+    # The pass that reruns are held against has one draw, closed gates have eight with random halves, a step has three.
+    assert {len(received) for received in passed[1:]} == {2 * 1, 2 * 8, 2 * 3}
     for received in passed[1:]:
         draws = len(received) // 2
         hidden, real = embed(ids).repeat_interleave(draws, 0), mask.repeat_interleave(draws, 0).bool()

@@ -68,9 +68,9 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(module, "run_audit", note)
     options = (
         "audit pairs.csv --output out --columns image=path caption=title --images pictures --model m --revision r "
-        "--device cuda --layers a b --beta 2 --steps 3 --samples 4 --seed 5 --joint --contrast other --halves "
-        "--cut-captions --thumbnail 6 --batch 7 --shard-size 8 --engine ray --workers 9 --gpus 0.5 --address auto "
-        "--decode-workers 2 --no-check"
+        "--device cuda --layers a b --method nib --beta 2 --steps 3 --samples 4 --seed 5 --joint --contrast other "
+        "--halves --cut-captions --thumbnail 6 --batch 7 --shard-size 8 --engine ray --workers 9 --gpus 0.5 "
+        "--address auto --decode-workers 2 --no-check"
     )
     run(*options.split())
     assert given == {
@@ -82,6 +82,7 @@ def test_every_option_reaches_the_worker(run: Run, tmp_path: Path, monkeypatch: 
         "revision": "r",
         "device": "cuda",
         "layers": ["a", "b"],
+        "method": "nib",
         "published": False,
         "beta": 2.0,
         "n_steps": 3,

@@ -24,7 +24,7 @@ from pyarrow import parquet
 from stub_worker import StubWorker
 
 from captum_m2ib.audit import Summary, read_run, run_audit, shards
-from captum_m2ib.audit.writer import only_writer, shard_path, write_shard
+from captum_m2ib.audit.writer import only_writer, shard_path, write_run, write_shard
 
 HERE = Path(__file__).parent
 STUB: Any = StubWorker
@@ -176,13 +176,33 @@ class TestResume:
         manifest.write_text(text)
         assert stub_audit(manifest, tmp_path / "out").explained_now == 10
 
-    @pytest.mark.parametrize("changed", ["model", "settings", "shard_size", "columns"])
+    @pytest.mark.parametrize("method", ["m2ib", "m2ib-published"])
+    def test_an_audit_of_before_methods_had_names_goes_on(self, method: str, tmp_path: Path, checkpoint: Path):
+        manifest = write_scenes(tmp_path, 2)
+        settings: dict[str, Any] = {"model": str(checkpoint), "thumbnail": 0, **QUICK}
+        run_audit(manifest, tmp_path / "out", method=method, **settings)
+        run = read_run(tmp_path / "out")
+        del run["settings"]["method"]
+        write_run(tmp_path / "out", run)
+        assert run_audit(manifest, tmp_path / "out", method=method, **settings).explained_now == 0
+        del run["settings"]["published"]
+        write_run(tmp_path / "out", run)
+        with pytest.raises(ValueError, match=r"\(method: 'm2ib' there, 'legrad' now\); choose another"):
+            run_audit(manifest, tmp_path / "out", method="legrad", model=str(checkpoint), thumbnail=0)
+
+    @pytest.mark.parametrize("changed", ["model", "settings", "method", "shard_size", "columns"])
     def test_a_folder_is_never_shared_by_different_audits(self, changed: str, tmp_path: Path, checkpoint: Path):
         manifest = write_scenes(tmp_path, 2)
         run_audit(manifest, tmp_path / "out", model=str(checkpoint), thumbnail=0, **QUICK)
         table = table_of(tmp_path / "out")
         settings: dict[str, Any] = {"model": str(checkpoint), "thumbnail": 0, **QUICK}
-        other = {"model": None, "settings": 1, "shard_size": 3, "columns": {"caption": "id"}}
+        other = {
+            "model": None,
+            "settings": 1,
+            "method": "m2ib-published",
+            "shard_size": 3,
+            "columns": {"caption": "id"},
+        }
         settings["seed" if changed == "settings" else changed] = other[changed]
         with pytest.raises(ValueError, match="holds another audit"):
             run_audit(manifest, tmp_path / "out", **settings)

@@ -13,7 +13,8 @@ import torch
 import transformers
 from audit_cases import QUICK, png
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
+from captum_m2ib.attr.registry import METHODS
 from captum_m2ib.audit import Worker
 from captum_m2ib.audit.measures import half_scores
 from captum_m2ib.audit.worker import CHECKS, FIGURES
@@ -208,10 +209,10 @@ def test_figures_that_were_asked_for(checkpoint: Path, whole: dict[str, list[Any
 
 def test_halves_are_scored_with_the_mean_colour_elsewhere():
     pixels = torch.tensor([[[[1.0, 2.0], [3.0, 6.0]]], [[[8.0, 0.0], [0.0, 0.0]]]])
-    bits = torch.tensor([[[[0.1, 4.0], [0.2, 3.0]]], [[[1.0, 1.0], [1.0, 1.0]]]])
+    bits = torch.tensor([[[0.1, 4.0], [0.2, 3.0]], [[1.0, 1.0], [1.0, 1.0]]])
     encoder: Any = lambda values, ids: values.flatten(1) @ torch.tensor([1.0, 10.0, 100.0, 1000.0])  # noqa: E731
     pairs: Any = SimpleNamespace(inputs=(pixels, torch.zeros(2, 1)), additional_forward_args=())
-    found = list(half_scores(encoder, pairs, bits))
+    found = list(half_scores(encoder, pairs, list(bits)))
     # Means are 3 and 2; of equal bits the first half counts as the best.
     assert [half["best_half_score"] for half in found] == [3 + 20 + 300 + 6000, 8 + 0 + 200 + 2000]
     assert [half["other_half_score"] for half in found] == [1 + 30 + 300 + 3000, 2 + 20 + 0 + 0]
@@ -259,6 +260,47 @@ def test_maps_of_packed_patches_have_the_grid_of_their_picture():
     assert np.isclose(found["inside_share"][1], 1, atol=0.01)
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_by_its_name(name: str, checkpoint: Path):
+    settings = QUICK if METHODS[name].unit == "bits" else {}
+    worker = Worker(str(checkpoint), method=name, halves=True, contrast=SCENES[0].caption, **settings)
+    batch = {**part(BATCH, [1, 2]), "boxes": [[[0, 0, 24, 48]], None]}
+    found = worker(batch)
+    encoder = DualEncoder.from_pretrained(checkpoint)
+    pictures = [SCENES[index].image for index in (1, 2)]
+    # Six masks at a time or 80: the same maps.
+    expected = explain(encoder, pictures, batch["caption"], method=name, **settings)
+    assert found["error"] == [None, None] and found["method"] == [name] * 2
+    for index, one in enumerate(expected):
+        assert found["unit"][index] == one.unit == METHODS[name].unit
+        scale = np.abs(one.patch_bits).max()
+        assert np.allclose(found["map"][index], one.patch_bits, atol=2e-3 * scale)
+        assert np.allclose(found["token_bits"][index], one.token_bits, atol=2e-3 * np.abs(one.token_bits).max())
+        assert np.isclose(found["score"][index], one.score, atol=1e-5)
+        assert one.check is not None
+        for modality in ("image", "text"):
+            of_check = one.check[modality]
+            assert found[f"{modality}_check"][index] == of_check["verdict"]
+            margin = of_check["lost_top"] - of_check["lost_random"]
+            assert np.isclose(found[f"{modality}_margin"][index], margin, atol=1e-3)
+            assert (found[f"{modality}_kept"][index] is None) == (one.unit != "bits")
+            assert (found[f"{modality}_score"][index] is None) == (one.unit != "bits")
+            assert (found[f"{modality}_bits"][index] is None) == (one.unit == "relative")
+        assert found["best_half_score"][index] is not None
+    # Of a map with two signs what lies above zero counts.
+    above = expected[0].image_bits.clip(min=0).astype(np.float64)
+    assert np.isclose(found["inside_share"][0], above[:, : above.shape[1] // 2].sum() / above.sum(), atol=1e-3)
+    other = explain(encoder, pictures[0], SCENES[0].caption, method=name, check=False, **settings)[0].patch_bits
+    first, second = (grid.astype(np.float64).ravel() for grid in (expected[0].patch_bits, other))
+    cosine = first @ second / np.sqrt((first @ first) * (second @ second))
+    assert np.isclose(found["contrast_similarity"][0], cosine, atol=2e-3)
+
+
+def test_published_is_a_method_by_its_name():
+    assert Worker(published=True).settings == Worker(method="m2ib-published").settings
+    assert Worker().settings["method"] == "m2ib" and Worker(method="legrad", seed=4)._options == {}
+
+
 def test_one_contrast_for_all_rows(checkpoint: Path):
     found = Worker(str(checkpoint), contrast=SCENES[0].caption, **QUICK)(part(BATCH, [0, 1]))
     assert np.isclose(found["contrast_similarity"][0], 1.0, atol=1e-4)
@@ -273,6 +315,10 @@ def test_one_contrast_for_all_rows(checkpoint: Path):
         ({"thumbnail": -1}, "thumbnail: expected"),
         ({"seed": -1}, "seed: expected"),
         ({"published": True, "layers": ["a", "b"]}, "leave out"),
+        ({"published": True, "method": "legrad"}, "published: is a method of its own"),
+        ({"method": "legard"}, r"^method: expected one of m2ib, .*, got 'legard'"),
+        ({"method": "m2ib-published", "layers": ["a", "b"]}, "layers: those of m2ib-published are the paper's"),
+        ({"method": "legrad", "n_steps": 3, "joint": True}, "^n_steps, joint: legrad takes no such setting"),
         ({"contrast": " "}, "contrast: expected"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from collections.abc import Callable
@@ -241,6 +242,32 @@ def test_numbers_of_a_pair_reach_the_page(audit: Callable[..., Path]):
     data = as_data(pair, {"cheap": 2})
     assert data["map"] == [2, 2, "AECA/w=="] and data["top"] == 4 and data["found"] == {"cheap": 2}
     assert data["bits"] == [50, 0, 4, 6] and data["special"] == [1, 0, 0, 0] and data["score"] == 0.1
+
+
+def test_maps_with_two_signs_keep_them(audit: Callable[..., Path]):
+    row = make_row(0, map=np.array([[-4, 1], [0, 2]], dtype=np.float32), unit="relative", method="nib")
+    row.update(image_bits=None, text_bits=None, token_bits=np.array([5.0, 1e-4, -4.0, 6e-6], dtype=np.float32))
+    folder = audit([row] * 6, settings={"method": "grad-eclip"})
+    (pair,) = read_pairs(folder, [0])
+    data = as_data(pair, {})
+    rows, columns, levels, signs = data["map"]
+    assert (rows, columns, data["top"], data["unit"]) == (2, 2, 4, "relative values")
+    assert list(base64.b64decode(levels)) == [255, 64, 0, 128] and list(base64.b64decode(signs)) == [1, 0, 0, 0]
+    # Speaking against the score is not saying nothing: of three words two are silent.
+    assert np.isclose(read_figures(folder).silent[0], 2 / 3)
+    page = write_report(folder).read_text(encoding="utf-8")
+    assert "(grad-eclip, relative values)" in page and "Only maps in bits can say." in page
+    assert "bits of the image" not in page.split("<script>")[0].split('id="settings"')[0]
+
+
+def test_audits_in_different_units_are_not_laid_over_each_other(audit: Callable[..., Path]):
+    rows = [make_row(index, unit="score", method="nib") for index in range(5)]
+    other = audit([make_row(index) for index in range(5)], name="other")
+    folder = audit(rows, settings={"method": "nib"})
+    assert "median units of the score of the image" in write_report(folder).read_text(encoding="utf-8")
+    page = write_report(folder, compare=other).read_text(encoding="utf-8")
+    assert "(nib, units of the score)" in page and "(m2ib, bits)" in page
+    assert "median score" in page and "of the image" not in page.split('id="findings"')[0]
 
 
 HOSTILE = '</script><script>evil()</script><img src=x onerror=evil()> {{ 7 * 7 }} \x1b[31m\u202e & "quoted" \u2028'

@@ -6,8 +6,9 @@ import threading
 
 import pytest
 import torch
+import zoo
 from captum.attr import LayerActivation, LayerGradCam
-from families import Case, Family, clip_case, family_named
+from families import Case, Family, captions, clip_case, family_named
 from tiny_pairs import close
 from torch import Tensor, nn
 
@@ -258,3 +259,13 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="layers: no layer named 'nothing'"):
         GridForward(encoder, "nothing")
     assert isinstance(encoder, DualEncoder)
+
+
+def test_tokens_of_a_network_that_reads_both_inputs_are_told_apart():
+    encoder = zoo.encoder_of(zoo.model_named("colpali"))
+    ids, mask = captions()
+    arguments = zoo.arguments_of(zoo.model_named("colpali"), encoder, ids, mask)
+    forward = EmbeddingForward(encoder)
+    inputs, additional = forward.embedded(arguments[:2], arguments[2:])
+    with torch.no_grad():
+        torch.testing.assert_close(forward(*inputs, *additional), encoder(*arguments))

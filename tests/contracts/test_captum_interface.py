@@ -202,14 +202,14 @@ def test_layer_attribution_has_the_layers_shape(case: Case):
         method = case.layer_method(modality)
         bits = method.attribute(case.inputs, additional_forward_args=case.additional, n_steps=1, n_samples=1)
         assert bits.is_contiguous() and bool((bits >= 0).all()) and not bits.requires_grad
-        layer = choices[0][0] if isinstance(choices[0], tuple) else choices[0]
+        layer, call = choices[0] if isinstance(choices[0], tuple) else (choices[0], 0)
         if isinstance(layer, str):
             continue
         shapes = []
         handle = layer.register_forward_hook(lambda m, a, output, s=shapes: s.append(_shape(output)))
         case.forward(*case.inputs, *case.additional)
         handle.remove()
-        assert bits.shape == shapes[0]
+        assert bits.shape == shapes[call]
 
 
 def _shape(output):

@@ -35,7 +35,8 @@ def test_batch_equals_single(family: Family, exact: bool):
         case.roots[0].float()
     case = case.double() if exact else case
     whole = case.attribute(**SETTINGS)
-    for pair in range(3):
+    # The second caption is the one with padding.
+    for pair in (0, 1, 2) if exact else (1,):
         alone = case.select(slice(pair, pair + 1)).attribute(**SETTINGS)
         close(alone, rows(whole, slice(pair, pair + 1)), family, exact)
 

@@ -27,9 +27,10 @@ from captum_m2ib import (
     PatchLayout,
 )
 
-FEW = {"n_steps": 5, "n_samples": 3}
+FEW = {"n_steps": 3, "n_samples": 2}
 DTYPES = pytest.mark.parametrize("exact", [True, False], ids=["float64", "float32"])
-UNITS = {True: ((1e-3, 100.0), (1e3, -1e4)), False: ((1e-3, -2e-3), (1e3, 700.0))}
+# Both ends of the range in float64, which tells the least trace; in float32 the end where digits are lost.
+UNITS = {True: ((1e-3, 100.0), (1e3, -1e4)), False: ((1e3, 700.0),)}
 
 
 def scaled(forward: Any, a: float, b: float) -> Any:
@@ -78,14 +79,14 @@ def with_forward(case: Case, forward: Any) -> Case:
 @DTYPES
 def test_at_layers(family: Family, exact: bool):
     case = case_of(family, exact)
+    exact = exact and "single" not in family.features
     in_every_unit(lambda forward: with_forward(case, forward).attribute(**FEW), case.forward, exact)
 
 
 @DTYPES
 def test_at_the_input_and_for_words(family: Family, exact: bool):
     case = case_of(family, exact)
-    # AIMv2 normalises in float32 whatever its weights are.
-    exact = exact and family.name != "aimv2"
+    exact = exact and "single" not in family.features
 
     def attribute(forward: Any) -> Any:
         changed = with_forward(case, forward)

@@ -130,13 +130,15 @@ def test_a_detour_is_followed_forwards_and_has_no_derivative(kind: type[nn.Modul
             suffix_of(model, model.first).run({0: suffix.hidden[0].requires_grad_()}, 1)
 
 
-def test_numbers_that_do_not_change_are_a_constant():
+@pytest.mark.parametrize("draws", [1, 2, 3])
+def test_numbers_that_do_not_change_are_a_constant(draws: int):
     model = model_of(lambda m, x: m.third(m.kind(m.first(x))), kind=Parts(lambda m, x: m.second(x)))
     model.kind.forward = lambda x: x * torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=x.dtype)
     with borrowing(model):
         suffix = suffix_of(model, model.first)
         value = moved(suffix)
-        torch.testing.assert_close(suffix.run({0: value}, 1), hooked(model, model.first, value))
+        found = suffix.run({0: value.repeat_interleave(draws, 0)}, draws).unflatten(0, (-1, draws))
+        torch.testing.assert_close(found, hooked(model, model.first, value).unsqueeze(1).expand_as(found))
 
 
 def test_state_in_a_dictionary_is_followed_where_its_writer_runs():

@@ -14,6 +14,7 @@ from captum_m2ib.engine.layouts import (
     PatchLayout,
     TextLayout,
     channel_axis,
+    packed_grid,
     real_elements,
     real_tokens,
     to_input,
@@ -197,6 +198,19 @@ def test_a_waveform_is_a_row_of_frames():
     spread = to_input(layout, units, waves)
     assert spread.shape == waves.shape and not spread[:, 40:].any()
     torch.testing.assert_close(spread.sum(1), units.sum(1))
+
+
+def test_packed_patches_block_by_block_without_their_padding():
+    # Two blocks of 2 x 2 on a grid of 2 rows and 4 columns, and two places of padding.
+    layout = PackedLayout(shapes_argument=1, merge=2, drops_padding=True)
+    inputs, shapes = torch.zeros(1, 10, 6), torch.tensor([[1, 2, 4]])
+    real = real_tokens(layout, inputs, (inputs, shapes))
+    assert real.tolist() == [[True] * 8 + [False] * 2]
+    hidden = torch.arange(8.0).view(1, 8, 1).expand(1, 8, 3)
+    units = to_units(layout, hidden, inputs)
+    assert units.tolist() == [[0, 3, 6, 9, 12, 15, 18, 21, 0, 0]]
+    assert packed_grid(layout, units, (inputs, shapes), 0).tolist() == [[0, 3, 12, 15], [6, 9, 18, 21]]
+    assert float(to_input(layout, units, inputs).sum()) == float(hidden.sum())
 
 
 def test_packed_patches():

@@ -250,10 +250,11 @@ def test_a_given_range_is_taken_and_nothing_is_measured():
     calls.clear()
     record_of(pictures(), score, score_range=torch.ones(4))
     # The pass that is recorded with a copy, two steps with the pass that the first is held against, and the record's.
-    assert calls == [5, 16, 4, 16, 16, 16]
+    assert calls == [5, 16, 4, 16, 32]
     calls.clear()
     record_of(pictures(), score)
-    assert calls == [5, 8, 4, 16, 16, 16, 16, 16]
+    # Besides, all draws of closed gates at once.
+    assert calls == [5, 24, 4, 16, 16, 32]
 
 
 @pytest.mark.parametrize("given", [0, -1.0, math.nan, math.inf, [1.0, 0.0, 1.0, 1.0], [], torch.ones(4, 1)])
@@ -307,8 +308,8 @@ def test_gates_that_a_pair_keeps_shut_stay_shut_where_half_are_open(count: int):
         return FirstRowsOnly(score, [None]).attribute_with_record(some, **settings)[1].modalities[0]
 
     whole = record(given)
-    # After the recorded pass, the closed gates, and the pass that these are held against.
-    halves = passed[3].unflatten(0, (count, HALVES_OF_PIXELS))
+    # After the recorded pass, the draws with all gates closed before those with half of them.
+    halves = passed[1].unflatten(0, (count, CLOSED_DRAWS + HALVES_OF_PIXELS))[:, CLOSED_DRAWS:]
     for pair in range(count):
         kept = (halves[pair] == given[pair]).all(1)
         assert bool(kept[:, : 2 + pair].any()) and not kept[:, 2 + pair :].any()

@@ -175,7 +175,7 @@ def test_html_is_one_safe_page(tmp_path, changes):
 
 @pytest.mark.parametrize("name", ["pair.pkl", "pair", "pair.jpg", ".png"])
 def test_unknown_suffix_names_the_known_ones(tmp_path, name):
-    with pytest.raises(ValueError, match=r"\.png, \.html, \.npz, \.json"):
+    with pytest.raises(ValueError, match=r"\.png, \.pdf, \.svg, \.html, \.npz, \.json"):
         make().save(tmp_path / name)
     with pytest.raises(ValueError, match=r"\.npz, \.json"):
         Explanation.load(tmp_path / name)

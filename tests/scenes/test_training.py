@@ -165,7 +165,7 @@ def test_bad_arguments_are_refused(tmp_path: Path) -> None:
 
 
 def test_rate_rises_and_falls() -> None:
-    rates = [training._rate(step, 100, 10) for step in range(100)]
+    rates = [training.rate_at(step, 100, 10) for step in range(100)]
     assert rates[:10] == [pytest.approx((step + 1) / 10) for step in range(10)]
     assert rates[10] == 1 and all(a > b for a, b in pairwise(rates[10:]))
     assert 0 < rates[-1] < 0.01

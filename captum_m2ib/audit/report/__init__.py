@@ -33,19 +33,16 @@ from captum_m2ib.audit.report.pairs import (
     shown_text,
 )
 from captum_m2ib.audit.tables import import_pyarrow
-from captum_m2ib.audit.writer import read_run
+from captum_m2ib.audit.writer import method_of, read_run
 from captum_m2ib.engine.verdict import VERDICTS
-from captum_m2ib.explanations.visualization import format_bits
+from captum_m2ib.explanations.units import WORDINGS
 
 __all__ = ["write_report"]
 
 _HERE = Path(__file__).parent
 _CHUNK = 200
-_DISTRIBUTIONS = (
-    ("score", "score (cosine similarity)"),
-    ("image_bits", "bits of the image"),
-    ("text_bits", "bits of the text"),
-)
+_SCORE = ("score", "score (cosine similarity)")
+_TOTALS = (("image_bits", "image"), ("text_bits", "text"))
 
 
 def write_report(
@@ -92,9 +89,7 @@ def write_report(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters.update(
-        number=_number, shown=shown_text, bits=lambda value: "–" if value is None else format_bits(value)
-    )
+    environment.filters.update(number=_number, shown=shown_text, amount=_amount)
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     page = environment.get_template("page.html").render(
         title=shown_text(title or Path(runs[0]["manifest"]).name),
@@ -106,6 +101,9 @@ def write_report(
         count=len(figures),
         failed=sum(kind is not None for kind in figures.kinds),
         shown=len(chosen),
+        methods=_methods(runs, [figures] if other is None else [figures, other]),
+        unit=WORDINGS[figures.unit].name,
+        totals=_labels([figures] if other is None else [figures, other])[1:],
         tiles=_tiles([figures] if other is None else [figures, other]),
         distributions=_distributions([figures] if other is None else [figures, other]),
         errors=_errors(figures),
@@ -193,23 +191,45 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3f}".replace("-", "−")
 
 
+def _amount(value: float | None, unit: str) -> str:
+    """A number of a map, in the unit that is called so."""
+    wording = next(one for one in WORDINGS.values() if one.name == unit)
+    return "–" if value is None else wording.number(value)
+
+
+def _methods(runs: Sequence[dict[str, Any]], audits: Sequence[Figures]) -> list[str]:
+    """Per audit its method and what its maps are in."""
+    return [
+        f"{shown_text(method_of(run))}, {WORDINGS[figures.unit].name}"
+        for run, figures in zip(runs, audits, strict=True)
+    ]
+
+
+def _labels(audits: Sequence[Figures]) -> list[tuple[str, str]]:
+    """What distributions are shown of: totals only where they mean something, and the same in both audits."""
+    units = {audit.unit for audit in audits}
+    wording = WORDINGS[audits[0].unit]
+    if len(units) > 1 or not wording.has_totals:
+        return [_SCORE]
+    return [_SCORE, *((name, f"{wording.name} of the {what}") for name, what in _TOTALS)]
+
+
 def _tiles(audits: Sequence[Figures]) -> list[dict[str, Any]]:
     import numpy as np
 
     tiles = []
-    for name, label in _DISTRIBUTIONS:
+    for name, label in _labels(audits):
         values = [audit.numbers[name][np.isfinite(audit.numbers[name])] for audit in audits]
         medians = [float(np.median(series)) if len(series) else None for series in values]
-        shown = [
-            _number(value) if name == "score" else "–" if value is None else format_bits(value) for value in medians
-        ]
+        unit = WORDINGS[audits[0].unit].name
+        shown = [_number(value) if name == "score" else _amount(value, unit) for value in medians]
         tiles.append({"label": f"median {label}", "values": shown})
     return tiles
 
 
 def _distributions(audits: Sequence[Figures]) -> list[dict[str, Any]]:
     found = []
-    for name, label in _DISTRIBUTIONS:
+    for name, label in _labels(audits):
         bars = histogram([audit.numbers[name] for audit in audits])
         if bars is not None:
             highest = max(max(counts) for counts in bars["counts"]) or 1

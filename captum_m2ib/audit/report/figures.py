@@ -51,9 +51,10 @@ class Figures:
         numbers (dict): Per name in :data:`NUMBERS` the values, NaN where there is none, (n,).
         silent (numpy.ndarray): Share of the caption's words that carry nothing, NaN where there are too few, (n,).
         kinds (list): Kind of error, or None.
-        tokens (dict): Per token: occurrences, bits in all, and in how many it carried nothing.
+        tokens (dict): Per token: occurrences, magnitudes of its values in all, and in how many it carried nothing.
         examples (dict): Per kind of error, its commonest reasons with their numbers.
         checks (dict): Per name in :data:`CHECKS` the verdicts, None where there is none.
+        unit (str): What the maps are in, as :attr:`captum_m2ib.Explanation.unit` says it.
     """
 
     ids: list[str]
@@ -64,6 +65,7 @@ class Figures:
     tokens: dict[str, list[float]]
     examples: dict[str, dict[str, int]]
     checks: dict[str, list[str | None]]
+    unit: str = "bits"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -77,11 +79,13 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
     tokens: dict[str, list[float]] = {}
     examples: dict[str, dict[str, int]] = {}
     checks: dict[str, list[str | None]] = {name: [] for name in CHECKS}
-    wanted = ["id", "row", *NUMBERS, *CHECKS, "tokens", "special", "token_bits", "error_kind", "error"]
+    units: set[str] = set()
+    wanted = ["id", "row", *NUMBERS, *CHECKS, "unit", "tokens", "special", "token_bits", "error_kind", "error"]
     for path in shards(folder):
         table = read_shard(path, wanted)
         ids += table["id"].to_pylist()
         found = table["error_kind"].to_pylist()
+        units.update(table["unit"].drop_null().unique().to_pylist())
         kinds += found
         for name, verdicts in checks.items():
             verdicts += table[name].to_pylist()
@@ -97,7 +101,9 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
         for name in ("row", "silent", *NUMBERS)
     }
     rows, silent = joined.pop("row").astype(np.int64), joined.pop("silent")
-    return Figures(ids, rows, joined, silent, kinds, tokens, examples, checks)
+    # Earlier releases wrote no unit: they knew bits alone.
+    unit = units.pop() if units else "bits"
+    return Figures(ids, rows, joined, silent, kinds, tokens, examples, checks, unit)
 
 
 def _count(counts: dict[str, int], name: str, most: int = 200) -> None:
@@ -118,7 +124,8 @@ def _silent_share(table: Any, tokens: dict[str, list[float]]) -> np.ndarray:
     count = table.num_rows
     lengths = pc.fill_null(pc.list_value_length(table["tokens"]), 0).to_numpy()
     owner = np.repeat(np.arange(count), lengths)
-    bits = pc.list_flatten(table["token_bits"]).to_numpy().astype(np.float64)
+    # What speaks against the score carries something, too.
+    bits = np.abs(pc.list_flatten(table["token_bits"]).to_numpy().astype(np.float64))
     word = ~np.asarray(pc.list_flatten(table["special"]).to_numpy(zero_copy_only=False), dtype=bool)
     words = np.bincount(owner, word, count)
     total = np.bincount(owner, bits * word, count)
@@ -179,12 +186,13 @@ def find(figures: Figures) -> list[Finding]:
             "cheap",
             "High score, few bits",
             "The model is sure and needs almost nothing of the pair for it: rank of the score less rank of the bits.",
-            _top(np.where(cheap > 0, cheap, np.nan)),
+            _top(np.where(cheap > 0, cheap, np.nan)) if figures.unit == "bits" else [],
+            "" if figures.unit == "bits" else "Only maps in bits can say.",
         ),
         Finding(
             "outside",
             "Map outside the boxes",
-            "Fewest bits inside the given boxes or mask for their area; at 1 the map knows nothing of them.",
+            "Least of the map above zero inside the given boxes or mask for their area; at 1 it knows nothing of them.",
             _top(np.where(lift < 1, -lift, np.nan)),
             "" if np.isfinite(lift).any() else "The manifest has no boxes or masks.",
         ),
@@ -200,7 +208,7 @@ def find(figures: Figures) -> list[Finding]:
         Finding(
             "silent",
             "Words that carry nothing",
-            f"Largest share of words with less than {SILENT:.0%} of an even share of the caption's bits.",
+            f"Largest share of words with less than {SILENT:.0%} of an even share of what the caption's words have.",
             _top(np.where(figures.silent > 0, figures.silent, np.nan)),
         ),
     ]

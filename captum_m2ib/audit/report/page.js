@@ -29,20 +29,25 @@
     return value.toFixed(digits).replace("-", "−");
   }
 
-  function bits(value) {
+  function amount(value, unit) {
     if (value === null || value === undefined) return "–";
     if (value === 0) return "0";
+    if (unit !== "bits") return String(Number(value.toPrecision(2))).replaceAll("-", "−");
     if (value < 0.005) return "<0.01";
     return value < 9.995 ? value.toFixed(2) : value < 99.95 ? value.toFixed(1) : value.toFixed(0);
   }
 
-  function heatOf([rows, columns, data]) {
+  function heatOf([rows, columns, data, signs]) {
     const levels = atob(data);
+    const below = signs ? atob(signs) : "";
     const canvas = element("canvas");
     canvas.width = columns;
     canvas.height = rows;
     const image = new ImageData(columns, rows);
-    for (let i = 0; i < levels.length; i++) image.data.set(colours.heat[levels.charCodeAt(i)], 4 * i);
+    for (let i = 0; i < levels.length; i++) {
+      const side = below && below.charCodeAt(i) ? colours.cold : colours.heat;
+      image.data.set(side[levels.charCodeAt(i)], 4 * i);
+    }
     canvas.getContext("2d").putImageData(image, 0, 0);
     return canvas;
   }
@@ -78,14 +83,19 @@
   }
 
   function colour(node, level) {
-    const [background, ink] = colours.token[Math.round(255 * Math.min(Math.max(level, 0), 1))];
+    const side = level < 0 ? colours.below : colours.token;
+    const [background, ink] = side[Math.round(255 * Math.min(Math.abs(level), 1))];
     node.style.background = background;
     node.style.color = ink;
   }
 
+  function largest(values) {
+    return values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
   function words(side) {
     const line = element("span", "words");
-    const most = Math.max(...side.bits, 0);
+    const most = largest(side.bits);
     side.tokens.forEach((token, i) => {
       if (side.special[i]) return;
       const word = element("bdi", "word", token);
@@ -120,7 +130,10 @@
       line.append(fact("score", `${number(pair.score, 3)} → ${number(pair.other.score, 3)}`));
       line.append(fact("maps agree", number(pair.agreement, 2)));
     } else if (!pair.error) {
-      line.append(fact("score", number(pair.score, 3)), fact("bits", `${bits(pair.image_bits)} + ${bits(pair.text_bits)}`));
+      line.append(fact("score", number(pair.score, 3)));
+      if (pair.image_bits !== null) {
+        line.append(fact(pair.unit, [pair.image_bits, pair.text_bits].map((value) => amount(value, pair.unit)).join(" + ")));
+      }
     }
     if (pair.check === "fails") line.append(element("b", "bad", "check fails"));
     made.append(line);
@@ -213,15 +226,17 @@
     dialog.scrollTop = 0;
   }
 
-  function scaleOf(top) {
+  function scaleOf(side) {
     const line = element("div", "scale");
+    const ramp = side.map.length > 3 ? [...colours.cold].reverse().concat(colours.heat) : colours.heat;
     const canvas = element("canvas");
-    canvas.width = 256;
+    canvas.width = ramp.length;
     canvas.height = 1;
-    const image = new ImageData(256, 1);
-    colours.heat.forEach((heat, i) => image.data.set(heat, 4 * i));
+    const image = new ImageData(ramp.length, 1);
+    ramp.forEach((heat, i) => image.data.set(heat, 4 * i));
     canvas.getContext("2d").putImageData(image, 0, 0);
-    line.append("0", canvas, `${bits(top)} bits per patch`);
+    const top = amount(side.top, side.unit);
+    line.append(ramp === colours.heat ? "0" : `−${top}`, canvas, `${top} ${side.unit}${side.unit === "relative values" ? "" : " per patch"}`);
     return line;
   }
 
@@ -230,19 +245,20 @@
     if (!verdict) return null;
     const share = (value) => `${number(100 * value, 0)} %`;
     const told = `takes ${share(side[`${name}_margin`])} more than hiding as much at random`;
-    return `${verdict}: hiding what it marks ${told}; it keeps ${share(side[`${name}_kept`])}`;
+    const kept = side[`${name}_kept`];
+    return `${verdict}: hiding what it marks ${told}${kept === null ? "" : `; it keeps ${share(kept)}`}`;
   }
 
   function sideDetail(side, label) {
     const box = element("div", "side");
     if (label) box.append(element("b", `series series-${label === "A" ? 0 : 1}`, label));
-    if (side.map) box.append(scaleOf(side.top));
+    if (side.map) box.append(scaleOf(side));
     if (side.tokens) {
-      const most = Math.max(...side.bits, 0);
+      const most = largest(side.bits);
       const tokens = element("div", "tokens");
       side.tokens.forEach((token, i) => {
         const made = element("span", side.special[i] ? "token special" : "token");
-        made.append(element("bdi", "", token), element("small", "", bits(side.bits[i])));
+        made.append(element("bdi", "", token), element("small", "", amount(side.bits[i], side.unit)));
         if (most > 0) colour(made, side.bits[i] / most);
         tokens.append(made);
       });
@@ -253,15 +269,15 @@
     const facts = element("dl", "facts");
     for (const [name, value] of [
       ["score", side.score === null ? null : number(side.score, 4)],
-      ["bits of the image", side.image_bits === null ? null : bits(side.image_bits)],
-      ["bits of the text", side.text_bits === null ? null : bits(side.text_bits)],
+      [`${side.unit} of the image`, side.image_bits === null ? null : amount(side.image_bits, side.unit)],
+      [`${side.unit} of the text`, side.text_bits === null ? null : amount(side.text_bits, side.unit)],
       ["score through the image's gates", side.image_score === null ? null : number(side.image_score, 4)],
       ["score through the text's gates", side.text_score === null ? null : number(side.text_score, 4)],
       ["check of the image's map", verdictOf(side, "image")],
       ["check of the text's map", verdictOf(side, "text")],
       ["score of the best half", side.best_half_score === null ? null : number(side.best_half_score, 4)],
       ["score of the other half", side.other_half_score === null ? null : number(side.other_half_score, 4)],
-      ["share of the bits inside", side.inside_share === null ? null : number(side.inside_share, 3)],
+      ["share of the map inside", side.inside_share === null ? null : number(side.inside_share, 3)],
       ["share of the area inside", side.inside_area === null ? null : number(side.inside_area, 3)],
       ["likeness to the other caption's map", side.contrast_similarity === null ? null : number(side.contrast_similarity, 3)],
       ["other caption", side.contrast || null],

@@ -12,6 +12,7 @@ import numpy as np
 from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
 from captum_m2ib.audit.writer import read_shard, shards
 from captum_m2ib.explanations.lettering import visible
+from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import heat_ramp, token_colors
 
 _LONGEST_CAPTION = 600
@@ -21,6 +22,7 @@ _COLUMNS = (
     "caption",
     *NUMBERS,
     *CHECKS,
+    "unit",
     "map",
     "tokens",
     "special",
@@ -77,10 +79,15 @@ def explanation_data(pair: Mapping[str, Any]) -> dict[str, Any]:
     if pair["map"] is None:
         return {}
     bits = np.array(pair["map"], dtype=np.float64)
-    top = float(bits.max(initial=0.0))
-    levels = np.rint(255 * bits / top).clip(0, 255).astype(np.uint8) if top > 0 else np.zeros(bits.shape, np.uint8)
+    wording = WORDINGS[pair["unit"] or "bits"]
+    is_signed = wording.is_signed(bits)
+    shown = np.abs(bits) if is_signed else bits
+    top = float(shown.max(initial=0.0))
+    levels = np.rint(255 * shown / top).clip(0, 255).astype(np.uint8) if top > 0 else np.zeros(bits.shape, np.uint8)
+    planes = [levels, (bits < 0).astype(np.uint8)] if is_signed else [levels]
     return {
-        "map": [*levels.shape, base64.b64encode(levels.tobytes()).decode("ascii")],
+        "unit": wording.name,
+        "map": [*levels.shape, *(base64.b64encode(plane.tobytes()).decode("ascii") for plane in planes)],
         "top": _rounded(top),
         "tokens": [shown_text(token) for token in pair["tokens"]],
         "special": [int(flag) for flag in pair["special"]],
@@ -110,13 +117,16 @@ def agreement(first: Any, second: Any) -> float | None:
 
 
 def colours() -> dict[str, Any]:
-    """256 colours of heat as red, green, blue and opacity, and 256 of tokens as background and ink."""
-    colors, opacity = heat_ramp(0.85)
-    heat = np.concatenate([colors, opacity[:, None]], axis=1)
-    return {
-        "heat": np.rint(255 * heat).astype(int).tolist(),
-        "token": [list(pair) for pair in token_colors(np.linspace(0, 1, 256))],
+    """256 colours of heat as red, green, blue and opacity, and 256 of tokens as background and ink; below zero, too."""
+    levels = np.linspace(0, 1, 256)
+    sides = {"heat": heat_ramp(0.85), "cold": heat_ramp(0.85, below=True)}
+    found: dict[str, Any] = {
+        name: np.rint(255 * np.concatenate([colors, opacity[:, None]], axis=1)).astype(int).tolist()
+        for name, (colors, opacity) in sides.items()
     }
+    for name, sign in (("token", 1), ("below", -1)):
+        found[name] = [list(pair) for pair in token_colors(sign * levels, maximum=1.0)]
+    return found
 
 
 def found_in(findings: Sequence[Finding]) -> dict[int, dict[str, int]]:

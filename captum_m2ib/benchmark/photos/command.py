@@ -53,6 +53,11 @@ def add_photos(benchmarks: Any, load: Load) -> None:
         help="m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-fine, "
         "m2ib-late and rise)",
     )
+    parser.add_argument(
+        "--ablation",
+        action="store_true",
+        help="in the place of methods: m2ib with one of its choices for pictures changed at a time",
+    )
     parser.add_argument("--settings", metavar="FILE", help="a settings.json for -tuned (default: the package's)")
     parser.add_argument(
         "--split", choices=("test", "validation"), default="test", help="odd or even picture ids (default: %(default)s)"
@@ -86,6 +91,7 @@ def run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.benchmark.figure_page import write_page
     from captum_m2ib.benchmark.methods import FAMILIES, ON_REQUEST, SETTINGS_FILE, methods
     from captum_m2ib.benchmark.parts import Model, write_comparison
+    from captum_m2ib.benchmark.photos.ablation import ABLATION
     from captum_m2ib.benchmark.photos.coco import read_photos
     from captum_m2ib.benchmark.photos.measures import FIGURES
     from captum_m2ib.benchmark.photos.probes import name_photos
@@ -100,8 +106,11 @@ def run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.benchmark.store import Store
     from captum_m2ib.benchmark.tables import terminal
 
-    known = methods(given.settings or SETTINGS_FILE)
-    asked = named(given.method or [name for name in FAMILIES if name not in ON_REQUEST], known)
+    if given.ablation and given.method:
+        raise ValueError(f"--ablation: brings its own methods, got --method {' '.join(given.method)}; leave out one.")
+    known = {method.name: method for method in ABLATION} if given.ablation else methods(given.settings or SETTINGS_FILE)
+    usual = list(known) if given.ablation else [name for name in FAMILIES if name not in ON_REQUEST]
+    asked = named(given.method or usual, known)
     plan = Plan(given.split, given.rank, given.limit, given.seed, given.steps, not given.without_faithfulness)
     photos = read_photos(given.data, given.annotations, plan.split, plan.limit)
     encoder = load(given)

@@ -19,6 +19,7 @@ from captum_m2ib.benchmark.methods import METHODS, Family, Method
 from captum_m2ib.benchmark.parts import Model
 from captum_m2ib.benchmark.photos import measures
 from captum_m2ib.benchmark.photos import run as photos_run
+from captum_m2ib.benchmark.photos.ablation import ABLATION
 from captum_m2ib.benchmark.photos.coco import Photos, read_photos
 from captum_m2ib.benchmark.photos.measures import FIGURES, Block
 from captum_m2ib.benchmark.photos.probes import Known
@@ -248,6 +249,19 @@ def test_every_method_is_asked_unless_some_are_named(run: Run, monkeypatch: pyte
     assert status == 130 and "same command again" in err
     assert {"m2ib", "m2ib-published", "nib", "integrated-gradients", "occlusion", "centre", "random"} <= set(asked)
     assert "rise" not in asked and not any(name.endswith("-tuned") for name in asked)
+    asked.clear()
+    assert run("--ablation", "--output", "changed").status == 130
+    assert asked == [method.name for method in ABLATION] and asked[0] == "m2ib"
+
+
+def test_what_is_changed_changes_the_map(encoder: DualEncoder):
+    pairs = encoder.prepare([np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)], "a red disc")
+    (pixels, ids), rest = pairs.inputs, pairs.additional_forward_args
+    maps = {method.name: method(encoder).attribute(pixels, (ids, *rest)) for method in ABLATION}
+    assert len(maps) == len(ABLATION)
+    default = maps.pop("m2ib")
+    for name, changed in maps.items():
+        assert changed.shape == default.shape and float((changed - default).abs().max()) > 0, name
 
 
 def test_without_masks_there_are_mosaics_and_no_faithfulness(run: Run, tmp_path: Path):
@@ -314,6 +328,7 @@ def test_a_model_of_one_s_own_comes_from_a_function(run: Run, tmp_path: Path, ch
         (("--model", "./none"), "model: ./none is not a directory"),
         (("--device", "abacus"), "--device: there is no 'abacus' here"),
         (("--settings", "none"), ".*none"),
+        (("--ablation", "--method", "nib"), "--ablation: brings its own methods, got --method nib; leave out one"),
     ],
 )
 def test_arguments_that_cannot_be(run: Run, tmp_path: Path, given: tuple[Any, ...], says: str):

@@ -1,0 +1,1 @@
+"""Late interaction on drawn pages: do maps of a page fall on what the query names?"""

@@ -1,0 +1,108 @@
+"""Pages as processors of late-interaction models prepare them, and where what the model sees of a page lies.
+
+Such a processor prepares each side on its own (``process_images``, ``process_queries``): a page comes with token ids of
+its own, a prompt in which its patches have their places. It may come in one piece, as packed patches, or as tiles and a
+thumbnail of the whole; each tile is looked for on the page like any model's view of a picture.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.views import View, view_of
+from captum_m2ib.engine.layouts import unpacked
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_TOKENS = ("input_ids", "attention_mask")
+
+
+class Pages(NamedTuple):
+    r"""Pages as a model reads them.
+
+    Attributes:
+
+        found (dict[str, Any]): What the model reads, by the names of its arguments.
+        views (list[View]): What it sees of each page.
+        tiles (tuple[tuple[Region or None, ...], ...]): Where each tile of each page lies; () for pages in one piece.
+    """
+
+    found: dict[str, Any]
+    views: list[View]
+    tiles: tuple[tuple[Region | None, ...], ...]
+
+
+def reads_pages(processor: Any) -> bool:
+    """Whether a processor prepares pages and queries each on its own."""
+    return all(callable(getattr(processor, name, None)) for name in ("process_images", "process_queries"))
+
+
+def read_pages(processor: Any, pictures: Sequence[Image]) -> Pages:
+    r"""Prepare pages.
+
+    Args:
+
+        processor: One that :func:`reads_pages`.
+        pictures (sequence of PIL.Image.Image): The pages, RGB.
+
+    Returns:
+        Pages: what the model reads of them, and what it sees.
+    """
+    read = dict(processor.process_images(list(pictures)))
+    found = {f"page_{name}" if name in _TOKENS else name: value for name, value in read.items()}
+    if read["pixel_values"].ndim != 5:
+        parts = _Parts(processor)
+        views = [
+            view_of(picture, parts.of(read, index)[0], parts.alone, processor.image_processor)
+            for index, picture in enumerate(pictures)
+        ]
+        return Pages(found, views, ())
+    wholes = [Region(0.0, 0.0, *picture.size, *picture.size) for picture in pictures]
+    views = [View(whole.crop(picture), whole) for whole, picture in zip(wholes, pictures, strict=True)]
+    return Pages(found, views, tuple(_tiles(processor, read, index, one) for index, one in enumerate(pictures)))
+
+
+def _tiles(processor: Any, read: dict[str, Any], index: int, picture: Image) -> tuple[Region | None, ...]:
+    """Where each tile of a page lies on it."""
+    parts = _Parts(processor)
+    return tuple(
+        view_of(picture, tile, partial(parts.alone, place=place), None).region
+        for place, tile in enumerate(parts.of(read, index))
+    )
+
+
+class _Parts:
+    """The pictures, (C, h, w), that a processor makes of a page; the same page is processed once."""
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._known: dict[bytes, list[Tensor]] = {}
+
+    def alone(self, picture: Image, place: int = 0) -> Tensor:
+        """One part of a page that is processed for itself."""
+        content = picture.tobytes()
+        if content not in self._known:
+            self._known[content] = self.of(dict(self._processor.process_images([picture])), 0)
+        return self._known[content][place]
+
+    def of(self, read: dict[str, Any], index: int) -> list[Tensor]:
+        """One page of a batch."""
+        pixels = read["pixel_values"][index]
+        if "image_grid_thw" in read:
+            return [self._joined(pixels, read["image_grid_thw"][index])]
+        # Tiles beyond a page's own are all zeros.
+        return [tile for tile in pixels if bool(tile.any())] if pixels.ndim == 4 else [pixels]
+
+    def _joined(self, patches: Tensor, shape: Tensor) -> Tensor:
+        """Packed patches, each of some equal frames, put side by side."""
+        reader, (rows, columns) = self._processor.image_processor, shape[-2:].tolist()
+        side = reader.patch_size
+        grid = unpacked(patches[: rows * columns], rows, columns, reader.merge_size)
+        frames = grid.unflatten(-1, (3, -1, side, side))[:, :, :, 0]
+        return frames.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

@@ -1,0 +1,52 @@
+"""Processors of late-interaction models, made of their own classes with a small vocabulary and small pages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
+
+WORDS = ("a", "red", "blue", "circle", "revenue", "2024", "2025", "chart", "of", "Question", "Query", "Describe", "the")
+SPECIAL = {1: "<pad>", 62: "<s>", 60: "<fake_token_around_image>", 59: "<end_of_utterance>"}
+IMAGE = 61
+
+
+def tokenizer(image: str = "<image>") -> Any:
+    """Words, and what processors write around them; the ids of special tokens are those of the zoo's models."""
+    names = [f"<unused_{index}>" for index in range(64)]
+    for place, word in enumerate((*WORDS, "<unk>", "\n", ":", ".", "image", "User", "Assistant")):
+        names[place + 5] = word
+    special = {**SPECIAL, IMAGE: image}
+    for place, name in special.items():
+        names[place] = name
+    made = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
+    made.add_special_tokens([AddedToken(name, special=True) for name in special.values()])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", model_max_length=64
+    )
+
+
+def colpali() -> Any:
+    reader = transformers.models.siglip.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    reader.image_seq_length = 16
+    return transformers.ColPaliProcessor(reader, tokenizer())
+
+
+def colqwen2() -> Any:
+    size = {"shortest_edge": 16 * 16, "longest_edge": 40 * 32}
+    reader = transformers.models.qwen2_vl.Qwen2VLImageProcessorPil(size=size, patch_size=8)
+    return transformers.ColQwen2Processor(
+        reader, tokenizer("<|image_pad|>"), visual_prompt_prefix="<s><|image_pad|>Describe the image."
+    )
+
+
+def colmodernvbert() -> Any:
+    """Pages as tiles of 32 pixels, and a thumbnail."""
+    reader = transformers.models.idefics3.Idefics3ImageProcessorPil(
+        size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+    )
+    return transformers.ColModernVBertProcessor(
+        reader, tokenizer(), image_seq_len=4, visual_prompt_prefix="<s>User:<image>Describe the image."
+    )
