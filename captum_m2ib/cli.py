@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import captum_m2ib
 from captum_m2ib.audit import command as audit
 from captum_m2ib.benchmark.command import add_benchmark
+from captum_m2ib.disent.command import add_disent
 
 if TYPE_CHECKING:
     from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -81,6 +82,7 @@ def _parser() -> _Parser:
     _add_train(commands)
     add_benchmark(commands, _load, _device)
     audit.add_commands(commands)
+    add_disent(commands)
     return parser
 
 

@@ -203,21 +203,47 @@ def explain_class(
     Raises:
         ValueError: if the class is unknown or no picture has it.
     """
+    n_classes = model.head.n_classes
+    if not 0 <= index < n_classes:
+        raise ValueError(f"index: expected a class from 0 to {n_classes - 1}, got {index}.")
+    found = {page.index: page for page in explain_classes(model, loader, prototypes, n_halves)}
+    if index not in found:
+        raise ValueError(f"index: expected a class that occurs in the data, got {index}, which no picture has.")
+    return found[index]
+
+
+def explain_classes(
+    model: ConceptModel[Any], loader: Loader, prototypes: Prototypes, n_halves: int = 5
+) -> list[ClassExplanation]:
+    r"""The page of every class that occurs in the data, at the price of one: see :func:`explain_class`.
+
+    Args:
+
+        model (InfoDisent or EPIC): Trained.
+        loader (iterable): Yields (images, labels); or a :class:`FeatureSet` with labels.
+        prototypes (Prototypes): From :func:`find_prototypes`.
+        n_halves (int, optional): As for :func:`explain_class`. Default: 5
+
+    Returns:
+        list[ClassExplanation]: in the order of the classes.
+    """
     head, features = model.head, model.collect(loader)
-    if not 0 <= index < head.n_classes:
-        raise ValueError(f"index: expected a class from 0 to {head.n_classes - 1}, got {index}.")
     labels = check_labels(features.labels, head.n_classes, len(features))
     labels = labels.argmax(1) if labels.is_floating_point() else labels
-    if not bool((labels == index).any()):
-        raise ValueError(f"index: expected a class that occurs in the data, got {index}, which no picture has.")
     means = mean_contributions(model, features, labels)
     strongest = means.abs().flatten(1).topk(min(n_halves, means[0].numel()), 1).indices
     weight = head.class_weight.detach().cpu()
+    return [_class_page(model, index, means, strongest, weight, prototypes) for index in sorted(set(labels.tolist()))]
+
+
+def _class_page(
+    model: ConceptModel[Any], index: int, means: Tensor, strongest: Tensor, weight: Tensor, prototypes: Prototypes
+) -> ClassExplanation:
     halves = []
     for position in strongest[index].tolist():
         channel, side = divmod(position, 2)
         value = means[index, channel, side]
-        others = [k for k in range(head.n_classes) if k != index and position in strongest[k].tolist()]
+        others = [k for k in range(len(means)) if k != index and position in strongest[k].tolist()]
         others = [k for k in others if means[k, channel, side] != 0]
         others.sort(key=lambda k: -abs(float(means[k, channel, side])))
         sign = 1 - 2 * side

@@ -44,7 +44,7 @@ def load_named(
         return DualEncoder.from_pretrained(name, revision=revision, device=device)
     if revision is not None:
         raise ValueError(f"revision: {name} is a Python function, which has none; leave it out.")
-    made = _call(name)
+    made = call_named(name)
     if not isinstance(made, DualEncoder) or made.processor is None:
         got = "one without" if isinstance(made, DualEncoder) else type(made).__name__
         raise ValueError(
@@ -79,23 +79,37 @@ def _open_clip_name(name: str) -> tuple[str, str | None] | None:
     return None
 
 
-def _call(name: str) -> object:
+def call_named(name: str, argument: str = "model") -> object:
+    r"""What a Python function returns that is called by its name.
+
+    Args:
+
+        name (str): ``module:function``; the module may lie in the working directory. Its code is run.
+        argument (str, optional): What errors call it. Default: "model"
+
+    Returns:
+        object: whatever it returned.
+
+    Raises:
+        TypeError: if the name is that of no function.
+        ValueError: if there is no such module or function, or it needs what is not installed.
+    """
     module, _, function = name.partition(":")
     # At the end, so that a file that happens to lie there stands for no installed module.
     sys.path.append(os.getcwd())
     try:
         found = getattr(importlib.import_module(module), function, None)
         if found is None:
-            raise ValueError(f"model: {module} has no function {function}; check the name.")
+            raise ValueError(f"{argument}: {module} has no function {function}; check the name.")
         if not callable(found):
-            raise TypeError(f"model: expected {name} to be a function, got {type(found).__name__}; check the name.")
+            raise TypeError(f"{argument}: expected {name} to be a function, got {type(found).__name__}; check it.")
         made: object = found()
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
             raise ValueError(
-                f"model: there is no module {error.name} for {name}; check the name, and where you are."
+                f"{argument}: there is no module {error.name} for {name}; check the name, and where you are."
             ) from None
-        raise ValueError(f"model: {name} needs what cannot be imported here: {error}") from error
+        raise ValueError(f"{argument}: {name} needs what cannot be imported here: {error}") from error
     finally:
         sys.path.remove(os.getcwd())
     return made

