@@ -120,6 +120,7 @@ def test_work_grows_with_the_suffix_only(family: Family):
     for handle in handles:
         handle.remove()
     few, many = counts
+    finished = list(many)
     tapped = [choices[0][0] if isinstance(choices[0], tuple) else choices[0] for choices in case.layers]
     if "late" in family.features:
         # What a query's tokens are taken at reads the page, too, behind the page's own layer.
@@ -130,12 +131,16 @@ def test_work_grows_with_the_suffix_only(family: Family):
         within = set(layer.modules())
         assert not grown & within, f"{[type(m).__name__ for m in grown & within]} ran again"
     for root in case.roots:
+        names = {module: name for name, module in root.named_modules()}
         for name, module in root.named_modules():
-            last = name.split(".")[-1]
+            above, _, last = name.rpartition(".")
             # Late interaction embeds its outputs, and what it has embedded is normed once more in its language model.
             embeds = last in ("embed_tokens", "tok_embeddings") if "late" in family.features else "embed" in last
-            # What holds a tapped layer, or comes after one, runs again by right.
-            is_after = "temporal" in name or any(layer in set(module.modules()) for layer in tapped)
+            # What holds a tapped layer, or finishes after one of its own tower, runs again by right.
+            beside = [layer for layer in tapped if above and names.get(layer, "").startswith(f"{above}.")]
+            is_after = any(layer in set(module.modules()) for layer in tapped) or any(
+                finished.index(layer) < finished.index(module) for layer in beside if module in many
+            )
             if (embeds or name == "stem") and (not is_after or module in tapped):
                 assert not grown & set(leaves_of(module)), f"{name} ran again"
     assert grown
