@@ -218,10 +218,8 @@ class Study:
             ValueError: if the folder holds another study.
             FloatingPointError: as of :meth:`InfoDisent.fit`.
         """
-        started = time.monotonic()
         self._write_told({})
         self.collect(show_progress)
-        feature_seconds = time.monotonic() - started
         self._write_told(
             {
                 "classes": self.photographs.classes,
@@ -229,7 +227,6 @@ class Study:
                 "problems": self.problems,
                 "grid": list(self.train.features.shape[1:]),
                 "own": self._own_accuracy(),
-                "seconds": {"features": feature_seconds, "read_now": self.cached.read_now},
             }
         )
         for seed in range(self.settings.seeds):

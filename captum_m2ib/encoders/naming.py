@@ -102,7 +102,8 @@ def call_named(name: str, argument: str = "model") -> object:
         if found is None:
             raise ValueError(f"{argument}: {module} has no function {function}; check the name.")
         if not callable(found):
-            raise TypeError(f"{argument}: expected {name} to be a function, got {type(found).__name__}; check it.")
+            got = type(found).__name__
+            raise TypeError(f"{argument}: expected {name} to be a function, got {got}; check the name.")
         made: object = found()
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name and f"{module}.".startswith(f"{error.name}."):
