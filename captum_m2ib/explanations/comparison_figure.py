@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from captum_m2ib.explanations.lettering import EDGE, QUIET, elide, format_score, text_width, visible, write
+from captum_m2ib.explanations.shown import Shown
 from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import (
@@ -19,29 +19,6 @@ from captum_m2ib.explanations.visualization import (
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-
-class Shown(Protocol):
-    """The parts of an :class:`captum_m2ib.Explanation` that are drawn."""
-
-    @property
-    def image(self) -> NDArray[np.uint8]: ...
-    @property
-    def caption(self) -> str: ...
-    @property
-    def tokens(self) -> tuple[str, ...]: ...
-    @property
-    def special(self) -> tuple[bool, ...]: ...
-    @property
-    def score(self) -> float: ...
-    @property
-    def image_bits(self) -> NDArray[np.float32]: ...
-    @property
-    def token_bits(self) -> NDArray[np.float32]: ...
-    @property
-    def notes(self) -> list[str]: ...
-    @property
-    def unit(self) -> str: ...
 
 
 # All lengths in inches.
