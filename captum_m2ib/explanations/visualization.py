@@ -275,7 +275,7 @@ def pair_figure(
         unit (str, optional): What the values are in, as for :class:`captum_m2ib.Explanation`; all but bits may be below
             zero. Default: "bits"
         image_total (float, optional): The image's total. Default: None (the sum of ``image_bits``)
-        style (str, optional): One of :data:`STYLES`. Default: "heat"
+        style (str, optional): ``"heat"``, ``"safe"`` or ``"contour"``. Default: "heat"
         share (float, optional): Of the style ``"contour"``, the share of the map inside the line. Default: 0.5
         crop (sequence of float, optional): What the model saw of the picture, framed: left, top, right and bottom as
             shares of its sides. Default: None (no frame)
