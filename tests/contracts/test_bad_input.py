@@ -190,9 +190,8 @@ def test_a_score_that_is_not_finite_later():
 
     def change(score):
         calls.append(1)
-        # The recorded pass, the draws with gates closed, the pass that they are held against, the draws with half of
-        # the gates closed, and the first step.
-        return score if len(calls) < 1 + 1 + 1 + 2 + 2 else score * NAN
+        # The recorded pass, the draws with gates closed, the pass that they are held against, and the first step.
+        return score if len(calls) < 1 + 1 + 1 + 2 else score * NAN
 
     case, method = closure_with(change)
     with pytest.raises(ValueError, match="score at step 1 is NaN or infinite"):
