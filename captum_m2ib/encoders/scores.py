@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +75,6 @@ class MaxSim:
     of this kind leave padding so, and it neither matches nor counts. Khattab and Zaharia, "ColBERT", SIGIR 2020,
     https://arxiv.org/abs/2004.12832
 
-    Args:
-
-        mean (bool, optional): Whether to take the mean over the query's tokens instead. Default: False
-
     Examples::
 
         >>> page = torch.tensor([[[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]])  # two tokens, one of padding
@@ -89,12 +85,7 @@ class MaxSim:
         tensor([0.8000])
     """
 
-    mean: bool = False
-
-    @property
-    def name(self) -> str:
-        """What it is called."""
-        return "mean MaxSim" if self.mean else "MaxSim"
+    name: ClassVar[str] = "MaxSim"
 
     def terms(self, page: Tensor, query: Tensor) -> Tensor:
         r"""What each token of the query adds.
@@ -134,8 +125,7 @@ class MaxSim:
             Tensor: (...), in float32 at least.
         """
         counted = is_token(query) if scored is None else is_token(query) & scored.bool()
-        total = torch.where(counted, self.terms(page, query), 0.0).sum(-1)
-        return total / counted.sum(-1) if self.mean else total
+        return torch.where(counted, self.terms(page, query), 0.0).sum(-1)
 
 
 def is_token(embeddings: Tensor) -> Tensor:
