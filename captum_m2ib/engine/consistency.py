@@ -7,18 +7,17 @@ agree. Where they do not, the module, the argument or the habit of the model tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.batch_axis import nearly_equal
-from captum_m2ib.engine.dependence import NOTHING, Dependence, Reach
-from captum_m2ib.engine.frames import Frames
+from captum_m2ib.engine.dependence import NOTHING, Reach
 from captum_m2ib.engine.interception import Handler, intercept
 from captum_m2ib.engine.layers import map_leaves, tensors_in
-from captum_m2ib.engine.recording import Kept, Recording
+from captum_m2ib.engine.recording import Recording
 from captum_m2ib.engine.replaying import Replayer, Reuse
 from captum_m2ib.engine.rows import Shared, append_first, as_given, check_score, is_batch, repeat_pairs
 
@@ -71,7 +70,7 @@ class Consistency:
         """
         if score is None:
             # Of one draw, an argument with one row too many would not show.
-            draws, values = 2, {index: self._moved(index, 2) for index in values}
+            draws, values = 2, {index: self._recording.elsewhere(index, 2) for index in values}
             try:
                 score = self._rerun(values, draws)
             except Exception as error:
@@ -92,35 +91,6 @@ class Consistency:
         except Exception:
             self._explain_failure(self._first_draw(values, draws), error)
 
-    def check_derivatives(self, indices: frozenset[int]) -> None:
-        r"""Look for a value on the way from layers to the score through which no derivative goes.
-
-        Args:
-
-            indices (frozenset[int]): The taps whose values are differentiated.
-
-        Raises:
-            RuntimeError: if there is one.
-        """
-        concerned = [call for call in self._recording.calls if call.reach & indices]
-        if any(call.unseen or call.operators for call in concerned):
-            values = {index: self._moved(index, 2).requires_grad_() for index in indices}
-            watch = _Derivatives(self._recording, Replayer(self._recording, self._reuse, values, 2), indices)
-            with intercept(watch), watch.dependence:
-                score = self._score(repeat_pairs(self._arguments, self._recording.pairs, 2), 2)
-            self._check_operators(score, indices)
-
-    def _check_operators(self, score: Tensor, indices: frozenset[int]) -> None:
-        if not any("NotImplemented" in node.name() for node in _graph(score)):
-            return
-        calls = self._recording.calls
-        for place in (place for place, call in enumerate(calls) if call.operators and call.reach & indices):
-            raise RuntimeError(
-                f"forward_func: {self._recording.name_of(place)} computes with {', '.join(calls[place].operators)}, "
-                "which torch cannot differentiate, so a map would leave out what goes through it; pass the model "
-                "before it was quantised or converted, or use RISE, which needs no gradients."
-            )
-
     def _rerun(self, values: Values, draws: int) -> Tensor:
         return self._through(Replayer(self._recording, self._reuse, values, draws), draws)
 
@@ -138,13 +108,6 @@ class Consistency:
 
     def _first_draw(self, values: Values, draws: int) -> Values:
         return {index: value.detach().unflatten(0, (-1, draws))[:, 0] for index, value in values.items()}
-
-    def _moved(self, index: int, draws: int) -> Tensor:
-        """Other values of a tap, as far from the recorded ones as those are from each other."""
-        hidden = self._recording.hidden[index].repeat_interleave(draws, 0)
-        generator = torch.Generator().manual_seed(index)
-        drawn = torch.randn(hidden.shape, generator=generator).to(hidden.device, hidden.dtype)
-        return hidden + drawn * hidden.float().std(correction=0).to(hidden.dtype)
 
     def _agree(self, one: Tensor, other: Tensor) -> bool:
         """Whether scores differ by no more than rounding; those that are no numbers are told elsewhere."""
@@ -323,61 +286,6 @@ class _Traced(Replayer):
             raise
         self.seen[place] = (received, _copies(made))
         return made
-
-
-class _Derivatives:
-    """Follows a rerun, and raises where a value that moved, made by no operation within sight, has no derivative."""
-
-    def __init__(self, recording: Recording, replayer: Replayer, indices: frozenset[int]) -> None:
-        self._recording = recording
-        self._indices = indices
-        self._unseen = [kept for call in recording.calls for kept in call.unseen]
-        self._replayer = replayer
-        self._frames = Frames(lambda tensor: tensor)
-        self.dependence = Dependence(self._frames.of_unseen)
-        # Copies of what is reused may be made within sight.
-        reused: list[Kept] = []
-        outputs = (call.output.structure for call in recording.calls if call.output is not None)
-        map_leaves([*recording.structures, *outputs], reused.append, Kept)
-        self.dependence.mark((kept.value for kept in reused), NOTHING)
-
-    def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        place = self._replayer.place
-        # What a call depends on is known from the recording; here only what it uses counts.
-        self._frames.enter(module, frozenset([0]))
-        made = self._replayer(proceed, module, args, kwargs)
-        for tensor in tensors_in(made):
-            if not self.dependence.has_seen(tensor):
-                self.dependence.of([tensor])
-        frame = self._frames.leave()
-        self.dependence.mark(tensors_in(made), NOTHING)
-        call = self._recording.calls[place]
-        for tensor, _ in frame.unseen.values() if call.reach & self._indices else ():
-            with self.dependence.resting():
-                if not tensor.requires_grad and not any(_is_kept(kept, tensor) for kept in self._unseen):
-                    raise RuntimeError(
-                        f"forward_func: {self._recording.name_of(place)} computes outside of torch, such as in NumPy "
-                        "or in a list of numbers, where nothing has a derivative, so a map would leave out what goes "
-                        "through it; compute it with torch's operations, or use RISE, which needs no gradients."
-                    )
-        return made
-
-
-def _is_kept(kept: Kept, tensor: Tensor) -> bool:
-    """Whether a tensor of a rerun of two draws per pair is what the recorded pass had."""
-    before = kept.value if kept.axis is None else kept.axis.repeat(kept.value, 2)
-    return before.shape == tensor.shape and nearly_equal(before, tensor.detach())
-
-
-def _graph(score: Tensor) -> Iterator[Any]:
-    """The nodes of what a score was made by."""
-    seen, waiting = set(), [score.grad_fn]
-    while waiting:
-        node = waiting.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            waiting += [following for following, _ in node.next_functions]
-            yield node
 
 
 def _copies(structure: Any) -> list[Tensor]:

@@ -6,8 +6,10 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _get_current_dispatch_mode,
@@ -19,6 +21,8 @@ NOTHING: Reach = frozenset()
 
 # Namespaces of operators that say themselves what their derivative is, zero included.
 _OWN = ("aten", "prim", "prims", "higher_order")
+# What makes a Python number of a tensor.
+_TO_NUMBER = torch.ops.aten._local_scalar_dense.default
 
 
 class Dependence(TorchDispatchMode):
@@ -34,6 +38,8 @@ class Dependence(TorchDispatchMode):
             Default: None
         foreign (Callable, optional): Told the name of each operator that is not torch's own and takes a tensor that
             descends from a source. Default: None
+        numbered (Callable, optional): Told the sources of each tensor that becomes a Python number, or a list of them.
+            Default: None
     """
 
     supports_higher_order_operators = True
@@ -48,11 +54,13 @@ class Dependence(TorchDispatchMode):
         of_unseen: Callable[[Tensor], Reach] | None = None,
         before_change: Callable[[list[Tensor]], Any] | None = None,
         foreign: Callable[[str], Any] | None = None,
+        numbered: Callable[[Reach], Any] | None = None,
     ) -> None:
         super().__init__()
         self._of_unseen = of_unseen
         self._before_change = before_change
         self._foreign = foreign
+        self._numbered = numbered
         self._reach: dict[int, Reach] = {}
         # While one of these is held, no other storage gets the address, although the memory itself is released.
         self._held: dict[int, Any] = {}
@@ -68,6 +76,8 @@ class Dependence(TorchDispatchMode):
         reach = self.of(came)
         if reach and self._foreign is not None and func.namespace not in _OWN:
             self._foreign(func.name())
+        if func is _TO_NUMBER:
+            self.note_number(came[0])
         output = func(*args, **(kwargs or {}))
         made = _tensors_of((output,))
         self.mark(made, reach)
@@ -94,6 +104,12 @@ class Dependence(TorchDispatchMode):
             elif not sources <= known:
                 self._reach[key] = known | sources
 
+    def note_number(self, tensor: Tensor) -> None:
+        """A tensor's value goes on as a Python number; integers and truths have no derivative to lose."""
+        reach = self.of([tensor]) if tensor.is_floating_point() else NOTHING
+        if reach and self._numbered is not None:
+            self._numbered(reach)
+
     def has_seen(self, tensor: Tensor) -> bool:
         """Whether the tensor was marked, or made within sight."""
         return storage_of(tensor) in self._reach
@@ -108,6 +124,19 @@ class Dependence(TorchDispatchMode):
             if own is not found:
                 found = found | own if found else own
         return found
+
+
+class NumbersFrom(TorchFunctionMode):
+    """While active, has a :class:`Dependence` note the tensors made into lists of numbers, which no operation does."""
+
+    def __init__(self, dependence: Dependence) -> None:
+        super().__init__()
+        self._dependence = dependence
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.tolist:
+            self._dependence.note_number(args[0])
+        return func(*args, **(kwargs or {}))
 
 
 def _tensors_of(given: Iterable[Any]) -> list[Tensor]:

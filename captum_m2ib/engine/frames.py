@@ -22,6 +22,7 @@ class Frame:
         unseen (dict): By storage, the floating-point tensors it used that nothing made within sight, and what was kept
             of each; the tensors themselves are held, lest another gets the storage.
         operators (dict): The names of operators that are not torch's own, as keys.
+        numbers (frozenset[int]): The sources of what it made Python numbers of.
     """
 
     def __init__(self, module: nn.Module, received: Reach) -> None:
@@ -29,6 +30,7 @@ class Frame:
         self.received = received
         self.unseen: dict[int, tuple[Tensor, Any]] = {}
         self.operators: dict[str, None] = {}
+        self.numbers = NOTHING
 
 
 class Frames:
@@ -37,10 +39,15 @@ class Frames:
     Args:
 
         keep (Callable): What to keep of a tensor that nothing made within sight.
+
+    Attributes:
+
+        numbers (frozenset[int]): The sources of what became a Python number while no module ran.
     """
 
     def __init__(self, keep: Callable[[Tensor], Any]) -> None:
         self._keep = keep
+        self.numbers = NOTHING
         self._running: list[Frame] = []
         self._held: set[int] = set()
         self._looked_at = 0
@@ -69,6 +76,11 @@ class Frames:
         """The running module uses an operator that is not torch's own."""
         if self._running:
             self._running[-1].operators[name] = None
+
+    def note_number(self, sources: Reach) -> None:
+        """The running module makes a Python number of what descends from the sources."""
+        place = self._running[-1] if self._running else self
+        place.numbers |= sources
 
     def _is_held(self, module: nn.Module, key: int) -> bool:
         """Whether a storage belonged to a module before it ran, or is a parameter of the running one, loaded since."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis
-from captum_m2ib.engine.dependence import NOTHING, Dependence, Reach, storage_of
+from captum_m2ib.engine.dependence import NOTHING, Dependence, NumbersFrom, Reach, storage_of
 from captum_m2ib.engine.frames import Frames
 from captum_m2ib.engine.interception import Handler, intercept
 from captum_m2ib.engine.layers import (
@@ -48,7 +48,7 @@ def record(
     """
     planted = append_first(arguments, pairs)
     recorder = _Recorder(taps, pairs)
-    with intercept(recorder), recorder.dependence:
+    with intercept(recorder), recorder.dependence, NumbersFrom(recorder.dependence):
         recorder.dependence.mark(tensors_in(planted), _FROM_DATA)
         score = check_score(forward(planted), pairs + 1, pairs)
     return recorder.finish(score)
@@ -76,6 +76,7 @@ class Recording:
         hidden (tuple[Tensor, ...]): Each hidden state, pairs first, (N, ...), detached.
         score (Tensor): The scores, (N,), detached.
         precision (float): The distance from 1 to the next number, in the coarsest type that a module returned.
+        numbers (frozenset[int]): The taps of which a Python number was made outside of every module.
     """
 
     taps: tuple[Tap, ...]
@@ -86,6 +87,7 @@ class Recording:
     hidden: tuple[Tensor, ...]
     score: Tensor
     precision: float
+    numbers: Reach = NOTHING
 
     def name_of(self, place: int) -> str:
         """What a call's module is known by: its name in the outermost module above it, and its class."""
@@ -94,6 +96,17 @@ class Recording:
         found = ((name, root) for root in roots for name, one in root.named_modules() if one is module)
         name, _ = next(found, ("", module))
         return f"{name!r} ({type(module).__name__})" if name else type(module).__name__
+
+    def elsewhere(self, index: int, draws: int) -> Tensor:
+        """Other values of a tap, (N * draws, ...), as far from the recorded ones as those are from each other."""
+        hidden = self.hidden[index].repeat_interleave(draws, 0)
+        return hidden + self.direction(index, draws)
+
+    def direction(self, index: int, draws: int) -> Tensor:
+        """Steps from a tap's values, (N * draws, ...), at random but always the same, as long as the values spread."""
+        hidden = self.hidden[index].repeat_interleave(draws, 0)
+        drawn = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(index))
+        return drawn.to(hidden.device, hidden.dtype) * hidden.float().std(correction=0).to(hidden.dtype)
 
     @property
     def pairs(self) -> int:
@@ -119,6 +132,7 @@ class Call:
         output (Output or None): What a rerun may have instead of running the module; None where it may not.
         unseen (tuple[Kept, ...]): Tensors that it used, in their order, which no operation made within sight.
         operators (tuple[str, ...]): Operators on what depends on the pairs that are not torch's own.
+        numbers (frozenset[int]): The taps of which it made a Python number.
     """
 
     module: nn.Module
@@ -128,6 +142,7 @@ class Call:
     output: Output | None = None
     unseen: tuple[Kept, ...] = ()
     operators: tuple[str, ...] = ()
+    numbers: Reach = NOTHING
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,7 +182,9 @@ class _Recorder:
 
     def __init__(self, taps: Sequence[Tap], pairs: int) -> None:
         self._frames = Frames(self._keep_unseen)
-        self.dependence = Dependence(self._frames.of_unseen, self._before_change, self._frames.note_operator)
+        self.dependence = Dependence(
+            self._frames.of_unseen, self._before_change, self._frames.note_operator, self._frames.note_number
+        )
         self._taps = tuple(taps)
         self._pairs = pairs
         self._seen = [0] * len(taps)
@@ -197,8 +214,15 @@ class _Recorder:
             self._structures[tap] = self._keep(output)
         is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
         reach = self._close(start, received, output, is_changed)
-        unseen = tuple(kept for _, kept in frame.unseen.values())
-        self._calls[start] = Call(module, tap, len(self._calls), reach, None, unseen, tuple(frame.operators))
+        self._calls[start] = Call(
+            module=module,
+            tap=tap,
+            end=len(self._calls),
+            reach=reach,
+            unseen=tuple(kept for _, kept in frame.unseen.values()),
+            operators=tuple(frame.operators),
+            numbers=frame.numbers - _FROM_DATA,
+        )
         return output
 
     def finish(self, score: Tensor) -> Recording:
@@ -221,6 +245,7 @@ class _Recorder:
             hidden=tuple(one.axis.split(one.hidden)[: self._pairs] for one in opened),
             score=score.detach()[: self._pairs].clone(),
             precision=max(torch.finfo(dtype).eps for dtype in (score.dtype, *self._types)),
+            numbers=self._frames.numbers - _FROM_DATA,
         )
 
     def _tap_of(self, module: nn.Module) -> int | None:

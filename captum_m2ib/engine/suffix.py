@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.engine.consistency import FAILURES, Consistency, explain_recording
+from captum_m2ib.engine.derivatives import Derivatives
 from captum_m2ib.engine.interception import intercept, unobserved
 from captum_m2ib.engine.layers import entering
 from captum_m2ib.engine.recording import Tap, record
@@ -63,6 +64,7 @@ class Suffix:
             raise
         self._reuse = Reuse(self._recording.rows)
         self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
+        self._derivatives = Derivatives(self._forward, arguments, self._recording, self._reuse)
         self._checked: set[frozenset[int]] = set()
         self._differentiated: set[frozenset[int]] = set()
         self._modes = torch._C._len_torch_function_stack()
@@ -118,5 +120,5 @@ class Suffix:
             self._checked.add(kind)
         if is_differentiable and kind not in self._differentiated:
             with unobserved(self._modes):
-                self._consistency.check_derivatives(kind)
+                self._derivatives.check(kind)
             self._differentiated.add(kind)

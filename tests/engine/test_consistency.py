@@ -82,9 +82,9 @@ def batch() -> Tensor:
     return torch.randn(PAIRS, 5, 4, generator=torch.Generator().manual_seed(0)).double()
 
 
-def suffix_of(model: Parts, tapped: nn.Module, *arguments) -> Suffix:
-    given = arguments or (batch(),)
-    return Suffix(lambda all_: model(*all_), given, PAIRS, [Tap(Layer(tapped, "tapped"))])
+def suffix_of(model: Parts, tapped: nn.Module, *arguments, forward=None, dtype=torch.float64) -> Suffix:
+    given = arguments or (batch().to(dtype),)
+    return Suffix(forward or (lambda all_: model(*all_)), given, PAIRS, [Tap(Layer(tapped, "tapped"))])
 
 
 def hooked(model: Parts, tapped: nn.Module, value: Tensor) -> Tensor:
