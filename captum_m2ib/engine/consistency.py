@@ -19,18 +19,19 @@ from captum_m2ib.engine.interception import Handler, intercept
 from captum_m2ib.engine.layers import map_leaves, tensors_in
 from captum_m2ib.engine.recording import Recording
 from captum_m2ib.engine.replaying import Replayer, Reuse
-from captum_m2ib.engine.rows import Shared, append_first, as_given, check_score, is_batch, repeat_pairs
-
-# What a function raises that is given what it cannot work on.
-FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError)
+from captum_m2ib.engine.rows import (
+    EACH_BY_ITSELF,
+    Shared,
+    append_first,
+    as_given,
+    check_score,
+    is_batch,
+    repeat_pairs,
+    say_shared,
+)
 
 Forward = Callable[[tuple[Any, ...]], Any]
 Values = dict[int, Tensor]
-
-_EACH_BY_ITSELF = (
-    "let it score each pair by itself, and wrap what pairs share, as captum_m2ib.Shared(tensor) among "
-    "additional_forward_args."
-)
 
 # Of what a score moves by, the least that no rounding explains however it is amplified.
 _SHARE = 0.05
@@ -138,7 +139,7 @@ class Consistency:
             self._score(as_given(self._arguments), 1)
         except Exception:
             # The recorded pass, on one pair more, went through.
-            raise ValueError(f"forward_func: on these pairs it fails ({error}); {_EACH_BY_ITSELF}") from error
+            raise ValueError(f"forward_func: on these pairs it fails ({error}); {EACH_BY_ITSELF}") from error
         try:
             self._plain(values)
         except Exception:
@@ -160,7 +161,7 @@ class Consistency:
             )
         if refuse_shared(self._forward, self._arguments, pairs, score, self._agree):
             raise ValueError(
-                f"forward_func: the score of a pair changes with the other pairs in the batch; {_EACH_BY_ITSELF}"
+                f"forward_func: the score of a pair changes with the other pairs in the batch; {EACH_BY_ITSELF}"
             )
 
     def _check_modules(self, values: Values) -> None:
@@ -243,11 +244,7 @@ def refuse_shared(
         return False
     for index, one in enumerate(arguments):
         if is_batch(one, pairs) and is_kept((*arguments[:index], Shared(one), *arguments[index + 1 :])):
-            raise ValueError(
-                f"forward_func: its argument {index} (counted from 0), a tensor of shape {tuple(one.shape)}, is used "
-                f"by all pairs together, but has {pairs} rows as if there was one for each pair; say that it is "
-                "shared, as captum_m2ib.Shared(tensor) in its place among additional_forward_args."
-            )
+            raise ValueError(say_shared(index, one))
     return True
 
 

@@ -9,6 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What a function raises that is given what it cannot work on.
+FAILURES = (RuntimeError, ValueError, IndexError, KeyError, TypeError)
+
+EACH_BY_ITSELF = (
+    "let it score each pair by itself, and wrap what pairs share, as captum_m2ib.Shared(tensor) among "
+    "additional_forward_args."
+)
+
 
 @dataclass(frozen=True, eq=False)
 class Shared:
@@ -79,6 +87,15 @@ def check_score(score: Any, rows: int, pairs: int) -> Tensor:
 def is_batch(argument: Any, pairs: int) -> bool:
     """Whether an argument is taken as one entry for each of so many pairs."""
     return isinstance(argument, Tensor) and argument.ndim > 0 and argument.shape[0] == pairs
+
+
+def say_shared(index: int, argument: Tensor) -> str:
+    """What to do about an argument that all pairs use, and that has one row for each by chance."""
+    return (
+        f"forward_func: its argument {index} (counted from 0), a tensor of shape {tuple(argument.shape)}, is used by "
+        f"all pairs together, but has {len(argument)} rows as if there was one for each pair; say that it is shared, "
+        "as captum_m2ib.Shared(tensor) in its place among additional_forward_args."
+    )
 
 
 def _plain(argument: Any) -> Any:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from captum_m2ib.engine.consistency import FAILURES, Consistency, explain_recording
+from captum_m2ib.engine.consistency import Consistency, explain_recording
 from captum_m2ib.engine.derivatives import Derivatives
 from captum_m2ib.engine.interception import intercept, unobserved
 from captum_m2ib.engine.layers import entering
 from captum_m2ib.engine.recording import Tap, record
 from captum_m2ib.engine.replaying import Replayer, Reuse
-from captum_m2ib.engine.rows import check_score, repeat_pairs
+from captum_m2ib.engine.rows import FAILURES, check_score, repeat_pairs
 
 
 class Suffix:

@@ -13,10 +13,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from captum_m2ib.engine.rows import check_score, unwrap
+from captum_m2ib.engine.rows import EACH_BY_ITSELF, FAILURES, Shared, check_score, is_batch, say_shared, unwrap
 
 NanPolicy = Literal["propagate", "omit", "raise"]
 Order = Literal["morf", "lerf", "random"]
+
+# Of a score, what rows of one batch may differ by; what all examples share moves it by far more.
+_SAME = 0.01
 
 
 def optional_module(name: str, purpose: str) -> Any:
@@ -149,11 +152,48 @@ def chunks(total: int, size: int | None, description: str, show_progress: bool) 
     """Row indices in chunks of at most ``size``, under a progress bar."""
     from tqdm.auto import tqdm
 
-    if size is not None:
-        at_least("internal_batch_size", size, 1)
     starts = range(0, total, size or total)
     for start in tqdm(starts, desc=description, disable=not show_progress):
         yield torch.arange(start, min(start + (size or total), total))
+
+
+def check_parts(forward_func: Callable[..., Any], arguments: tuple[Any, ...], at_once: int | None) -> None:
+    r"""Refuse arguments that parts of the examples cannot be taken of.
+
+    Args:
+
+        forward_func (Callable): Maps arguments to one score per example.
+        arguments (tuple): Its arguments.
+        at_once (int or None): How many rows a call is going to have; None for all examples, which needs no look.
+
+    Raises:
+        ValueError: if the score of an example changes with how many others there are, as it does where a tensor with
+            as many rows as there are examples is used by all of them together.
+    """
+    examples = len(arguments[0])
+    if at_once is not None:
+        at_least("internal_batch_size", at_once, 1)
+    if at_once in (None, examples):
+        return
+
+    def is_kept(given: tuple[Any, ...]) -> bool:
+        try:
+            alone, beside = (run(forward_func, rows_of(given, torch.arange(rows)), rows) for rows in (1, 2))
+        except torch.cuda.OutOfMemoryError:
+            return True
+        except FAILURES:
+            return False
+        return bool((alone - beside[:1]).abs() <= _SAME * alone.abs()) or not bool(alone.isfinite())
+
+    if is_kept(arguments):
+        return
+    for index, one in enumerate(arguments):
+        if is_batch(one, examples) and is_kept((*arguments[:index], Shared(one), *arguments[index + 1 :])):
+            raise ValueError(say_shared(index, one))
+    raise ValueError(
+        "forward_func: the score of an example changes with the other examples in the batch, so internal_batch_size "
+        f"would change the result; leave it out, or {EACH_BY_ITSELF}"
+    )
 
 
 def unit_maps(attributions: Any, shape: Sequence[int], expected: str) -> Tensor:

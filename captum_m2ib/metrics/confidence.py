@@ -25,6 +25,7 @@ from captum_m2ib.engine.layers import LayerLike, resolve_for
 from captum_m2ib.metrics._examples import (
     NanPolicy,
     argument_at,
+    check_parts,
     chunks,
     finite_maps,
     join_arguments,
@@ -131,6 +132,7 @@ def image_confidence(
         kept = weights[rows] * (pixels[rows] - base[rows]) + base[rows]
         return _score(forward_func, arguments, rows, {modality: kept.to(pixels.dtype)})
 
+    check_parts(forward_func, arguments, internal_batch_size)
     original, after = [], []
     for rows in chunks(len(pixels), internal_batch_size, "Confidence", show_progress):
         original.append(_score(forward_func, arguments, rows))
@@ -203,6 +205,7 @@ def token_confidence(
     weights = weights.masked_fill(~flags, 1.0)
     layer = resolve_for(forward_func, embedding).module
 
+    check_parts(forward_func, arguments, internal_batch_size)
     original, after = [], []
     for rows in chunks(len(ids), internal_batch_size, "Confidence", show_progress):
         original.append(_score(forward_func, arguments, rows))
@@ -261,6 +264,7 @@ def published_token_confidence(
     }
     original = torch.full((len(ids),), torch.nan, dtype=torch.float64, device=ids.device)
     after = original.clone()
+    check_parts(forward_func, arguments, 1)
     for rows in chunks(len(ids), 1, "Confidence", show_progress):
         row = int(rows)
         if empty[row]:

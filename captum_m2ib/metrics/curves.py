@@ -31,6 +31,7 @@ from captum_m2ib.metrics._examples import (
     Order,
     argument_at,
     at_least,
+    check_parts,
     chunks,
     finite_maps,
     importance_ranks,
@@ -346,6 +347,7 @@ def _curve(
     # Ranks of units that never change lie beyond every example's count, so the count bounds what a step changes.
     changed = (torch.arange(steps + 1, device=units.device) * change.step).minimum(units[:, None])
 
+    check_parts(forward_func, change.arguments, settings.internal_batch_size)
     scores = []
     at_once = settings.internal_batch_size or examples
     for rows in chunks((steps + 1) * examples, at_once, kind.capitalize(), settings.show_progress):

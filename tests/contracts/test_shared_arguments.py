@@ -22,7 +22,8 @@ from captum_m2ib import (
     PatchLayout,
     Shared,
 )
-from captum_m2ib.metrics.curves import deletion
+from captum_m2ib.metrics.confidence import image_confidence
+from captum_m2ib.metrics.curves import PerturbationCurve, deletion, insertion
 
 PAIRS = 3
 
@@ -107,3 +108,29 @@ def test_metrics_take_what_is_shared():
     expected = deletion(held, pixels, relevance, additional_forward_args=(index,))
     found = deletion(model, pixels, relevance, additional_forward_args=(Shared(classes), index))
     torch.testing.assert_close(found.scores, expected.scores)
+
+
+@pytest.mark.parametrize("metric", [deletion, insertion, image_confidence])
+def test_metrics_in_parts_refuse_what_only_looks_like_a_row_for_each(metric):
+    model, (pixels, classes, index) = model_of(), inputs()
+    relevance = torch.rand(PAIRS, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def scores(given: object, **settings) -> Tensor:
+        found = metric(model, pixels, relevance, additional_forward_args=(given, index), **settings)
+        return found.scores if isinstance(found, PerturbationCurve) else found.masked
+
+    whole = scores(classes)
+    torch.testing.assert_close(scores(Shared(classes), internal_batch_size=2), whole)
+    with pytest.raises(ValueError, match=r"argument 1 .* of shape \(3, 8\), is used by all pairs together"):
+        scores(classes, internal_batch_size=2)
+
+
+def test_metrics_in_parts_refuse_a_score_of_the_whole_batch():
+    pixels, relevance = inputs()[0], torch.rand(PAIRS, 16, 16, generator=torch.Generator().manual_seed(2))
+
+    def ranked(given: Tensor) -> Tensor:
+        return given.flatten(1).sum(1).softmax(0)
+
+    assert deletion(ranked, pixels, relevance).scores.shape[0] == PAIRS
+    with pytest.raises(ValueError, match="changes with the other examples in the batch"):
+        deletion(ranked, pixels, relevance, internal_batch_size=2)

@@ -153,7 +153,8 @@ def test_chunks_change_nothing(size):
     whole = deletion(score, pixels, maps, step=3)
     parts = deletion(counting, pixels, maps, step=3, internal_batch_size=size)
     torch.testing.assert_close(whole.scores, parts.scores)
-    assert max(rows) == min(size, 28) and sum(rows) == 7 * 4
+    # Before parts one example alone, and beside another.
+    assert rows[:2] == [1, 2] and max(rows[2:]) == min(size, 28) and sum(rows[2:]) == 7 * 4
     alone = deletion(score, pixels[2:3], maps[2:3], step=3)
     torch.testing.assert_close(alone.scores, whole.scores[2:3])
 
