@@ -45,6 +45,7 @@ def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, che
     assert read_run(tmp_path / "ray")["complete"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="sending Ctrl-C to another process needs POSIX signals")
 def test_ctrl_c_finishes_the_shards_in_flight_and_says_how_to_go_on(tmp_path: Path):
     run = Interrupted(tmp_path, 0.2, "--engine", "ray", "--workers", "2")

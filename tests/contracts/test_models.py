@@ -230,7 +230,7 @@ def backward_flops(case: Case, layer: nn.Module, call: int) -> int:
 
 def test_no_work_is_done_twice(model: zoo.Model, monkeypatch: pytest.MonkeyPatch):
     case = model_case(model)
-    pairs, steps, draws = 3, 2, 5
+    pairs, steps, draws = 3, 1, 4
     # Of one tower the first block, of the other one in the middle.
     layers = [choices[choice] for choices, choice in zip(case.layers, (0, 1), strict=True)]
     arguments = (*case.inputs, *case.additional)
@@ -268,7 +268,7 @@ def test_both_implementations_of_attention(name: str):
             case.roots[0].set_attn_implementation(implementation)
         except ValueError:
             continue  # Models without a fused attention have one implementation.
-        maps.append(case.double().attribute(case.method(), n_steps=3, n_samples=2))
+        maps.append(case.double().attribute(case.method(), n_steps=1, n_samples=2))
     assert maps
     for one, other in zip(maps[0], maps[-1], strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.max()))
@@ -276,8 +276,9 @@ def test_both_implementations_of_attention(name: str):
 
 def test_three_layers_of_each_tower(model: zoo.Model):
     case = model_case(model)
-    for choice in range(3):
-        for attribution, inputs in zip(case.attribute(case.method(choice), n_steps=1), case.inputs, strict=True):
+    for choice, at_input in enumerate((False, True, False)):
+        bits = case.attribute(case.method(choice), attribute_to_layer_input=at_input, n_steps=1, n_samples=2)
+        for attribution, inputs in zip(bits, case.inputs, strict=True):
             assert attribution.shape == inputs.shape and attribution.dtype == torch.float32
             assert attribution.is_contiguous() and not attribution.requires_grad
             assert (
@@ -303,13 +304,6 @@ def test_the_model_is_left_as_found(model: zoo.Model):
     before = snapshot(case)
     case.attribute(MultiModalInfoBottleneck(case.forward), **FEW)
     assert_as_found(case, before)
-
-
-def test_input_of_a_layer(model: zoo.Model):
-    case = model_case(model)
-    bits = case.attribute(case.method(1), attribute_to_layer_input=True, **FEW)
-    for attribution, inputs in zip(bits, case.inputs, strict=True):
-        assert attribution.shape == inputs.shape and float(attribution.sum()) > 0
 
 
 def test_published_layers(model: zoo.Model):

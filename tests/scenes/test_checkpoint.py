@@ -53,7 +53,7 @@ def test_retrieves_and_names(encoder: DualEncoder) -> None:
 
 
 def test_maps_fall_on_what_is_named(encoder: DualEncoder) -> None:
-    found = measure(MultiModalInfoBottleneck(encoder), 24)
+    found = measure(MultiModalInfoBottleneck(encoder), 12)
     assert all(found[name].high >= bound and found[name].mean >= bound - 0.1 for name, bound in REACHED.items())
 
 
