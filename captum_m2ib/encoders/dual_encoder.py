@@ -19,6 +19,7 @@ from captum_m2ib.encoders.calls import embedding_of
 from captum_m2ib.encoders.checkpoints import (
     find_source,
     find_statistics,
+    load_embedder,
     load_model,
     load_open_clip,
     load_processor,
@@ -129,6 +130,43 @@ class DualEncoder(LateInteraction):
         """
         loaded, processor = load_open_clip(model, pretrained, options)
         encoder = cls(loaded.eval(), processor=processor)
+        return encoder.to(device) if device is not None else encoder
+
+    @classmethod
+    def from_sentence_transformers(
+        cls,
+        model: str | os.PathLike[str] | nn.Module,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> DualEncoder:
+        r"""Load a model of sentence-transformers that embeds pictures and texts (extra ``sentence-transformers``).
+
+        Pictures are prepared as the model's documents, captions as its queries, with the prompts that belong to it; the
+        score is its own pooling and similarity function (cosine, dot product, Euclidean or Manhattan distance).
+
+        Args:
+
+            model (str, PathLike or SentenceTransformer): Hub id, or a local directory of the same form, or a model in
+                hand. No code from the checkpoint is run.
+            revision (str, optional): Branch, tag or commit on the hub. Default: None
+            device (torch.device or str, optional): Default: None (stays where it is, or on the CPU)
+
+        Returns:
+            DualEncoder: in eval mode.
+
+        Raises:
+            ImportError: if sentence-transformers is not installed.
+            OSError: if there is no such model or it cannot be loaded.
+            TypeError: if the model does not embed both pictures and texts.
+
+        Examples::
+
+            >>> from captum_m2ib import DualEncoder
+            >>> encoder = DualEncoder.from_sentence_transformers("Qwen/Qwen3-VL-Embedding-2B")  # doctest: +SKIP
+        """
+        loaded = model if isinstance(model, nn.Module) else load_embedder(model, revision)
+        encoder = cls(loaded.eval())
         return encoder.to(device) if device is not None else encoder
 
     def forward(self, first: Tensor, second: Tensor, *additional: Any) -> Tensor:

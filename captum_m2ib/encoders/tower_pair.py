@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.calls import TowerCall, as_called
-from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of
+from captum_m2ib.encoders.families import derive_layout, family_of
 from captum_m2ib.encoders.pairs import Pairs, padding_of
 from captum_m2ib.encoders.processors import as_processor
+from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
 from captum_m2ib.encoders.towers import device_of, refine, stages_of
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
