@@ -12,12 +12,12 @@ SPECIAL = {1: "<pad>", 62: "<s>", 60: "<fake_token_around_image>", 59: "<end_of_
 IMAGE = 61
 
 
-def tokenizer(image: str = "<image>") -> Any:
+def tokenizer(image: str = "<image>", others: dict[int, str] | None = None) -> Any:
     """Words, and what processors write around them; the ids of special tokens are those of the zoo's models."""
     names = [f"<unused_{index}>" for index in range(64)]
     for place, word in enumerate((*WORDS, "<unk>", "\n", ":", ".", "image", "User", "Assistant")):
         names[place + 5] = word
-    special = {**SPECIAL, IMAGE: image}
+    special = {**SPECIAL, IMAGE: image, **(others or {})}
     for place, name in special.items():
         names[place] = name
     made = Tokenizer(models.WordLevel({name: place for place, name in enumerate(names)}, unk_token="<unk>"))

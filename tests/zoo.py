@@ -300,6 +300,23 @@ def colqwen2() -> nn.Module:
     )
 
 
+def qwen3_vl() -> nn.Module:
+    vision = {
+        "depth": 3,
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": WIDTH,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    rope = {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4}
+    text = {**LANGUAGE, "num_hidden_layers": 3, "head_dim": 16, "rope_parameters": rope}
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 58, "vision_start_token_id": 57, "vision_end_token_id": 56}
+    return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **ids))
+
+
 def colmodernvbert() -> nn.Module:
     vision = {**VISION, "model_type": "siglip_vision_model", "vision_use_head": False}
     ends = {"cls_token_id": 62, "sep_token_id": 63}

@@ -22,7 +22,8 @@ from torch import Tensor
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import Explained, rows_at_once
 from captum_m2ib.attr._scoring import as_forward_func
-from captum_m2ib.encoders.dual_encoder import DualEncoder, Interaction
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.late_interaction import Interaction
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, real_tokens, to_input
 

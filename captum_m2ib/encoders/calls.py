@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.families import Side
+from captum_m2ib.encoders.sides import Side
 from captum_m2ib.encoders.towers import config_of
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

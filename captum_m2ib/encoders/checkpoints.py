@@ -136,7 +136,8 @@ def _module_folder(model: str | os.PathLike[str], revision: str | None, modules:
     if not kinds or kinds[0] not in ("CLIPModel", "Transformer") or not set(kinds[1:]) <= _HARMLESS:
         raise OSError(
             f"model: {model} is a SentenceTransformer of {', '.join(kinds) or 'nothing'}; expected one dual encoder, "
-            f"such as CLIP, and behind it at most {' and '.join(sorted(_HARMLESS))}."
+            f"such as CLIP, and behind it at most {' and '.join(sorted(_HARMLESS))}. If it embeds pictures and texts, "
+            "load it with DualEncoder.from_sentence_transformers."
         )
     folder = str(entries[0].get("path") or "")
     if not folder or folder == ".":
@@ -236,6 +237,22 @@ def load_processor(source: Source, revision: str | None) -> Any:
             stacklevel=3,
         )
         return None
+
+
+def load_embedder(model: str | os.PathLike[str], revision: str | None) -> nn.Module:
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"sentence_transformers: cannot be imported ({error}); install it with: pip install "
+            "'captum_m2ib[sentence-transformers]'."
+        ) from error
+    _check_name(model)
+    try:
+        found: nn.Module = SentenceTransformer(os.fspath(model), revision=revision, device="cpu")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise OSError(f"model: sentence-transformers cannot load {model}: {error}") from error
+    return found
 
 
 def load_open_clip(

@@ -8,16 +8,16 @@ that is no cosine of two embeddings.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, replace
-from operator import attrgetter
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from captum_m2ib.encoders.scores import MaxSim, Score, dot
+from captum_m2ib.encoders.embedders import family_of_embedder, is_embedder
+from captum_m2ib.encoders.scores import MaxSim, dot
+from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.towers import (
     embeds_text,
     image_layout,
@@ -27,86 +27,6 @@ from captum_m2ib.encoders.towers import (
     video_layout,
 )
 from captum_m2ib.engine.layouts import Layout, TextLayout
-
-
-@dataclass(frozen=True)
-class Side:
-    r"""How one side of a dual encoder is computed.
-
-    Args:
-
-        modality (str): ``"image"``, ``"text"``, ``"audio"`` or ``"video"``.
-        encode (str or Callable): Name of the model's method, or a function of the model and ``arguments``, that
-            returns one embedding per example, (N, dimensions), as a tensor or in an output object; or what the
-            family's score reads.
-        arguments (tuple[str, ...]): Names of what it reads; the first is the input that is explained, the others come
-            among the additional arguments.
-        towers (tuple[str, ...]): Names under which the model may keep the tower, with dots where it lies deeper; the
-            model itself if it has none.
-        named (bool, optional): Whether arguments are passed by name. Default: True
-        padding (str, optional): How captions are padded: ``"longest"`` or ``"max_length"``. Default: ``"longest"``
-        is_tiled (bool, optional): Whether a picture comes as several of one size, (N, tiles, C, H, W). Default: False
-        is_filled (bool, optional): Whether captions end in tokens of one id that the mask rightly calls real, such as
-            those that queries of late interaction are filled up with. Default: False
-        keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
-            None (second)
-        beside (str, optional): The modality of the other side, where a model embeds one input in several ways.
-            Default: None (any)
-    """
-
-    modality: str
-    encode: str | Callable[..., Any]
-    arguments: tuple[str, ...]
-    towers: tuple[str, ...]
-    named: bool = True
-    padding: str = "longest"
-    is_tiled: bool = False
-    is_filled: bool = False
-    keyword: str | None = None
-    beside: str | None = None
-
-    def tower(self, model: nn.Module) -> nn.Module:
-        """The module that holds this side's layers."""
-        return next((tower for tower in self._held(model)), model)
-
-    def is_offered(self, model: Any) -> bool:
-        """Whether a model has what this side is computed with."""
-        if isinstance(self.encode, str):
-            return hasattr(model, self.encode)
-        return any(True for _ in self._held(model))
-
-    def _held(self, model: Any) -> Iterator[nn.Module]:
-        for name in self.towers:
-            with suppress(AttributeError):
-                tower = attrgetter(name)(model)
-                if isinstance(tower, nn.Module):
-                    yield tower
-
-
-@dataclass(frozen=True)
-class Family:
-    r"""The sides that a model offers, and how their outputs become a score.
-
-    Args:
-
-        sides (tuple[Side, ...]): What it compares; of more than two, the first two unless others are asked for.
-        join (Callable, optional): Where one side reads the other's output: from the model and both outputs to two
-            embeddings. Default: None
-        score (Callable, optional): Of both sides' outputs as ``encode`` returns them, in the order of ``sides``, what a
-            pair scores (see :mod:`captum_m2ib.encoders.scores`). Default: None (the cosine of two embeddings)
-        is_shared (bool, optional): Whether the first side runs the second side's tower, too, so that each of its layers
-            is reached twice. Default: False
-    """
-
-    sides: tuple[Side, ...]
-    join: Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None = None
-    score: Score | None = None
-    is_shared: bool = False
-
-    def side(self, modality: str, beside: str) -> Side | None:
-        """The side that reads a modality, where the other one reads ``beside``."""
-        fitting = (side for side in self.sides if side.modality == modality and side.beside in (None, beside))
-        return next(fitting, None)
 
 
 def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> Layout | None:
@@ -318,6 +238,8 @@ FAMILIES: dict[str, Family] = {
 
 def family_of(model: Any) -> Family | None:
     """How a model embeds its inputs, or None if it offers no two towers under a known name."""
+    if is_embedder(model):
+        return family_of_embedder(model)
     config = getattr(model, "config", None)
     for key in (type(model).__name__, getattr(config, "model_type", None)):
         if key in FAMILIES and all(side.is_offered(model) for side in FAMILIES[key].sides):

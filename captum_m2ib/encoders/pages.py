@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from captum_m2ib.encoders.patches import side_by_side
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.encoders.views import View, view_of
 from captum_m2ib.engine.layouts import unpacked
@@ -20,7 +21,7 @@ from captum_m2ib.engine.layouts import unpacked
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TOKENS = ("input_ids", "attention_mask")
+_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
 
 
 class Pages(NamedTuple):
@@ -96,6 +97,8 @@ class _Parts:
         pixels = read["pixel_values"][index]
         if "image_grid_thw" in read:
             return [self._joined(pixels, read["image_grid_thw"][index])]
+        if "spatial_shapes" in read:
+            return [side_by_side(pixels, *read["spatial_shapes"][index].tolist())]
         # Tiles beyond a page's own are all zeros.
         return [tile for tile in pixels if bool(tile.any())] if pixels.ndim == 4 else [pixels]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +11,11 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.encoders.pages import read_pages, reads_pages
+from captum_m2ib.encoders.patches import side_by_side
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
-from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture
+from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture, warn_of_captions, warn_of_cut
 from captum_m2ib.encoders.regions import Region
-from captum_m2ib.encoders.spelling import Speller, unknown_tokens, vocabulary_of
+from captum_m2ib.encoders.spelling import Speller, vocabulary_of
 from captum_m2ib.encoders.views import View, view_of
 
 
@@ -177,10 +176,7 @@ def _planes(read: dict[str, Any], index: int) -> Tensor:
     pixels: Tensor = read["pixel_values"][index]
     if "spatial_shapes" not in read:
         return pixels
-    rows, columns = read["spatial_shapes"][index].tolist()
-    side = math.isqrt(pixels.shape[-1] // 3)
-    patches = pixels[: rows * columns].view(rows, columns, side, side, 3)
-    return patches.permute(4, 0, 2, 1, 3).reshape(3, rows * side, columns * side)
+    return side_by_side(pixels, *read["spatial_shapes"][index].tolist())
 
 
 def _read_captions(tokenizer: Any, texts: list[str], longest: int | None, padding: str) -> tuple[Tensor, Tensor | None]:
@@ -193,7 +189,7 @@ def _read_captions(tokenizer: Any, texts: list[str], longest: int | None, paddin
     for text in texts:
         count = _count(vocabulary, text)
         if count is not None and count > ids.shape[1]:
-            _warn_of_cut(text, count, f"the tokenizer makes {ids.shape[1]} tokens")
+            warn_of_cut(text, count, f"the tokenizer makes {ids.shape[1]} tokens", stacklevel=5)
     return ids, mask
 
 
@@ -202,10 +198,6 @@ def _count(vocabulary: Any, text: str) -> int | None:
     if hasattr(vocabulary, "model_max_length"):
         return len(vocabulary(text)["input_ids"])
     return len(vocabulary.encode(text)) + 2 if hasattr(vocabulary, "decoder") else None
-
-
-def _warn_of_cut(caption: str, count: int, reason: str) -> None:
-    warnings.warn(f"captions: {reason}, {caption[:40]!r}... has {count}; the rest is cut.", UserWarning, stacklevel=6)
 
 
 def _tokenize(tokenizer: Any, captions: list[str], longest: int | None, padding: str) -> Any:
@@ -218,17 +210,7 @@ def _tokenize(tokenizer: Any, captions: list[str], longest: int | None, padding:
             f"the tokenizer says that the model reads {limit} tokens, the text tower has {longest} positions; set "
             f"processor.tokenizer.model_max_length = {longest} if it was trained on them. Until then {limit} are read"
         )
-    unknown = unknown_tokens(tokenizer)
-    for caption, ids in zip(captions, tokenizer(captions)["input_ids"], strict=True):
-        if len(ids) > limit:
-            _warn_of_cut(caption, len(ids), reason)
-        if unknown & set(ids):
-            warnings.warn(
-                f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown words all "
-                "look the same to the model.",
-                UserWarning,
-                stacklevel=6,
-            )
+    warn_of_captions(tokenizer, captions, limit, reason, stacklevel=6)
     return tokenizer(captions, padding=padding, truncation=True, max_length=limit, return_tensors="pt")
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
+
+from captum_m2ib.encoders.spelling import unknown_tokens
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -128,3 +131,25 @@ def read_captions(tokenize: CaptionFunction, captions: Sequence[str]) -> tuple[T
             f"mask of the same shape, got {got[0]} and {got[1]}."
         )
     return torch.as_tensor(ids), mask
+
+
+def warn_of_captions(tokenizer: Any, captions: Sequence[str], longest: int, reason: str, stacklevel: int) -> None:
+    """Warn of captions of which a tokenizer of transformers will cut something, or does not know something."""
+    unknown = unknown_tokens(tokenizer)
+    for caption, ids in zip(captions, tokenizer(list(captions))["input_ids"], strict=True):
+        if len(ids) > longest:
+            warn_of_cut(caption, len(ids), reason, stacklevel + 1)
+        if unknown & set(ids):
+            warnings.warn(
+                f"captions: the model's tokenizer does not know every word of {caption[:40]!r}; unknown words all "
+                "look the same to the model.",
+                UserWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
+def warn_of_cut(caption: str, count: int, reason: str, stacklevel: int) -> None:
+    """Warn of a caption of more tokens than are read."""
+    warnings.warn(
+        f"captions: {reason}, {caption[:40]!r}... has {count}; the rest is cut.", UserWarning, stacklevel=stacklevel + 1
+    )

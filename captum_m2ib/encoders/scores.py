@@ -56,6 +56,29 @@ def dot(first: Tensor, second: Tensor) -> Tensor:
     return (one * other).sum(-1)
 
 
+def distance(p: float) -> Score:
+    r"""A score that is the higher, the nearer embeddings are: minus their distance.
+
+    Args:
+
+        p (float): Of which norm: 2 for the Euclidean, 1 for the Manhattan distance.
+
+    Returns:
+        Callable: of embeddings, (..., dimensions), as :func:`dot` is.
+
+    Examples::
+
+        >>> distance(1.0)(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 5.0]]))
+        tensor([-5.])
+    """
+
+    def score(first: Tensor, second: Tensor) -> Tensor:
+        one, other = _comparable(first, second)
+        return -torch.linalg.vector_norm(one - other, ord=p, dim=-1)
+
+    return score
+
+
 def _comparable(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     if first.shape[-1] != second.shape[-1]:
         raise ValueError(

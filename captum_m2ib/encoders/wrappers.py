@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from captum_m2ib.encoders.embedders import PromptedProcessor, compares_whole_by_cosine, is_embedder
 from captum_m2ib.encoders.families import family_of
 
 # Where wrappers that return what the module inside returns keep it.
@@ -47,8 +48,8 @@ def unwrap(model: Any) -> Any:
 def processor_in(model: Any) -> Any:
     """The processor that a wrapper keeps beside its model, or None."""
     while model is not None:
-        if "SentenceTransformer" in _class_names(model):
-            return getattr(model[0], "processor", None)
+        if is_embedder(model):
+            return PromptedProcessor(model) if hasattr(model, "preprocess") else getattr(model[0], "processor", None)
         model = _inside(model)
     return None
 
@@ -57,6 +58,11 @@ def no_towers(model: Any) -> str:
     """What to pass instead of a model that offers no towers under a known name."""
     if writes_text(model, getattr(model, "config", None)):
         return generating(type(model).__name__)
+    if is_embedder(model) and _held_encoder(model) is None:
+        return (
+            "expected a SentenceTransformer of version 5.4 or newer that embeds both pictures and texts, got one of "
+            f"{', '.join(map(str, getattr(model, 'modalities', ['texts'])))}; load one that reads both."
+        )
     held = _held_encoder(model)
     advice = f"pass its attribute {held}" if held else "pass DualEncoder(image_tower, text_tower)"
     return (
@@ -88,7 +94,7 @@ def _inside(model: Any) -> Any:
         return getattr(model, _TRANSPARENT[name])
     if names & {"PeftModel", "PeftMixedModel"}:
         return _adapted(model)
-    return _embedded(model) if "SentenceTransformer" in names else None
+    return _embedded(model) if is_embedder(model) else None
 
 
 def _class_names(model: Any) -> set[str]:
@@ -109,7 +115,9 @@ def _embedded(model: Any) -> Any:
     """The dual encoder of a SentenceTransformer, if what follows it leaves cosine similarities as they are."""
     first, *others = model
     found = getattr(first, "model", None)
-    return found if family_of(found) and all(type(one).__name__ == "Normalize" for one in others) else None
+    family = family_of(found)
+    is_as_it_is = all(type(one).__name__ == "Normalize" for one in others) and compares_whole_by_cosine(model)
+    return found if is_as_it_is and family is not None and family.score is None else None
 
 
 def _held_encoder(model: Any) -> str | None:

@@ -1,0 +1,224 @@
+"""SentenceTransformers that embed pictures and texts: what each side is computed with, and their own preparation.
+
+Such a model is a chain of modules. The first reads the input (one network for both sides, or by a router one for each),
+the others pool tokens, project and normalise; which prompts go before an input and how embeddings are compared is part
+of it. All of that is run as it is: what is known here is where the towers lie and what they read.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from captum_m2ib.encoders.patches import joined, positions_in, separated, shapes_of
+from captum_m2ib.encoders.processors import warn_of_captions
+from captum_m2ib.encoders.scores import Score, distance, dot
+from captum_m2ib.encoders.sides import Family, Side
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+# What a picture and a text are in a search, and under which names prompts for that are kept.
+_TASKS = {"image": "document", "text": "query"}
+_PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
+
+_SCORES: dict[str, Score | None] = {
+    "cosine": None,
+    "dot": dot,
+    "euclidean": distance(2.0),
+    "manhattan": distance(1.0),
+}
+
+_VISUAL = ("visual", "vision_tower", "vision_model", "image_model")
+_LANGUAGE = ("language_model", "text_model", "text_encoder")
+
+# What a network may read of a picture beside its pixels, by the names of its arguments; of a prompt around it, too.
+_BESIDE = ("image_grid_thw", "spatial_shapes", "pixel_attention_mask")
+_OF_PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+
+
+class Reader(NamedTuple):
+    r"""The module of a SentenceTransformer that reads one kind of input.
+
+    Attributes:
+
+        path (str): Where it lies in the SentenceTransformer.
+        module (Any): The module: a network of transformers with its processor.
+        modality (str): What it calls the input.
+    """
+
+    path: str
+    module: Any
+    modality: str
+
+    def takes(self) -> set[str]:
+        """Names of what its network reads."""
+        method = self.module.modality_config[self.modality]["method"]
+        return set(inspect.signature(getattr(self.module.model, method)).parameters)
+
+    def towers(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Where its network may keep a tower of one of these names; the network itself comes last."""
+        inside = [f"{self.path}.model.{within}{name}" for within in ("", "model.") for name in names]
+        return (*inside, f"{self.path}.model")
+
+
+def is_embedder(model: Any) -> bool:
+    """Whether a model is a SentenceTransformer, by its name, so that the package is not imported to look."""
+    return any(kind.__name__ == "SentenceTransformer" for kind in type(model).__mro__)
+
+
+def compares_whole_by_cosine(model: Any) -> bool:
+    """Whether a SentenceTransformer's score is the cosine of what its modules return."""
+    return _similarity(model) == "cosine" and getattr(model, "truncate_dim", None) is None
+
+
+def _similarity(model: Any) -> str:
+    return getattr(model, "similarity_fn_name", None) or "cosine"
+
+
+def family_of_embedder(model: Any) -> Family | None:
+    r"""How a SentenceTransformer embeds pictures and texts.
+
+    Args:
+
+        model: A SentenceTransformer of version 5.4 or newer.
+
+    Returns:
+        Family or None: None if it does not read both, or its similarity function is not known.
+    """
+    image, text = (_reader(model, kind) for kind in _TASKS)
+    similarity = _similarity(model)
+    if image is None or text is None or similarity not in _SCORES:
+        return None
+    taken = image.takes()
+    is_prompted = "input_ids" in taken
+    beside = [name for name in _BESIDE if name in taken]
+    if "image_position_ids" in taken:
+        beside = ["pixel_attention_mask", "spatial_shapes"]
+    around = [f"page_{name}" for name in _OF_PROMPT if name in taken] if is_prompted else []
+    reads = ("input_ids", "attention_mask", *(("prompt_length",) if _excludes_prompts(model) else ()))
+    sides = (
+        Side("image", _encode("image", image), ("pixel_values", *around, *beside), image.towers(_VISUAL)),
+        Side("text", _encode("text", text), reads, text.towers(_LANGUAGE), is_filled=True),
+    )
+    return Family(sides, score=_SCORES[similarity], is_shared=is_prompted and image.module is text.module)
+
+
+def _reader(model: Any, kind: str) -> Reader | None:
+    """The module that reads one kind of input, or None where there is none."""
+    path, module = "0", next(iter(model), None)
+    route = getattr(module, "_resolve_route", None)
+    is_routed = route is not None
+    if route is not None and module is not None:
+        with suppress(ValueError):
+            path, module = f"0.sub_modules.{(name := route(_TASKS[kind], kind))}.0", module.sub_modules[name][0]
+    config = getattr(module, "modality_config", {})
+    if kind not in config or not isinstance(getattr(module, "model", None), nn.Module):
+        return None
+    return Reader(path, module, "message" if "message" in config and not is_routed else kind)
+
+
+def _excludes_prompts(model: nn.Module) -> bool:
+    """Whether tokens of the prompt are left out of the mean."""
+    return any(getattr(module, "include_prompt", True) is False for module in model.modules())
+
+
+def _encode(kind: str, reader: Reader) -> Callable[..., Tensor]:
+    """The embedding of one side, as the whole chain of modules makes it."""
+    takes = reader.takes()
+
+    def encode(model: Any, **given: Tensor) -> Tensor:
+        features: dict[str, Any] = {name.removeprefix("page_"): value for name, value in given.items()}
+        if "image_grid_thw" in features:
+            features["pixel_values"] = joined(features["pixel_values"], features["image_grid_thw"])
+        if "image_position_ids" in takes and "spatial_shapes" in features:
+            count = features["pixel_values"].shape[1]
+            features["image_position_ids"] = positions_in(features.pop("spatial_shapes"), count)
+            del features["pixel_attention_mask"]
+        task = _TASKS[kind]
+        found: Tensor = model({**features, "modality": reader.modality, "task": task}, task=task)["sentence_embedding"]
+        return found[..., : getattr(model, "truncate_dim", None)]
+
+    return encode
+
+
+class PromptedProcessor:
+    r"""A SentenceTransformer's own preparation of pictures and texts, with its prompts for documents and queries.
+
+    Args:
+
+        model: The SentenceTransformer.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._model = model
+
+    @property
+    def image_processor(self) -> Any:
+        """What reads pictures."""
+        processor = self._processor("image")
+        return getattr(processor, "image_processor", processor)
+
+    @property
+    def tokenizer(self) -> Any:
+        """What reads texts."""
+        processor = self._processor("text")
+        return getattr(processor, "tokenizer", processor)
+
+    def process_images(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        r"""Prepare pictures.
+
+        Args:
+
+            images (sequence of PIL.Image.Image): The pictures.
+
+        Returns:
+            dict[str, Tensor]: what the model reads, each with one row per picture.
+        """
+        found = dict(self._features("image", list(images)))
+        if "image_grid_thw" in found:
+            found["pixel_values"] = separated(found["pixel_values"], found["image_grid_thw"])
+        if "image_position_ids" in found:
+            positions = found.pop("image_position_ids")
+            found["spatial_shapes"] = shapes_of(positions)
+            found["pixel_attention_mask"] = (positions >= 0).all(-1).long()
+        return found
+
+    def process_queries(self, text: Sequence[str]) -> dict[str, Tensor]:
+        r"""Prepare texts.
+
+        Args:
+
+            text (sequence of str): The texts, without prompts.
+
+        Returns:
+            dict[str, Tensor]: what the model reads, each with one row per text.
+        """
+        longest = self._model.max_seq_length
+        if longest is not None:
+            warn_of_captions(self.tokenizer, text, longest, f"the model reads {longest} tokens", stacklevel=5)
+        return dict(self._features("text", list(text)))
+
+    def _processor(self, kind: str) -> Any:
+        reader = _reader(self._model, kind)
+        return getattr(reader.module if reader is not None else next(iter(self._model)), "processor", None)
+
+    def _features(self, kind: str, given: list[Any]) -> Iterator[tuple[str, Tensor]]:
+        task = _TASKS[kind]
+        read: Mapping[str, Any] = self._model.preprocess(given, prompt=self._prompt(task), task=task)
+        for name, value in read.items():
+            if name == "prompt_length":
+                yield name, torch.full((len(given),), int(value))
+            elif isinstance(value, Tensor):
+                yield name, value
+
+    def _prompt(self, task: str) -> str | None:
+        prompts = self._model.prompts
+        name = next((name for name in _PROMPTS[task] if name in prompts), self._model.default_prompt_name)
+        found: str | None = prompts.get(name)
+        return found

@@ -1,0 +1,44 @@
+"""Tiny networks with their processors, as directories that sentence-transformers reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import late
+import transformers
+import zoo
+from torch import nn
+from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
+
+TEMPLATE = """\
+{% for message in messages %}<s>{{ message.role }}: \
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'image' %}<|image_pad|>{% else %}{{ part.text }}{% endif %}\
+{% endfor %}{% endif %}{% endfor %}"""
+
+
+def _save(model: nn.Module, processor: Any, folder: Path) -> None:
+    zoo.stir(model)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def save_qwen3_vl(folder: Path) -> None:
+    """One network that reads prompts with patches in them."""
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    reader = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 16, "longest_edge": 40 * 32}, patch_size=8)
+    tokenizer = late.tokenizer("<|image_pad|>", {58: "<|video_pad|>"})
+    videos = Qwen3VLVideoProcessor(patch_size=8)
+    _save(zoo.qwen3_vl(), transformers.Qwen3VLProcessor(reader, tokenizer, videos, TEMPLATE), folder)
+
+
+def save_vit(folder: Path) -> None:
+    reader = transformers.models.vit.ViTImageProcessorPil(size={"height": 32, "width": 32})
+    _save(transformers.ViTModel(transformers.ViTConfig(**zoo.VISION), add_pooling_layer=False), reader, folder)
+
+
+def save_bert(folder: Path) -> None:
+    model = transformers.BertModel(transformers.BertConfig(**zoo.TEXT), add_pooling_layer=False)
+    _save(model, late.tokenizer(), folder)
