@@ -42,7 +42,11 @@ def _add_fit(commands: Any) -> None:
         "same command again goes on where an interrupted one stopped.",
     )
     parser.add_argument(
-        "--data", metavar="DIR", required=True, help="folder with a folder of pictures per class, or train/ and test/"
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="folder with a folder of pictures per class, or train/ and test/ above these; or a data set that datasets "
+        "saved, or hf:NAME of one on the hub",
     )
     parser.add_argument("--backbone", metavar="NAME", required=True, help=_BACKBONE)
     parser.add_argument(
@@ -112,7 +116,7 @@ def _fit(given: argparse.Namespace) -> None:
     from captum_m2ib.disent.study import Study, StudySettings
 
     settings = StudySettings(
-        os.path.abspath(given.data),
+        _place(given.data),
         given.backbone,
         given.layer,
         weights=given.weights and os.path.abspath(given.weights),
@@ -134,7 +138,14 @@ def _fit(given: argparse.Namespace) -> None:
 def _open(given: argparse.Namespace) -> Study:
     from captum_m2ib.disent.study import Study
 
-    return Study.open(given.study, given.backbone, given.data and os.path.abspath(given.data))
+    return Study.open(given.study, given.backbone, given.data and _place(given.data))
+
+
+def _place(data: str) -> str:
+    """A folder wherever the next command runs; the hub's names stay as they are."""
+    from captum_m2ib.disent.photographs import HUB
+
+    return data if data.startswith(HUB) else os.path.abspath(data)
 
 
 def _explain(given: argparse.Namespace) -> None:
