@@ -205,9 +205,7 @@ def _from_datasets(name: str) -> _Listed:
             "datasets."
         ) from error
     try:
-        given: Any = (
-            datasets.load_dataset(name[len(HUB) :]) if name.startswith(HUB) else datasets.load_from_disk(name)
-        )
+        given: Any = datasets.load_dataset(name[len(HUB) :]) if name.startswith(HUB) else datasets.load_from_disk(name)
     except Exception as error:
         # Whatever the hub, the disk or the set's own description stumbles over.
         raise ValueError(f"--data: cannot read the data set {name} ({' '.join(str(error).split())[:300]}).") from error
