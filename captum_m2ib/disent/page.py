@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,8 @@ from PIL import Image
 
 from captum_m2ib.disent._grid import cell_box
 from captum_m2ib.disent.prototypes import ClassHalf, Prototype, Prototypes, explain_classes
-from captum_m2ib.disent.study import Study, interval
+from captum_m2ib.disent.scores import shown_interval
+from captum_m2ib.disent.study import Study
 from captum_m2ib.explanations.pages import page_environment, page_policy, page_style, trusted
 
 _HERE = Path(__file__).parent
@@ -83,18 +83,22 @@ def write_page(
     return path
 
 
-def _row(name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def told(key: str, scale: float, digits: int) -> str:
-        mean, half = interval([scale * row[key] for row in rows])
-        return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+        return shown_interval([scale * row[key] for row in rows], digits)
 
     return {
         "name": name,
         "seeds": len(rows),
         "top1": told("top1", 100, 1),
+        "train": told("train", 100, 1),
+        "held_back": "–" if rows[0]["held_back"] is None else told("held_back", 100, 1),
         "halves": told("halves", 1, 1),
-        "purity": told("purity", 1, 2),
+        "margin_halves": told("margin_halves", 1, 1),
+        "purity": told("purity", 1, 3),
         "residual": f"{max(row['residual'] for row in rows):.0e}",
+        "epochs": told("epochs", 1, 0),
+        "chosen": rows[0]["chosen"],
         "seconds": told("seconds", 1, 1),
     }
 
