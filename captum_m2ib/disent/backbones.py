@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from captum_m2ib.scenes.captions import COLOURS, SHAPES
 from captum_m2ib.scenes.drawing import draw_scenes, generator
@@ -216,23 +219,64 @@ def train_backbone(
         nn.Module: in eval mode.
     """
     channels, side = data.train.images.shape[1], data.train.images.shape[-1]
-    random = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tasks = {task: len(names) for task, names in data.classes.items()}
-        classifier = _KINDS[kind](channels, side, tasks).train()
+        classifier = _KINDS[kind](channels, side, tasks)
+
+    def loss_of(logits: dict[str, Tensor], rows: Tensor) -> Tensor:
+        return torch.stack(
+            [F.cross_entropy(logits[task], labels[rows]) for task, labels in data.train.labels.items()]
+        ).sum()
+
+    return train_classifier(classifier, data.train.images, loss_of, seed, epochs, lr, batch_size)
+
+
+def train_classifier(
+    classifier: nn.Module,
+    images: Tensor,
+    loss_of: Callable[[Any, Tensor], Tensor],
+    seed: int,
+    epochs: int,
+    lr: float = 3e-3,
+    batch_size: int = 64,
+    varied: Callable[[Tensor, torch.Generator], Tensor] | None = None,
+    show_progress: bool = False,
+) -> nn.Module:
+    r"""Train a classifier whose weights are random, in place.
+
+    Args:
+
+        classifier (nn.Module): From pictures to whatever the loss reads.
+        images (Tensor): Training pictures, (n, C, H, W).
+        loss_of (Callable): From what the classifier returned and the rows of its pictures to a scalar.
+        seed (int): Of order and variation.
+        epochs (int): Passes over the pictures.
+        lr (float, optional): Highest rate of AdamW, reached and left linearly. Default: 3e-3
+        batch_size (int, optional): Default: 64
+        varied (Callable, optional): From a batch of pictures and a generator to what the classifier reads. Default:
+            None (moved by up to two pixels)
+        show_progress (bool, optional): Default: False
+
+    Returns:
+        nn.Module: the same, in eval mode.
+    """
+    random = torch.Generator().manual_seed(seed)
+    classifier.train()
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr, weight_decay=0.05)
-    steps = epochs * -(-len(data.train) // batch_size)
+    steps = epochs * -(-len(images) // batch_size)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(data.train), generator=random).split(batch_size):
-            images = _shifted(data.train.images[rows], random)
-            logits = classifier(images)
-            loss = sum(F.cross_entropy(logits[task], labels[rows]) for task, labels in data.train.labels.items())
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[union-attr]
-            optimizer.step()
-            schedule.step()
+    with torch.random.fork_rng(devices=[]), tqdm(total=epochs, desc="Backbone", disable=not show_progress) as bar:
+        # Dropout draws from the global generator.
+        torch.manual_seed(seed)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(images), generator=random).split(batch_size):
+                loss = loss_of(classifier((varied or _shifted)(images[rows], random)), rows)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+            bar.update()
     return classifier.eval()
 
 

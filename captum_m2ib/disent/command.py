@@ -42,7 +42,11 @@ def _add_fit(commands: Any) -> None:
         "same command again goes on where an interrupted one stopped.",
     )
     parser.add_argument(
-        "--data", metavar="DIR", required=True, help="folder with a folder of pictures per class, or train/ and test/"
+        "--data",
+        metavar="DIR",
+        required=True,
+        help="folder with a folder of pictures per class, or train/ and test/ above these; or a data set that datasets "
+        "saved, or hf:NAME of one on the hub",
     )
     parser.add_argument("--backbone", metavar="NAME", required=True, help=_BACKBONE)
     parser.add_argument(
@@ -55,10 +59,25 @@ def _add_fit(commands: Any) -> None:
     parser.add_argument("--weights", metavar="FILE", help="safetensors file (default: the library's own)")
     parser.add_argument("--options", nargs="+", default=[], metavar="NAME=VALUE", help="of the backbone's constructor")
     parser.add_argument("--side", type=int, help="of the pictures in pixels (default: the backbone's)")
+    parser.add_argument(
+        "--train-backbone",
+        type=int,
+        default=0,
+        metavar="EPOCHS",
+        help="train it from nothing on the training pictures first (default: no)",
+    )
     parser.add_argument("--test-share", type=float, default=0.3, help="held out per class (default: %(default)s)")
     parser.add_argument("--split-seed", type=int, default=0, help="of that choice (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=3, help="fits of each head (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=30, help="most epochs of InfoDisent (default: %(default)s)")
+    parser.add_argument(
+        "--epochs",
+        type=int,
+        default=200,
+        help="most of a head, which ends when it has converged (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--choose", action="store_true", help="choose each head's settings on pictures held back from training"
+    )
     parser.add_argument("--epic-epochs", type=int, default=20, help="epochs of EPIC (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=64, help="examples per step (default: %(default)s)")
     parser.add_argument("--lr", type=float, default=1e-2, help="rate of the classifier (default: %(default)s)")
@@ -109,21 +128,20 @@ def _add_study(parser: Any) -> None:
 
 def _fit(given: argparse.Namespace) -> None:
     from captum_m2ib.disent.named import as_arguments
-    from captum_m2ib.disent.study import Study, StudySettings
+    from captum_m2ib.disent.study import Study
+    from captum_m2ib.disent.study_settings import StudySettings
 
+    names = ("side", "test_share", "split_seed", "train_backbone", "seeds", "epochs", "choose", "epic_epochs")
     settings = StudySettings(
-        os.path.abspath(given.data),
+        _place(given.data),
         given.backbone,
         given.layer,
         weights=given.weights and os.path.abspath(given.weights),
         options=as_arguments(given.options),
-        **{
-            name: getattr(given, name)
-            for name in ("side", "test_share", "split_seed", "seeds", "epochs", "epic_epochs", "batch_size", "lr")
-        },
+        **{name: getattr(given, name) for name in (*names, "batch_size", "lr")},
         transform_lr=given.transform_lr,
     )
-    study = Study(given.output, settings)
+    study = Study(given.output, settings, sys.stderr.isatty())
     study.collect(sys.stderr.isatty())
     for problem in study.problems:
         print(f"{problem.kind}: {problem.where}: {problem.reason}", file=sys.stderr)
@@ -134,7 +152,14 @@ def _fit(given: argparse.Namespace) -> None:
 def _open(given: argparse.Namespace) -> Study:
     from captum_m2ib.disent.study import Study
 
-    return Study.open(given.study, given.backbone, given.data and os.path.abspath(given.data))
+    return Study.open(given.study, given.backbone, given.data and _place(given.data))
+
+
+def _place(data: str) -> str:
+    """A folder wherever the next command runs; the hub's names stay as they are."""
+    from captum_m2ib.disent.photographs import HUB
+
+    return data if data.startswith(HUB) else os.path.abspath(data)
 
 
 def _explain(given: argparse.Namespace) -> None:

@@ -295,7 +295,7 @@ class InfoDisent(ConceptModel[InfoDisentHead]):
         if cache or isinstance(loader, FeatureSet):
             kept = self._labelled(self.collect(loader, show_progress))
             if held_out is None:
-                kept, held_out = _hold_out(kept, numbers)
+                kept, held_out = hold_out(kept, numbers.validation_share, numbers.seed)
             first, source = kept, _Kept(kept, numbers.batch_size)
             task = Supervised(self, source, held_out, numbers)
         else:
@@ -443,15 +443,24 @@ class Supervised:
         """Nothing is remembered."""
 
 
-def _hold_out(features: FeatureSet, settings: FitSettings) -> tuple[FeatureSet, FeatureSet | None]:
-    """Split off the validation share; pictures that occur more than once stay on one side."""
-    count = round(len(features) * settings.validation_share)
-    if not count:
+def hold_out(features: FeatureSet, share: float, seed: int) -> tuple[FeatureSet, FeatureSet | None]:
+    r"""Split off what :meth:`InfoDisent.fit` validates on; pictures that occur more than once stay on one side.
+
+    Args:
+
+        features (FeatureSet): Of the training pictures.
+        share (float): See :class:`FitSettings`.
+        seed (int): Of the choice.
+
+    Returns:
+        tuple: what is trained on, and what is held out, or None where that would be nothing or everything.
+    """
+    if not round(len(features) * share):
         return features, None
     ids = torch.arange(len(features)) if features.ids is None else features.ids
     kinds = ids.unique()
-    order = kinds[torch.randperm(len(kinds), generator=torch.Generator().manual_seed(settings.seed))]
-    chosen = torch.isin(ids, order[: max(1, round(len(kinds) * settings.validation_share))])
+    order = kinds[torch.randperm(len(kinds), generator=torch.Generator().manual_seed(seed))]
+    chosen = torch.isin(ids, order[: max(1, round(len(kinds) * share))])
     if bool(chosen.all()):
         return features, None
     return features.subset(~chosen), features.subset(chosen)

@@ -113,6 +113,7 @@ def load_backbone(
     name: str,
     *,
     weights: str | os.PathLike[str] | None = None,
+    n_classes: int | None = None,
     options: Mapping[str, Any] | None = None,
     side: int | None = None,
 ) -> NamedBackbone:
@@ -125,6 +126,8 @@ def load_backbone(
             directory.
         weights (str or PathLike, optional): Safetensors file of the module's state. Default: None (the library's own,
             which it fetches or finds)
+        n_classes (int, optional): Make it with this many outputs and random weights, to be trained; of timm and
+            torchvision. Default: None
         options (mapping, optional): Further arguments of the library's constructor. Default: None
         side (int, optional): Of the pictures in pixels. Default: None (the library's)
 
@@ -143,9 +146,9 @@ def load_backbone(
     }
     given = dict(options or {})
     if library in makers and rest:
-        module, preparation = _made(makers[library], name, rest, weights is None, given)
+        module, preparation = _made(makers[library], name, rest, weights is None, n_classes, given)
     elif is_function(name):
-        module, preparation = _called(name, given)
+        module, preparation = _called(name, n_classes, given)
     else:
         raise ValueError(f"--backbone: expected timm:NAME, torchvision:NAME, hf:ID or module:function, got {name!r}.")
     if weights is not None:
@@ -186,13 +189,14 @@ def _made(
     name: str,
     rest: str,
     pretrained: bool,
+    n_classes: int | None,
     options: dict[str, Any],
 ) -> tuple[nn.Module, Preparation]:
     try:
         with torch.random.fork_rng(devices=[]):
             # Where weights are random, they are the same every time.
             torch.manual_seed(0)
-            return maker(rest, pretrained, options)
+            return maker(rest, pretrained and n_classes is None, n_classes, options)
     except ImportError as error:
         library = name.partition(":")[0].replace("hf", "transformers")
         raise ImportError(
@@ -207,10 +211,11 @@ def _made(
         ) from error
 
 
-def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
+def _timm(name: str, pretrained: bool, n_classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
     import timm
 
-    module = timm.create_model(name, pretrained=pretrained, **options)
+    sized: dict[str, Any] = {} if n_classes is None else {"num_classes": n_classes}
+    module = timm.create_model(name, pretrained=pretrained, **sized, **options)
     told = timm.data.resolve_model_data_config(module)
     # Where the model was made for another size than its weights were trained on, its own is what it reads.
     own = getattr(getattr(module, "patch_embed", None), "img_size", None)
@@ -220,18 +225,25 @@ def _timm(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[nn.Modu
     return module, Preparation(side, resized, tuple(told["mean"]), tuple(told["std"]), kind)
 
 
-def _torchvision(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
+def _torchvision(
+    name: str, pretrained: bool, n_classes: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preparation]:
     from torchvision import models
 
-    module = models.get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    sized: dict[str, Any] = {} if n_classes is None else {"num_classes": n_classes}
+    module = models.get_model(name, weights="DEFAULT" if pretrained else None, **sized, **options)
     told = models.get_model_weights(name).DEFAULT.transforms()
     kind = "bilinear" if told.interpolation.value == "bilinear" else "bicubic"
     return module, Preparation(told.crop_size[0], told.resize_size[0], tuple(told.mean), tuple(told.std), kind)
 
 
-def _transformers(name: str, pretrained: bool, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
+def _transformers(
+    name: str, pretrained: bool, n_classes: int | None, options: dict[str, Any]
+) -> tuple[nn.Module, Preparation]:
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
+    if n_classes is not None:
+        raise ValueError("models of transformers are not trained here, give timm:NAME or torchvision:NAME")
     module = AutoModelForImageClassification.from_pretrained(name, **options)
     told = AutoImageProcessor.from_pretrained(name)
     size, crop = (dict(getattr(told, key, None) or {}) for key in ("size", "crop_size"))
@@ -243,9 +255,10 @@ def _transformers(name: str, pretrained: bool, options: dict[str, Any]) -> tuple
     return module, Preparation(side, max(resized, side), tuple(mean), tuple(std), kind)
 
 
-def _called(name: str, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
-    if options:
-        raise ValueError(f"--options: {name} is a Python function, which makes its backbone itself; leave it out.")
+def _called(name: str, n_classes: int | None, options: dict[str, Any]) -> tuple[nn.Module, Preparation]:
+    if n_classes is not None or options:
+        what = "--options" if n_classes is None else "--train-backbone"
+        raise ValueError(f"{what}: {name} is a Python function, which makes its backbone itself; leave it out.")
     made = call_named(name, "--backbone")
     module, preparation = made if isinstance(made, tuple) and len(made) == 2 else (made, Preparation())
     if not isinstance(module, nn.Module) or not isinstance(preparation, Preparation):

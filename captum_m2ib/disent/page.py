@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,9 @@ from PIL import Image
 
 from captum_m2ib.disent._grid import cell_box
 from captum_m2ib.disent.prototypes import ClassHalf, Prototype, Prototypes, explain_classes
-from captum_m2ib.disent.study import Study, interval
+from captum_m2ib.disent.scores import shown_interval
+from captum_m2ib.disent.study import Study
+from captum_m2ib.explanations.pages import page_environment, page_policy, page_style, trusted
 
 _HERE = Path(__file__).parent
 _THUMBNAIL = 160
@@ -44,9 +44,9 @@ def write_page(
 
     Raises:
         ValueError: if the head is not fitted.
-        ImportError: if Jinja2 is not installed.
+        RuntimeError: if Jinja2 is not installed.
     """
-    jinja2 = _import_jinja2()
+    environment = page_environment(_HERE, "disent")
     figures, model, told = study.figures(), study.model(head, seed), study.told()
     prototypes = study.prototypes(model)
     shown = _Shown(study, prototypes, model.reader.patch)
@@ -60,16 +60,11 @@ def write_page(
         }
         for page in explain_classes(model, study.train, prototypes, n_halves)
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
-    style = (_HERE / "page.css").read_text(encoding="utf-8")
-    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode("ascii")
+    style = page_style(_HERE / "page.css")
     page = environment.get_template("page.html").render(
         title=Path(study.settings.data).name,
-        # Not a user's text: it goes into the page as it is, and the policy lets no other style in.
-        style=jinja2.utils.markupsafe.Markup(style),
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'",
+        style=trusted(style),
+        policy=page_policy(style),
         settings=told["settings"],
         split=told["split"],
         own=told["own"],
@@ -88,26 +83,22 @@ def write_page(
     return path
 
 
-def _import_jinja2() -> Any:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError("reports need Jinja2: pip install 'captum_m2ib[disent]'") from error
-    return jinja2
-
-
-def _row(name: str, rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _row(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     def told(key: str, scale: float, digits: int) -> str:
-        mean, half = interval([scale * row[key] for row in rows])
-        return f"{mean:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
+        return shown_interval([scale * row[key] for row in rows], digits)
 
     return {
         "name": name,
         "seeds": len(rows),
         "top1": told("top1", 100, 1),
+        "train": told("train", 100, 1),
+        "held_back": "–" if rows[0]["held_back"] is None else told("held_back", 100, 1),
         "halves": told("halves", 1, 1),
-        "purity": told("purity", 1, 2),
+        "margin_halves": told("margin_halves", 1, 1),
+        "purity": told("purity", 1, 3),
         "residual": f"{max(row['residual'] for row in rows):.0e}",
+        "epochs": told("epochs", 1, 0),
+        "chosen": rows[0]["chosen"],
         "seconds": told("seconds", 1, 1),
     }
 

@@ -1,4 +1,4 @@
-"""Photographs in folders of classes with a stated split, and whatever is wrong with them.
+"""Photographs in folders of classes, or in a Hugging Face data set, their split, and whatever is wrong with them.
 
 What cannot be used is told as a :class:`Problem` and left out; what no figure could be made of is an error.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 TRAIN, TEST = "train", "test"
 _SPLITS = {TRAIN: TRAIN, "training": TRAIN, TEST: TEST, "val": TEST, "valid": TEST, "validation": TEST}
 _ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+HUB = "hf:"
 
 
 class Problem(NamedTuple):
@@ -92,6 +93,18 @@ class PhotographSet:
         """
         return load_picture(self.source(self.photographs[index].name), "picture")
 
+    def of(self, split: str) -> list[int]:
+        r"""Positions of the photographs of a split.
+
+        Args:
+
+            split (str): ``"train"`` or ``"test"``.
+
+        Returns:
+            list[int]: in order.
+        """
+        return [index for index, one in enumerate(self.photographs) if one.split == split]
+
     def digest(self) -> str:
         r"""What tells the set from others, the pictures' sizes and times of change included.
 
@@ -108,7 +121,8 @@ def read_photographs(data: str | os.PathLike[str], test_share: float = 0.3, seed
     Args:
 
         data (str or PathLike): A folder with a folder per class; or one with the folders ``train`` and ``test`` (or
-            ``val``), each with a folder per class.
+            ``val``), each with a folder per class; or a folder that ``datasets`` saved; or ``hf:NAME`` of a data set on
+            the hub.
         test_share (float, optional): Share of each class that is held out for testing where there is no split; a
             class keeps at least one picture for training. Default: 0.3
         seed (int, optional): Of that choice. Default: 0
@@ -119,9 +133,15 @@ def read_photographs(data: str | os.PathLike[str], test_share: float = 0.3, seed
     Raises:
         ValueError: if there is no such set, or fewer than two of its classes have pictures to train on, or none to test
             on.
+        ImportError: if a Hugging Face data set is asked for and ``datasets`` is not installed.
     """
     check_number("test_share", test_share, 0.0, 1.0, above=True)
-    return _split(_from_folders(Path(data)), test_share, seed, os.fspath(data))
+    name = os.fspath(data)
+    if name.startswith(HUB) or _is_saved(Path(name)):
+        listed = _from_datasets(name)
+    else:
+        listed = _from_folders(Path(name))
+    return _split(listed, test_share, seed, name)
 
 
 @dataclass
@@ -135,7 +155,10 @@ class _Listed:
 
 def _from_folders(folder: Path) -> _Listed:
     if not folder.is_dir():
-        raise ValueError(f"--data: there is no folder {folder}; expected one with a folder of pictures per class.")
+        raise ValueError(
+            f"--data: there is no folder {folder}; expected one with a folder of pictures per class, or hf:NAME of a "
+            "data set on the hub."
+        )
     found = _Listed([], [], lambda name: folder / name)
     splits = [(child, _SPLITS[child.name.lower()]) for child in _folders(folder) if child.name.lower() in _SPLITS]
     # A class may well be called "train": only both sides together are a split.
@@ -167,6 +190,65 @@ def _pictures(folder: Path) -> list[Path]:
         for path in folder.rglob("*")
         if path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
     )
+
+
+def _is_saved(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
+
+
+def _from_datasets(name: str) -> _Listed:
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(
+            f"--data: {name} is a Hugging Face data set, which needs datasets ({error}); install it with: pip install "
+            "datasets."
+        ) from error
+    try:
+        given: Any = datasets.load_dataset(name[len(HUB) :]) if name.startswith(HUB) else datasets.load_from_disk(name)
+    except Exception as error:
+        # Whatever the hub, the disk or the set's own description stumbles over.
+        raise ValueError(f"--data: cannot read the data set {name} ({' '.join(str(error).split())[:300]}).") from error
+    parts = dict(given) if isinstance(given, datasets.DatasetDict) else {TRAIN: given}
+    rows: list[tuple[str, str, str | None, str]] = []
+    read: dict[str, Any] = {}
+    split_known = {_SPLITS.get(part.lower()) for part in parts} >= {TRAIN, TEST}
+    for part, table in parts.items():
+        image, label = _columns(table, name)
+        names = table.features[label].names
+        table = table.cast_column(image, datasets.Image(decode=False))
+        read[part] = table.select_columns([image])
+        side = _SPLITS.get(part.lower()) if split_known else None
+        if split_known and side is None:
+            continue
+        # The hub marks pictures of unknown class with -1.
+        rows += [
+            (f"{part}/{row}", names[value], side, table._fingerprint)
+            for row, value in enumerate(table[label])
+            if value is not None and value >= 0
+        ]
+
+    def source(row: str) -> Any:
+        part, _, number = row.rpartition("/")
+        (cell,) = read[part][int(number)].values()
+        return cell["bytes"] if cell["bytes"] is not None else cell["path"]
+
+    if not rows:
+        raise ValueError(f"--data: the data set {name} has no labelled picture.")
+    return _Listed(rows, [], source)
+
+
+def _columns(table: Any, name: str) -> tuple[str, str]:
+    import datasets
+
+    images = [key for key, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    labels = [key for key, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
+    if len(images) != 1 or len(labels) != 1:
+        raise ValueError(
+            f"--data: expected the data set {name} to have one column of pictures and one of classes (ClassLabel), got "
+            f"{images or 'none'} and {labels or 'none'}; select and cast its columns, and save it with save_to_disk."
+        )
+    return images[0], labels[0]
 
 
 def _split(listed: _Listed, test_share: float, seed: int, name: str) -> PhotographSet:

@@ -4,6 +4,8 @@ Every seed fits, on the same cached features, the heads in :data:`HEADS`. A stud
 
     study.json               what was asked for, the classes, the split, and what was wrong with the data
     features/                the cached features
+    backbone.safetensors     the backbone, where it was trained here
+    chosen/NAME.json         which settings were chosen for each head, where that was asked for
     heads/NAME-SEED.safetensors
     figures/NAME-SEED.json   what was measured of each
 
@@ -13,13 +15,10 @@ EPIC explains the linear probe, whose function it keeps.
 from __future__ import annotations
 
 import json
-import math
 import os
-import resource
-import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -29,93 +28,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from captum_m2ib.disent._checks import check_count, check_number
 from captum_m2ib.disent.cache import Cached, cached_features
+from captum_m2ib.disent.compared import CANDIDATES, HEADS, Probed, Rates, choose, fit_head_of
 from captum_m2ib.disent.epic import EPIC
-from captum_m2ib.disent.explanations import contributions
 from captum_m2ib.disent.features import FeatureReader, FeatureSet
-from captum_m2ib.disent.model import ConceptModel, InfoDisent
+from captum_m2ib.disent.from_nothing import trained_backbone
+from captum_m2ib.disent.model import ConceptModel, InfoDisent, hold_out
 from captum_m2ib.disent.named import LIBRARIES, NamedBackbone, load_backbone
 from captum_m2ib.disent.photographs import PhotographSet, Problem, read_photographs
 from captum_m2ib.disent.prototypes import Prototypes, find_prototypes
+from captum_m2ib.disent.scores import measure, peak_gib, top1
+from captum_m2ib.disent.study_settings import StudySettings
 from captum_m2ib.encoders.naming import is_function
 
-_POOLED = {"pooling": "mean"}
-HEADS: dict[str, dict[str, Any]] = {
-    "linear probe": {"transform": "none", "weight": "signed", "bias": True, **_POOLED},
-    "infodisent": {},
-    "epic": {},
-    "no bottleneck": _POOLED,
-    "no transform": {"transform": "none"},
-}
-"""Each head with its options of InfoDisent; the last two leave out one part of it."""
-
-_MEASURED_AT_ONCE = 64
 _PER_HALF = 5
-_SHARE = 0.9
-# Student's t at 0.975, by degrees of freedom from 1 on.
-_T = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131]
-_T += [2.120, 2.110, 2.101, 2.093]
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    r"""What a study is asked for.
-
-    Args:
-
-        data (str): See :func:`read_photographs`.
-        backbone (str): See :func:`load_backbone`.
-        layer (str): Dotted name of the last layer before the backbone pools its positions; ``NAME:1`` for the second
-            call of a module that is called more than once.
-        weights (str, optional): See :func:`load_backbone`. Default: None
-        options (mapping, optional): See :func:`load_backbone`. Default: {}
-        side (int, optional): Of the pictures in pixels. Default: None (the backbone's)
-        test_share (float, optional): See :func:`read_photographs`. Default: 0.3
-        split_seed (int, optional): Of the choice of test pictures. Default: 0
-        seeds (int, optional): Fits of each head. Default: 3
-        epochs (int, optional): Most epochs of InfoDisent's heads and the probe. Default: 30
-        epic_epochs (int, optional): Epochs of EPIC. Default: 20
-        batch_size (int, optional): Examples per step of InfoDisent's heads. Default: 64
-        lr (float, optional): See :class:`FitSettings`. Default: 1e-2
-        transform_lr (float, optional): See :class:`FitSettings`. Default: 5e-3
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    data: str
-    backbone: str
-    layer: str
-    weights: str | None = None
-    options: Mapping[str, Any] = field(default_factory=dict)
-    side: int | None = None
-    test_share: float = 0.3
-    split_seed: int = 0
-    seeds: int = 3
-    epochs: int = 30
-    epic_epochs: int = 20
-    batch_size: int = 64
-    lr: float = 1e-2
-    transform_lr: float = 5e-3
-
-    def __post_init__(self) -> None:
-        for name in ("seeds", "epochs", "epic_epochs", "batch_size"):
-            check_count(f"--{name.replace('_', '-')}", getattr(self, name))
-        check_count("--split-seed", self.split_seed, 0)
-        if self.side is not None:
-            check_count("--side", self.side)
-        check_number("--test-share", self.test_share, high=1.0, above=True)
-        check_number("--lr", self.lr, above=True)
-        check_number("--transform-lr", self.transform_lr, above=True)
-        if self.seeds > len(_T) + 1:
-            raise ValueError(f"--seeds: expected at most {len(_T) + 1}, got {self.seeds}.")
-
-    @property
-    def place(self) -> str | tuple[str, int]:
-        """The layer as :class:`FeatureReader` takes it."""
-        name, separator, call = self.layer.rpartition(":")
-        return (name, int(call)) if separator and call.isdigit() else self.layer
 
 
 class Study:
@@ -125,17 +51,16 @@ class Study:
 
         folder (str or PathLike): The folder.
         settings (StudySettings): What it is asked for.
+        show_progress (bool, optional): Of training a backbone. Default: False
 
     Raises:
         ValueError: if the data or the backbone cannot be used.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], settings: StudySettings) -> None:
+    def __init__(self, folder: str | os.PathLike[str], settings: StudySettings, show_progress: bool = False) -> None:
         self.folder, self.settings = Path(folder), settings
         self.photographs: PhotographSet = read_photographs(settings.data, settings.test_share, settings.split_seed)
-        self.backbone: NamedBackbone = load_backbone(
-            settings.backbone, weights=settings.weights, options=settings.options, side=settings.side
-        )
+        self.backbone: NamedBackbone = self._backbone(show_progress)
         self.reader = FeatureReader(self.backbone.module, settings.place)
         self._features: tuple[Cached, FeatureSet, FeatureSet, tuple[Problem, ...]] | None = None
 
@@ -263,7 +188,7 @@ class Study:
             return model
         return InfoDisent.load(path, self.backbone.module)
 
-    def figures(self) -> dict[str, list[dict[str, float]]]:
+    def figures(self) -> dict[str, list[dict[str, Any]]]:
         r"""What was measured.
 
         Returns:
@@ -272,7 +197,7 @@ class Study:
         Raises:
             ValueError: if nothing was.
         """
-        found: dict[str, list[dict[str, float]]] = {}
+        found: dict[str, list[dict[str, Any]]] = {}
         for name in HEADS:
             paths = [self._figures_path(name, seed) for seed in range(self.settings.seeds)]
             rows = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.is_file()]
@@ -333,6 +258,17 @@ class Study:
         assert self._features is not None
         return self._features
 
+    def _backbone(self, show_progress: bool) -> NamedBackbone:
+        settings = self.settings
+        made: dict[str, Any] = {"options": settings.options, "side": settings.side}
+        if not settings.train_backbone:
+            return load_backbone(settings.backbone, weights=settings.weights, **made)
+        found = load_backbone(settings.backbone, n_classes=len(self.photographs.classes), **made)
+        # A layer that is none of its own is told before hours of training.
+        FeatureReader(found.module, settings.place)
+        path = self.folder / "backbone.safetensors"
+        return trained_backbone(found, self.photographs, settings.train_backbone, path, show_progress)
+
     def _own_accuracy(self) -> float | None:
         """Of the backbone's own outputs, where it has one per class."""
         logits = self.cached.logits
@@ -340,50 +276,56 @@ class Study:
             return None
         _, test, _ = self.cached.split(self.photographs)
         assert self.test.labels is not None
-        return _accuracy(logits[test], self.test.labels)
+        return float((logits[test].argmax(1) == self.test.labels).double().mean())
 
-    def _fit_one(self, name: str, seed: int, show_progress: bool) -> dict[str, float]:
-        started, settings = time.monotonic(), self.settings
+    def _build(self, **options: Any) -> InfoDisent:
+        names = self.photographs.classes
+        return InfoDisent(self.backbone.module, self.settings.place, len(names), class_names=names, **options)
+
+    def _rates(self) -> Rates:
+        settings = self.settings
+        return Rates(settings.epochs, settings.batch_size, settings.lr, settings.transform_lr)
+
+    def _chosen(self, name: str, show_progress: bool) -> str:
+        """The candidate that a head is fitted with in every seed."""
+        if not self.settings.choose:
+            return "as given"
+        path = self.folder / "chosen" / f"{_file_name(name)}.json"
+        if not path.is_file():
+            _write_json(path, choose(name, self._build, self.train, self._rates(), show_progress))
+        chosen: str = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+        return chosen
+
+    def _fit_one(self, name: str, seed: int, show_progress: bool) -> dict[str, Any]:
         path = self._head_path(name, seed)
         partial = path.with_suffix(".training.safetensors")
+        chosen = "as published" if name == "epic" else self._chosen(name, show_progress)
+        started = time.monotonic()
         model: ConceptModel[Any]
         if name == "epic":
             model = epic = self._epic(seed)
-            epic.fit(
-                self.train, epochs=settings.epic_epochs, checkpoint=partial, seed=seed, show_progress=show_progress
-            )
+            epochs = self.settings.epic_epochs
+            epic.fit(self.train, epochs=epochs, checkpoint=partial, seed=seed, show_progress=show_progress)
             epic.save(path)
         else:
-            options = HEADS[name]
-            model = one = InfoDisent(
-                self.backbone.module,
-                settings.place,
-                len(self.photographs.classes),
-                class_names=self.photographs.classes,
-                seed=seed,
-                **options,
+            change = CANDIDATES[chosen]
+            model, record = fit_head_of(
+                name, change, self._build, self.train, self._rates(), seed, partial, show_progress
             )
-            # A mean does not ask where; of means alone, heads that pool by it learn the same in a fraction of the time.
-            learnt = _averaged(self.train) if options.get("pooling") == "mean" else self.train
-            one.fit(
-                learnt,
-                epochs=settings.epochs,
-                batch_size=settings.batch_size,
-                lr=settings.lr,
-                transform_lr=settings.transform_lr,
-                seed=seed,
-                checkpoint=partial,
-                show_progress=show_progress,
-            )
-            one.save(path)
+            epochs = len(record.loss)
+            model.save(path)
         seconds = time.monotonic() - started
-        found = measure(model, self.test) | {"purity": find_prototypes(model, self.train, _PER_HALF).mean_purity()}
+        found: dict[str, Any] = measure(model, self.test)
+        # Of positive halves: a channel after a ReLU that is not turned has no other.
+        found["purity"] = self.prototypes(model).mean_purity(1)
         if name == "epic":
             probe = self.model("linear probe", seed).predict(self.test)
             found["lossless"] = float((model.predict(self.test) - probe).abs().max() / probe.abs().max())
         partial.unlink(missing_ok=True)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        return {**found, "seconds": seconds, "peak_gib": peak}
+        held = hold_out(self.train, self._rates().validation_share, seed)[1]
+        found["held_back"] = None if held is None else top1(model, held)
+        told = {"train": top1(model, self.train), "epochs": epochs, "chosen": chosen}
+        return {**found, **told, "seconds": seconds, "peak_gib": peak_gib()}
 
     def _epic(self, seed: int) -> EPIC:
         probe = self.model("linear probe", seed).head
@@ -400,10 +342,10 @@ class Study:
         )
 
     def _head_path(self, name: str, seed: int) -> Path:
-        return self.folder / "heads" / f"{name.replace(' ', '-')}-{seed}.safetensors"
+        return self.folder / "heads" / f"{_file_name(name)}-{seed}.safetensors"
 
     def _figures_path(self, name: str, seed: int) -> Path:
-        return self.folder / "figures" / f"{name.replace(' ', '-')}-{seed}.json"
+        return self.folder / "figures" / f"{_file_name(name)}-{seed}.json"
 
     def _write_told(self, found: Mapping[str, Any]) -> None:
         path = self.folder / "study.json"
@@ -445,101 +387,14 @@ class Crops(Sequence[NDArray[np.uint8]]):
         return np.asarray(self.study.backbone.preparation.crop(self.study.photographs.picture(place)))
 
 
-class Grid(nn.Module):
-    r"""A backbone up to a layer, as a module of its own.
-
-    Args:
-
-        reader (FeatureReader): Of the backbone, at the layer.
-    """
-
-    reader: FeatureReader
-
-    def __init__(self, reader: FeatureReader) -> None:
-        super().__init__()
-        self.trunk = reader.backbone
-        self.__dict__["reader"] = reader
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Features, (N, D, h, w)."""
-        features: Tensor = self.reader.read(images)[0]
-        return features
-
-
-class Probed(nn.Module):
-    r"""A frozen backbone with a linear layer on the mean of a layer's positions.
-
-    Args:
-
-        reader (FeatureReader): Of the backbone, at the layer.
-        linear (nn.Linear): From channels to classes.
-    """
-
-    def __init__(self, reader: FeatureReader, linear: nn.Linear) -> None:
-        super().__init__()
-        self.grid, self.linear = Grid(reader), linear
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits, (N, classes)."""
-        logits: Tensor = self.linear(self.grid(images).mean((2, 3)))
-        return logits
-
-
-def measure(model: ConceptModel[Any], features: FeatureSet) -> dict[str, float]:
-    r"""What a head is worth on test pictures.
-
-    Args:
-
-        model (ConceptModel): Fitted.
-        features (FeatureSet): Of test pictures, with labels.
-
-    Returns:
-        dict: ``top1``, in [0, 1]; ``halves``: how many halves of channels hold 90 % of the absolute contributions to
-        the predicted class, on average; ``residual``: the largest difference between a logit and the sum of its
-        contributions, relative to the largest logit.
-    """
-    assert features.labels is not None
-    right, halves, residual, largest = 0.0, 0.0, 0.0, 0.0
-    place = model.head.scale.device
-    for part, labels in zip(features.batches(_MEASURED_AT_ONCE), features.labels.split(_MEASURED_AT_ONCE), strict=True):
-        found = contributions(model.head, part.to(place))
-        logits = found.logits.gather(1, found.target[:, None]).squeeze(1)
-        sums = (found.positive + found.negative).sum(1) + found.bias
-        right += float((found.target.cpu() == labels).sum())
-        halves += float(found.halves_holding(_SHARE).sum())
-        residual = max(residual, float((sums - logits).abs().max()))
-        largest = max(largest, float(logits.abs().max()))
-    return {"top1": right / len(features), "halves": halves / len(features), "residual": residual / max(largest, 1e-12)}
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    r"""Mean over seeds and half of its 95 % interval by Student's t.
-
-    Args:
-
-        values (sequence of float): One per seed.
-
-    Returns:
-        tuple[float, float]: mean and half width, NaN for one value.
-    """
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return mean, math.nan
-    return mean, _T[len(values) - 2] * statistics.stdev(values) / math.sqrt(len(values))
-
-
 def _rows(features: FeatureSet, rows: Tensor) -> FeatureSet:
     """Some rows; without a copy where they follow each other."""
     first, last = int(rows[0]), int(rows[-1])
     return features.subset(slice(first, last + 1) if last - first + 1 == len(rows) else rows)  # type: ignore[arg-type]
 
 
-def _averaged(features: FeatureSet) -> FeatureSet:
-    return FeatureSet(features.features.mean((2, 3), keepdim=True), features.labels, features.ids, features.size)
-
-
-def _accuracy(logits: Tensor, labels: Tensor) -> float:
-    return float((logits.argmax(1) == labels).double().mean())
+def _file_name(name: str) -> str:
+    return name.replace(" ", "-")
 
 
 def _read_told(folder: Path) -> dict[str, Any]:

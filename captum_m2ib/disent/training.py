@@ -39,7 +39,10 @@ class FitSettings:
         transform_lr (float, optional): Adam's learning rate for the transform. Default: 5e-3
         label_smoothing (float, optional): Default: 0.0
         sparsity (float, optional): Weight of the mean absolute entry of W in the loss. Default: 0.0
-        patience (int, optional): Epochs without a better validation loss before the fit stops. Default: 10
+        patience (int, optional): Epochs without a better validation loss before the rates are cut or the fit stops.
+            Default: 10
+        cuts (int, optional): How often both rates are divided by ten when patience runs out, before it stops the fit.
+            Default: 0
         validation_share (float, optional): Share of cached examples held out where no validation set is given; 0
             trains on all, for all epochs. Default: 0.1
         seed (int, optional): Seed of order, noise and the held-out share. Default: 0
@@ -55,6 +58,7 @@ class FitSettings:
     label_smoothing: float = 0.0
     sparsity: float = 0.0
     patience: int = 10
+    cuts: int = 0
     validation_share: float = 0.1
     seed: int = 0
 
@@ -62,6 +66,7 @@ class FitSettings:
         check_count("epochs", self.epochs)
         check_count("batch_size", self.batch_size)
         check_count("patience", self.patience)
+        check_count("cuts", self.cuts, 0)
         check_count("seed", self.seed, 0)
         check_number("lr", self.lr)
         check_number("transform_lr", self.transform_lr)
@@ -79,6 +84,7 @@ class FitRecord:
         loss (list[float]): Mean training loss per epoch.
         validation_loss (list[float]): Per epoch, in prediction mode; empty where nothing was held out.
         best_epoch (int): The epoch, from 0, whose parameters were kept.
+        cut_at (list[int]): Epochs after which the rates were cut.
         stopped_early (bool): Whether patience ran out before the epochs did.
         resumed_from (int): Epochs that a checkpoint had already done.
     """
@@ -86,6 +92,7 @@ class FitRecord:
     loss: list[float] = field(default_factory=list)
     validation_loss: list[float] = field(default_factory=list)
     best_epoch: int = -1
+    cut_at: list[int] = field(default_factory=list)
     stopped_early: bool = False
     resumed_from: int = 0
 
@@ -162,8 +169,7 @@ def fit_head(
         with bar:
             while len(record.loss) < settings.epochs and not record.stopped_early:
                 run.epoch()
-                waited = len(record.loss) - 1 - record.best_epoch
-                record.stopped_early = waited >= settings.patience and len(record.loss) < settings.epochs
+                run.judge()
                 if checkpoint is not None:
                     run.save(checkpoint)
                 bar.set_postfix(loss=f"{record.loss[-1]:.3f}", refresh=False)
@@ -214,6 +220,21 @@ class _Run:
             self.record.best_epoch = number
             self.best = {name: tensor.detach().clone() for name, tensor in self.head.state_dict().items()}
 
+    def judge(self) -> None:
+        """Cut the rates, or stop, where patience has run out."""
+        record, last = self.record, len(self.record.loss) - 1
+        waited = last - max([record.best_epoch, *record.cut_at])
+        if waited < self.settings["patience"] or last + 1 >= self.settings["epochs"]:
+            return
+        record.stopped_early = len(record.cut_at) >= self.settings["cuts"]
+        if not record.stopped_early:
+            record.cut_at.append(last)
+            self._cut(1)
+
+    def _cut(self, times: int) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] /= 10**times
+
     def save(self, path: str | os.PathLike[str]) -> None:
         noise, order = self.generators
         tensors = {
@@ -250,4 +271,5 @@ class _Run:
             generator.set_state(tensors[f"generator.{name}"])
         for name, value in metadata["record"].items():
             setattr(self.record, name, value)
+        self._cut(len(self.record.cut_at))
         self.record.resumed_from = len(self.record.loss)

@@ -138,3 +138,8 @@ def _decode_bytes(token: str) -> str:
         return bytes(alphabet[character] for character in token).decode("utf-8")
     except (KeyError, UnicodeDecodeError):
         return token.removeprefix("Ġ")
+
+
+def shown_text(text: object) -> str:
+    """Text without controls and direction marks, on one line."""
+    return " ".join(visible(str(text)).split())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,9 @@ import torch
 from commands import Run, assert_one_line, runner
 from PIL import Image
 
-from captum_m2ib.disent.study import HEADS, Study, interval
+from captum_m2ib.disent.compared import HEADS, candidates_for
+from captum_m2ib.disent.scores import interval, peak_gib, shown_interval
+from captum_m2ib.disent.study import Study
 
 KINDS = {"<b>red & co": (200, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 200)}
 BACKBONE = "tiny_backbone:make"
@@ -237,6 +240,42 @@ def test_folders_without_what_is_needed_are_refused(run: Run, tmp_path: Path):
     assert_one_line(run(*arguments(tmp_path / "data", tmp_path / "study")), "--data: not one of 4 pictures can be read")
 
 
+def test_settings_are_chosen_on_pictures_held_back_from_training(fitted: Path, tmp_path: Path, run: Run):
+    result = run(*arguments(fitted / "data", tmp_path / "study"), "--choose")
+    assert result.status == 0, result.err
+    for name in ("infodisent", "no-bottleneck", "linear-probe"):
+        told = json.loads((tmp_path / "study" / "chosen" / f"{name}.json").read_text())
+        assert told["losses"][told["chosen"]] == min(told["losses"].values())
+        figures = json.loads((tmp_path / "study" / "figures" / f"{name}-0.json").read_text())
+        assert figures["chosen"] == told["chosen"] and 0 <= figures["held_back"] <= 1
+    assert not (tmp_path / "study" / "chosen" / "epic.json").exists()
+    assert "soft places" not in candidates_for("no bottleneck")
+    assert "a price on weights" not in candidates_for("linear probe")
+
+
+def test_a_backbone_is_trained_from_nothing_once(fitted: Path, tmp_path: Path, run: Run):
+    small = ("img_size=16", "patch_size=4", "depth=1", "embed_dim=12", "num_heads=2", "class_token=false")
+    vit = ("--backbone", "timm:vit_tiny_patch16_224", "--layer", "norm", "--options", *small, "global_pool=avg")
+    quick = ("--train-backbone", 30, "--seeds", 1, "--epochs", 2, "--epic-epochs", 1)
+    fit = ("disent", "fit", "--data", fitted / "data", *vit, *quick, "--output", tmp_path / "study")
+    result = run(*fit)
+    assert result.status == 0, result.err
+    told = json.loads((tmp_path / "study" / "study.json").read_text())
+    assert told["own"] > 0.6 and told["grid"] == [12, 4, 4]
+    weights = (tmp_path / "study" / "backbone.safetensors").stat().st_mtime_ns
+    assert run(*fit).status == 0
+    assert (tmp_path / "study" / "backbone.safetensors").stat().st_mtime_ns == weights
+    assert_one_line(run(*fit, "--weights", "net.safetensors"), "--train-backbone: starts from nothing")
+    assert_one_line(run(*fit, "--backbone", BACKBONE), "--train-backbone: .* Python function")
+
+
+def test_memory_is_told_where_the_system_tells_it(monkeypatch: pytest.MonkeyPatch):
+    assert 0.05 < peak_gib() < 100
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert peak_gib() is None
+
+
 def test_interval_is_students():
+    assert shown_interval([0.5], 1) == "0.5" and shown_interval([1.0, 2.0, 3.0], 2) == "2.00 ± 2.48"
     mean, half = interval([1.0, 2.0, 3.0])
     assert mean == 2 and half == pytest.approx(4.303 / 3**0.5, rel=1e-3)

@@ -12,8 +12,9 @@ import torch
 from disent_models import CLASSES, WIDTH, TinyCNN, batches, planted
 from torch.utils.data import DataLoader, TensorDataset
 
-from captum_m2ib.disent import FeatureSet, FitSettings, InfoDisent, storage
+from captum_m2ib.disent import FeatureSet, InfoDisent, storage
 from captum_m2ib.disent import training as loop
+from captum_m2ib.disent.model import hold_out
 
 IMAGES, LABELS = planted(96)
 LOADER = batches(IMAGES, LABELS)
@@ -135,6 +136,21 @@ def test_early_stopping_keeps_the_best_epoch():
     assert kept == pytest.approx(min(record.validation_loss), rel=1e-6)
 
 
+def test_rates_are_cut_before_a_fit_stops_and_an_interrupted_fit_goes_on_with_cut_rates(tmp_path):
+    shuffled = LABELS[torch.randperm(len(LABELS), generator=torch.Generator().manual_seed(0))]
+    settings = {"epochs": 60, "lr": 5e-2, "transform_lr": 1e-2, "patience": 3, "cuts": 1}
+    made, again = model(), model()
+    held_out = FeatureSet(made.collect(LOADER).features, shuffled)
+    record = made.fit(LOADER, held_out, **settings)
+    (cut,) = record.cut_at
+    assert record.stopped_early and len(record.loss) == max(cut, record.best_epoch) + 4
+    with interrupted(at_epoch=cut + 2):
+        again.fit(LOADER, held_out, checkpoint=tmp_path / "state", **settings)
+    resumed = again.fit(LOADER, held_out, checkpoint=tmp_path / "state", **settings)
+    assert resumed.resumed_from == cut + 2 and resumed.loss == record.loss and resumed.cut_at == [cut]
+    assert_same(parameters(made), parameters(again))
+
+
 def test_without_held_out_data_the_last_epoch_is_kept():
     record = model().fit(LOADER, epochs=4, validation_share=0)
     assert record.best_epoch == 3 and record.validation_loss == []
@@ -143,9 +159,7 @@ def test_without_held_out_data_the_last_epoch_is_kept():
 def test_repeated_pictures_are_never_on_both_sides():
     made = model()
     twice = made.collect(batches(torch.cat([IMAGES, IMAGES]), torch.cat([LABELS, LABELS])))
-    from captum_m2ib.disent.model import _hold_out
-
-    kept, held_out = _hold_out(twice, FitSettings(validation_share=0.3))
+    kept, held_out = hold_out(twice, 0.3, 0)
     assert len(held_out) == 58 and len(kept) == 134
     assert not set(kept.ids.tolist()) & set(held_out.ids.tolist())
 

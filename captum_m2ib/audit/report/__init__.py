@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -30,11 +28,12 @@ from captum_m2ib.audit.report.pairs import (
     found_in,
     picture_data,
     read_pairs,
-    shown_text,
 )
 from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.writer import method_of, read_run
 from captum_m2ib.engine.verdict import VERDICTS
+from captum_m2ib.explanations.lettering import shown_text
+from captum_m2ib.explanations.pages import page_environment, page_policy, page_style, trusted
 from captum_m2ib.explanations.units import WORDINGS
 
 __all__ = ["write_report"]
@@ -71,7 +70,7 @@ def write_report(
         RuntimeError: if pyarrow or Jinja2 is not installed.
     """
     import_pyarrow()
-    jinja2 = _import_jinja2()
+    environment = page_environment(_HERE, "audit")
     if pairs < 1:
         raise ValueError(f"pairs: expected a whole number of at least 1, got {pairs}.")
     runs = [read_run(audit)] if compare is None else [read_run(audit), read_run(compare)]
@@ -86,16 +85,13 @@ def write_report(
         findings = changes + findings
     chosen = choose(figures, findings, pairs)
     shown, pictures = _shown_pairs(audit, chosen, findings, compare, matched)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
-    )
     environment.filters.update(number=_number, shown=shown_text, amount=_amount)
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = page_style(_HERE / "page.css"), (_HERE / "page.js").read_text(encoding="utf-8")
     page = environment.get_template("page.html").render(
         title=shown_text(title or Path(runs[0]["manifest"]).name),
-        style=_trusted(style),
-        script=_trusted(script),
-        policy=_policy(style, script),
+        style=trusted(style),
+        script=trusted(script),
+        policy=page_policy(style, script),
         runs=runs,
         names=_names(runs, [audit] if compare is None else [audit, compare]),
         count=len(figures),
@@ -118,14 +114,6 @@ def write_report(
     path = Path(audit, "report.html") if output is None else Path(output)
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def _import_jinja2() -> Any:
-    try:
-        import jinja2
-    except ImportError:
-        raise RuntimeError("reports need Jinja2: pip install 'captum_m2ib[audit]'") from None
-    return jinja2
 
 
 def _shown_pairs(
@@ -153,28 +141,12 @@ def _shown_pairs(
     return shown, pictures
 
 
-def _trusted(text: str) -> Any:
-    """Text that is ours, not a manifest's, and goes into the page as it is."""
-    from markupsafe import Markup  # Comes with Jinja2.
-
-    return Markup(text)
-
-
 def _data(value: Any) -> Any:
     """JSON in which no character can end the element that holds it."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
-    return _trusted(text)
-
-
-def _policy(style: str, script: str) -> str:
-    """Nothing but the page's own style, script and embedded pictures."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (style, script)]
-    return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
+    return trusted(text)
 
 
 def _names(runs: Sequence[dict[str, Any]], folders: Sequence[str | os.PathLike[str]]) -> list[str]:

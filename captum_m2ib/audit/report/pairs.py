@@ -11,7 +11,7 @@ import numpy as np
 
 from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
 from captum_m2ib.audit.writer import read_shard, shards
-from captum_m2ib.explanations.lettering import visible
+from captum_m2ib.explanations.lettering import shown_text
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import heat_ramp, token_colors
 
@@ -136,11 +136,6 @@ def found_in(findings: Sequence[Finding]) -> dict[int, dict[str, int]]:
         for place, index in enumerate(finding.indices):
             places.setdefault(index, {})[finding.name] = place
     return places
-
-
-def shown_text(text: object) -> str:
-    """Text without controls and direction marks, on one line."""
-    return " ".join(visible(str(text)).split())
 
 
 def _rounded(value: float | None) -> float | None:
