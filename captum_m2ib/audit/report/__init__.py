@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,6 +32,7 @@ from captum_m2ib.audit.report.pairs import (
 from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.writer import method_of, read_run
 from captum_m2ib.engine.verdict import VERDICTS
+from captum_m2ib.explanations.embedding import data_text, source_of
 from captum_m2ib.explanations.units import WORDINGS
 
 __all__ = ["write_report"]
@@ -112,8 +110,10 @@ def write_report(
         findings=findings,
         tokens=quiet_tokens(figures),
         comparison=None if other is None or matched is None else _comparison(figures, other, matched, shown),
-        data=_data({"pairs": shown, "colours": colours(), "compared": compare is not None, "chunk": _CHUNK}),
-        chunks=[_data(pictures[first : first + _CHUNK]) for first in range(0, len(pictures), _CHUNK)],
+        data=_trusted(
+            data_text({"pairs": shown, "colours": colours(), "compared": compare is not None, "chunk": _CHUNK})
+        ),
+        chunks=[_trusted(data_text(pictures[first : first + _CHUNK])) for first in range(0, len(pictures), _CHUNK)],
     )
     path = Path(audit, "report.html") if output is None else Path(output)
     path.write_text(page, encoding="utf-8")
@@ -160,19 +160,10 @@ def _trusted(text: str) -> Any:
     return Markup(text)
 
 
-def _data(value: Any) -> Any:
-    """JSON in which no character can end the element that holds it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return _trusted(text)
-
-
 def _policy(style: str, script: str) -> str:
     """Nothing but the page's own style, script and embedded pictures."""
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (style, script)]
     return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
+        f"default-src 'none'; img-src data:; style-src {source_of(style)}; script-src {source_of(script)}; "
         "base-uri 'none'; form-action 'none'"
     )
 
