@@ -54,8 +54,10 @@
     if (!interactions) return "";
     const values = interactions.map((one) => one[row][column]);
     if (pressed >= 0) return `; with “${names[pressed]}” ${signed(values[pressed])}`;
-    const order = values.map((_, i) => i).sort((a, b) => Math.abs(values[b]) - Math.abs(values[a])).slice(0, 3);
-    return `; most with ${order.map((i) => `“${names[i]}” ${signed(values[i])}`).join(", ")}`;
+    const order = names.map((_, i) => i).filter((i) => values[i] !== 0);
+    order.sort((a, b) => Math.abs(values[b]) - Math.abs(values[a]));
+    const told = order.slice(0, 3).map((i) => `“${names[i]}” ${signed(values[i])}`);
+    return told.length ? `; most with ${told.join(", ")}` : "";
   }
 
   function show(row, column) {
