@@ -135,8 +135,7 @@ def _unreadable(name: str, called: str, reason: str) -> ValueError:
 def _check_size(size: tuple[int, int], name: str, called: str, most: int) -> None:
     if size[0] * size[1] > most:
         raise _Refused(
-            f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {most:,} allowed; resize "
-            "it first."
+            f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {most:,} allowed; resize it first."
         )
 
 
