@@ -1,4 +1,4 @@
-"""The command ``captum-m2ib``: explain a pair, audit many, train the compact model, run a benchmark.
+"""The command ``captum-m2ib``: explain a pair, audit many, train the compact model, run a benchmark, serve a page.
 
 Whatever the user can get wrong ends in one line on stderr that says what and what to do, and exit status 2.
 """
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import captum_m2ib
+from captum_m2ib.app.command import add_app
 from captum_m2ib.audit import command as audit
 from captum_m2ib.benchmark.command import add_benchmark
 from captum_m2ib.disent.command import add_disent
@@ -83,6 +84,7 @@ def _parser() -> _Parser:
     add_benchmark(commands, _load, _device)
     audit.add_commands(commands)
     add_disent(commands)
+    add_app(commands, _load)
     return parser
 
 

@@ -19,7 +19,7 @@ FLOORS = (
     {"attr", "scenes"},
     {"metrics"},
     {"explanations"},
-    {"composition", "disent", "audit"},
+    {"composition", "disent", "audit", "app"},
     {"benchmark"},
     {"cli"},
     {"__main__"},

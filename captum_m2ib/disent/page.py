@@ -15,7 +15,7 @@ from captum_m2ib.disent._grid import cell_box
 from captum_m2ib.disent.prototypes import ClassHalf, Prototype, Prototypes, explain_classes
 from captum_m2ib.disent.scores import shown_interval
 from captum_m2ib.disent.study import Study
-from captum_m2ib.explanations.pages import page_environment, page_policy, page_style, trusted
+from captum_m2ib.explanations.reports import page_environment, page_policy, page_style, trusted
 
 _HERE = Path(__file__).parent
 _THUMBNAIL = 160

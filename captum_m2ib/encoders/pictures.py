@@ -23,7 +23,7 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 _BYTES = (bytes, bytearray, memoryview)
 
 
-def load_picture(picture: PictureLike, name: str = "image") -> Image:
+def load_picture(picture: PictureLike, name: str = "image", most: int | None = None) -> Image:
     r"""Read a picture as RGB, its size checked before it is decoded; several threads may do so at once.
 
     Args:
@@ -31,13 +31,14 @@ def load_picture(picture: PictureLike, name: str = "image") -> Image:
         picture (path, bytes, PIL image or numpy.ndarray): A JPEG, PNG, WebP, BMP, GIF or TIFF file, or what is in one;
             or a uint8 array, (H, W, 3) or (H, W).
         name (str, optional): What errors call it. Default: "image"
+        most (int, optional): A picture of more pixels is refused before it is decoded. Default: None (50 million)
 
     Returns:
         PIL.Image.Image: in mode RGB, upright as its EXIF orientation says; of greys of 16 bits the upper 8.
 
     Raises:
-        ValueError: if the file is missing, is no such picture, is truncated, has over 50 million pixels, or levels of
-            32 bits, whose range nobody knows.
+        ValueError: if the file is missing, is no such picture, is truncated, has more pixels than ``most``, or
+            levels of 32 bits, whose range nobody knows.
     """
     from PIL import Image
 
@@ -48,12 +49,12 @@ def load_picture(picture: PictureLike, name: str = "image") -> Image:
             )
         return Image.fromarray(picture).convert("RGB")
     if isinstance(picture, Image.Image):
-        return _upright(lambda: nullcontext(picture), name, "the given picture")
+        return _upright(lambda: nullcontext(picture), name, "the given picture", most)
     if isinstance(picture, _BYTES):
-        return _upright(lambda: _open(io.BytesIO(picture)), name, "the given bytes")
+        return _upright(lambda: _open(io.BytesIO(picture)), name, "the given bytes", most)
     if isinstance(picture, (str, os.PathLike)):
         path = _checked_path(picture, name)
-        return _upright(lambda: _open(path), name, path)
+        return _upright(lambda: _open(path), name, path, most)
     raise ValueError(
         f"{name}: expected a path, a PIL image or a uint8 array, got {type(picture).__name__}; the bytes of a picture "
         "file are read, too."
@@ -92,12 +93,12 @@ class _Refused(ValueError):
     """An error that says all there is to say about a picture."""
 
 
-def _upright(opening: Callable[[], AbstractContextManager[Image]], name: str, called: str) -> Image:
+def _upright(opening: Callable[[], AbstractContextManager[Image]], name: str, called: str, most: int | None) -> Image:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     try:
         with opening() as opened:
-            _check_size(opened.size, name, called)
+            _check_size(opened.size, name, called, MAXIMUM_PIXELS if most is None else most)
             return _as_rgb(ImageOps.exif_transpose(opened), opened.format, name, called)
     except _Refused:
         raise
@@ -131,11 +132,10 @@ def _unreadable(name: str, called: str, reason: str) -> ValueError:
     )
 
 
-def _check_size(size: tuple[int, int], name: str, called: str) -> None:
-    if size[0] * size[1] > MAXIMUM_PIXELS:
+def _check_size(size: tuple[int, int], name: str, called: str, most: int) -> None:
+    if size[0] * size[1] > most:
         raise _Refused(
-            f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {MAXIMUM_PIXELS:,} allowed; resize "
-            "it first."
+            f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {most:,} allowed; resize it first."
         )
 
 

@@ -6,27 +6,20 @@ Never pickles. A file appears complete or not at all.
 from __future__ import annotations
 
 import base64
-import html
 import io
 import json
 import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_m2ib.encoders.regions import Region
-from captum_m2ib.explanations.shown import Shown
-from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import (
-    at_display_size,
-    heat_colors,
-    overlay,
-    token_html,
-)
+from captum_m2ib.explanations.embedding import encoded_picture
+from captum_m2ib.explanations.page import to_html
+from captum_m2ib.explanations.shown import Explained
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,29 +29,6 @@ if TYPE_CHECKING:
 _FORMAT, _VERSION = "captum_m2ib.explanation", 3
 _READ = (1, 2, 3)
 _MAX_PIXELS = 128_000_000
-
-
-class Explained(Shown, Protocol):
-    """What there is to write: the fields of an :class:`captum_m2ib.Explanation`, its totals and its figure."""
-
-    @property
-    def score_name(self) -> str: ...
-    @property
-    def patch_bits(self) -> NDArray[np.float32] | None: ...
-    @property
-    def settings(self) -> dict[str, Any]: ...
-    @property
-    def record(self) -> dict[str, Any] | None: ...
-    @property
-    def check(self) -> dict[str, Any] | None: ...
-    @property
-    def image_total_bits(self) -> float: ...
-    @property
-    def token_total_bits(self) -> float: ...
-    @property
-    def region(self) -> Region | None: ...
-    def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
-    def plot(self, original: PictureLike | None = None) -> Figure: ...
 
 
 def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None = None) -> Path:
@@ -163,7 +133,7 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
         "image_bits": explanation.image_bits.tolist(),
         "patch_bits": None if patch_bits is None else patch_bits.tolist(),
         "token_bits": explanation.token_bits.tolist(),
-        "image_png": _encoded(explanation.image, "PNG"),
+        "image_png": encoded_picture(explanation.image, "PNG"),
     }
     return json.dumps(document).encode("ascii")
 
@@ -189,105 +159,11 @@ def _picture(png: bytes) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("RGB"))
 
 
-def _encoded(image: NDArray[np.uint8], kind: str, **options: int) -> str:
-    """The picture as a file of this kind, in base64."""
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format=kind, **options)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_STYLE = """
-*{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:1.25rem;background:#fff;color:#1b1b1f;
-  font:1rem/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
-h1{font-size:1.35rem;line-height:1.35;margin:0 0 .4rem;overflow-wrap:anywhere}
-h2{font-size:1rem;margin:1.6rem 0 .5rem}
-.totals{color:#5c5c66;margin:0 0 1rem}
-.check{color:#5c5c66;margin:0 0 1rem;padding-left:1.2rem;font-size:.875rem}
-.pictures{display:flex;flex-wrap:wrap;gap:1rem}
-figure{flex:1 1 17rem;min-width:0;max-width:100%;margin:0}
-figure img{display:block;width:100%;max-height:75vh;object-fit:contain;object-position:left top}
-figcaption{color:#5c5c66;font-size:.875rem;margin-bottom:.25rem}
-.bar{height:.8rem;margin-top:1rem;border:1px solid #b8b8c2;border-radius:3px}
-.scale{display:flex;justify-content:space-between;gap:1rem;font-size:.875rem;color:#5c5c66}
-details{margin-top:1rem}
-summary{cursor:pointer}
-pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-size:.8125rem}
-""".strip()
-
-
-def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    wording = WORDINGS[explanation.unit]
-    picture, values = explanation.shown(original)
-    heat, scale = wording.per_pixels(values.astype(np.float64))
-    is_signed = wording.is_signed(heat)
-    shown = at_display_size(picture)
-    pictures = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
-    figures = "\n".join(
-        f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/jpeg;base64,'
-        f'{_encoded(panel, "JPEG", quality=90, subsampling=0)}"></figure>'
-        for name, panel in pictures
-    )
-    colors = heat_colors(24, signed=is_signed)
-    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
-    most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
-    least = f"−{most:.3g}" if is_signed else "0"
-    details = [("settings", explanation.settings)]
-    if explanation.record is not None:
-        details.append(("record of the optimisation", explanation.record))
-    if explanation.check is not None:
-        details.append(("figures of the check", explanation.check))
-    check = "".join(f"<li>{html.escape(line)}</li>\n" for line in explanation.notes)
-    check = check and f'<ul class="check">\n{check}</ul>\n'
-    details_html = "\n".join(
-        f"<details><summary>{name}</summary><pre>{html.escape(json.dumps(value, indent=2))}</pre></details>"
-        for name, value in details
-    )
-    caption = html.escape(explanation.caption) or "(empty caption)"
-    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
-    totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
-    if wording.has_totals:
-        both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
-        totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
-    page = f"""<!DOCTYPE html>
-<html>
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="color-scheme" content="light">
-<title>{caption}</title>
-<style>
-{_STYLE}
-</style>
-</head>
-<body>
-<h1><bdi>{caption}</bdi></h1>
-<p class="totals">{" · ".join(totals)}</p>
-{check}<div class="pictures">
-{figures}
-</div>
-<div class="bar" style="background:linear-gradient(to right,{stops})"></div>
-<div class="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>
-<h2>tokens, {wording.name} below each</h2>
-<div>
-{tokens}
-</div>
-{details_html}
-</body>
-</html>
-"""
-    return page.encode("utf-8", "replace")
-
-
 WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
     ".png": to_png,
     ".pdf": _to_pdf,
     ".svg": _to_svg,
-    ".html": _to_html,
+    ".html": to_html,
     ".npz": _to_npz,
     ".json": _to_json,
 }

@@ -260,10 +260,12 @@ def _attributed(method: Any, pairs: Pairs, internal_batch_size: int | None, sett
 
 
 def _options(method: Any, internal_batch_size: int | None, settings: Mapping[str, Any]) -> dict[str, Any]:
-    takes_size = "internal_batch_size" in inspect.signature(method.attribute).parameters
-    if internal_batch_size is None or not takes_size:
-        return dict(settings)
-    return {**settings, "internal_batch_size": internal_batch_size}
+    """What a method is asked for: no limit of rows that it does not know, and no bar where it shows none."""
+    takes = inspect.signature(method.attribute).parameters
+    asked = {name: value for name, value in settings.items() if name != "show_progress" or name in takes}
+    if internal_batch_size is None or "internal_batch_size" not in takes:
+        return asked
+    return {**asked, "internal_batch_size": internal_batch_size}
 
 
 def _needs_gradients(method: Any) -> bool:

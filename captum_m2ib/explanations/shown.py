@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from captum_m2ib.encoders.pictures import PictureLike
+    from captum_m2ib.encoders.regions import Region
 
 
 class Shown(Protocol):
@@ -29,3 +35,26 @@ class Shown(Protocol):
     def notes(self) -> list[str]: ...
     @property
     def unit(self) -> str: ...
+
+
+class Explained(Shown, Protocol):
+    """What there is to write: the fields of an :class:`captum_m2ib.Explanation`, its totals and its figure."""
+
+    @property
+    def score_name(self) -> str: ...
+    @property
+    def patch_bits(self) -> NDArray[np.float32] | None: ...
+    @property
+    def settings(self) -> dict[str, Any]: ...
+    @property
+    def record(self) -> dict[str, Any] | None: ...
+    @property
+    def check(self) -> dict[str, Any] | None: ...
+    @property
+    def image_total_bits(self) -> float: ...
+    @property
+    def token_total_bits(self) -> float: ...
+    @property
+    def region(self) -> Region | None: ...
+    def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
+    def plot(self, original: PictureLike | None = None) -> Figure: ...

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import io
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from browser import CHROMIUM, Page, browse
+from browsing import Visit, chromium, needs_browser, visit
 from PIL import Image
 from test_report_numbers import HOSTILE, make_audit, make_row
 
 from captum_m2ib.audit import write_report
 
-# Where a browser must be, as in .ci/run, its absence is a failure.
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None and "M2IB_NEED_BROWSER" not in os.environ, reason="there is no Chromium on this machine"
-)
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
+
+pytestmark = needs_browser
 
 IDS = "[...document.querySelectorAll('#cards .card')].map(card => Number(card.dataset.index))"
 STATUS = "document.getElementById('status').textContent"
@@ -34,8 +34,8 @@ def jpeg(width: int = 48, height: int = 48) -> bytes:
 
 
 @pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with browse(tmp_path_factory.mktemp("profile")) as opened:
+def browser() -> Iterator[Browser]:
+    with chromium() as opened:
         yield opened
 
 
@@ -60,123 +60,135 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(page: Page, report: Path) -> Iterator[Page]:
-    page.size(1280, 900)
-    page.open(report)
-    yield page
-    assert page.complaints() == []
-    assert page.requests() == [report.as_uri()]
+def opened(browser: Browser, report: Path) -> Iterator[Visit]:
+    with visit(browser, report.as_uri()) as page:
+        yield page
+        assert page.complaints == []
+        assert page.requests == [report.as_uri()]
 
 
-def test_pairs_are_sorted_and_missing_values_come_last(opened: Page):
-    opened.choose("sort", "score")
+def choose(opened: Visit, identity: str, value: str) -> None:
+    """Set a control as a user would."""
+    control = opened.page.locator(f"#{identity}")
+    if control.evaluate("control => control.tagName") == "SELECT":
+        control.select_option(value)
+    else:
+        control.fill(value)
+
+
+def test_pairs_are_sorted_and_missing_values_come_last(opened: Visit):
+    choose(opened, "sort", "score")
     scores = [(index * 37 % 60) / 100 for index in range(60)]
     expected = sorted((index for index in range(60) if index != 6), key=lambda index: scores[index])
     opened.expect(IDS, expected[:24])
-    opened.choose("order", "down")
+    choose(opened, "order", "down")
     opened.expect(IDS, expected[::-1][:24])
-    opened.run("document.getElementById('next').click()")
-    opened.run("document.getElementById('next').click()")
+    opened.page.click("#next")
+    opened.page.click("#next")
     opened.expect(IDS, [*expected[::-1][48:], 6])
     opened.expect(STATUS, "49–60 of 60 pairs, page 3 of 3")
 
 
-def test_pairs_are_filtered_and_sorted_by_their_checks(opened: Page):
-    opened.choose("filter", "check fails")
+def test_pairs_are_filtered_and_sorted_by_their_checks(opened: Visit):
+    choose(opened, "filter", "check fails")
     opened.expect(IDS, [9, 12])
-    opened.choose("sort", "text_margin")
+    choose(opened, "sort", "text_margin")
     opened.expect(IDS, [12, 9])
-    opened.run("document.querySelector('#cards .card').click()")
+    opened.page.locator("#cards .card").first.click()
     told = "document.getElementById('detail-body').textContent.includes('fails: hiding what it marks takes −20 % more')"
     opened.expect(told, True)
-    opened.choose("filter", "check weak")
+    choose(opened, "filter", "check weak")
     opened.expect(STATUS, "no pair matches")
 
 
-def test_pairs_are_filtered(opened: Page):
-    opened.choose("filter", "error")
+def test_pairs_are_filtered(opened: Visit):
+    choose(opened, "filter", "error")
     opened.expect(IDS, [6])
-    opened.choose("filter", "warning")
+    choose(opened, "filter", "warning")
     opened.expect(IDS, [5])
-    opened.choose("filter", "outside")
+    choose(opened, "filter", "outside")
     opened.expect(IDS, [5])
-    opened.choose("filter", "")
-    opened.choose("search", "BALL17")
+    choose(opened, "filter", "")
+    choose(opened, "search", "BALL17")
     opened.expect(IDS, [17])
-    opened.choose("search", "nothing like it")
+    choose(opened, "search", "nothing like it")
     opened.expect(STATUS, "no pair matches")
-    opened.choose("search", "")
-    opened.choose("least", "0.10")
-    opened.choose("most", "0.12")
+    choose(opened, "search", "")
+    choose(opened, "least", "0.10")
+    choose(opened, "most", "0.12")
     opened.expect(f"{IDS}.map(index => index * 37 % 60).sort()", [10, 11, 12])
 
 
-def test_findings_lead_to_the_gallery(opened: Page):
+def test_findings_lead_to_the_gallery(opened: Visit):
     opened.expect("document.querySelectorAll('[data-finding=unchanged] .card').length", 1)
     opened.expect("document.querySelector('[data-show=unchanged]').textContent", "Show it in the gallery")
-    opened.run("document.querySelector('[data-show=unchanged]').click()")
+    opened.page.locator("[data-show=unchanged]").first.click()
     opened.expect(IDS, [5])
     opened.expect("document.getElementById('filter').value", "unchanged")
 
 
-def test_everything_can_be_done_by_keyboard(opened: Page):
-    opened.press("/")
+def test_everything_can_be_done_by_keyboard(opened: Visit):
+    opened.page.keyboard.press("/")
     opened.expect("document.activeElement.id", "search")
-    opened.type("ball1")
+    opened.page.keyboard.insert_text("ball1")
     opened.expect("document.querySelectorAll('#cards .card').length", 11)
-    opened.run("document.querySelector('#cards .card').focus()")
-    first = opened.run(IDS)
+    opened.page.locator("#cards .card").first.focus()
+    first = opened.page.evaluate(IDS)
     opened.expect(FOCUSED, str(first[0]))
-    opened.press("ArrowRight")
+    opened.page.keyboard.press("ArrowRight")
     opened.expect(FOCUSED, str(first[1]))
-    columns = opened.run("getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length")
+    columns = opened.page.evaluate(
+        "getComputedStyle(document.getElementById('cards')).gridTemplateColumns.split(' ').length"
+    )
     assert 4 <= columns < 10
-    opened.press("ArrowDown")
+    opened.page.keyboard.press("ArrowDown")
     opened.expect(FOCUSED, str(first[1 + columns]))
-    opened.press("ArrowUp")
+    opened.page.keyboard.press("ArrowUp")
     opened.expect(FOCUSED, str(first[1]))
-    opened.press("Enter")
+    opened.page.keyboard.press("Enter")
     opened.expect(DIALOG, True)
     opened.expect("document.getElementById('detail-id').textContent", f"pair-{first[1]} (row {first[1]})")
-    opened.press("ArrowRight")
+    opened.page.keyboard.press("ArrowRight")
     opened.expect("document.getElementById('detail-id').textContent", f"pair-{first[2]} (row {first[2]})")
-    opened.press("Escape")
+    opened.page.keyboard.press("Escape")
     opened.expect(DIALOG, False)
     opened.expect(FOCUSED, str(first[2]))
 
 
-def test_pages_are_turned_by_key(opened: Page):
-    opened.run("document.querySelector('#cards .card').focus()")
-    opened.press("]")
+def test_pages_are_turned_by_key(opened: Visit):
+    opened.page.locator("#cards .card").first.focus()
+    opened.page.keyboard.press("]")
     opened.expect(STATUS, "25–48 of 60 pairs, page 2 of 3")
-    opened.press("[")
+    opened.page.keyboard.press("[")
     opened.expect(STATUS, "1–24 of 60 pairs, page 1 of 3")
 
 
-def test_every_control_is_reached_by_tab_and_named(opened: Page):
-    opened.run("document.getElementById('search').focus()")
+def test_every_control_is_reached_by_tab_and_named(opened: Visit):
+    opened.page.focus("#search")
     for identity in ("search", "filter", "sort", "order", "least", "most", "heat", "next"):
         opened.expect("document.activeElement.id", identity)
-        opened.press("Tab")
+        opened.page.keyboard.press("Tab")
     unnamed = "[...document.querySelectorAll('input,select')].filter(e => !e.labels.length && !e.ariaLabel).length"
     opened.expect(unnamed, 0)
 
 
-def test_hostile_text_is_text(opened: Page):
-    opened.choose("filter", "error")
+def test_hostile_text_is_text(opened: Visit):
+    choose(opened, "filter", "error")
     opened.expect(IDS, [6])
     assert (
-        opened.run("document.querySelectorAll('img[src=x]').length + document.querySelectorAll('main script').length")
+        opened.page.evaluate(
+            "document.querySelectorAll('img[src=x]').length + document.querySelectorAll('main script').length"
+        )
         == 0
     )
-    assert "<img src=x" in opened.run("document.querySelector('#cards .bad').textContent")
-    opened.run("document.querySelector('#cards .card').click()")
+    assert "<img src=x" in opened.page.evaluate("document.querySelector('#cards .bad').textContent")
+    opened.page.locator("#cards .card").first.click()
     opened.expect(DIALOG, True)
-    assert opened.run("document.querySelectorAll('#detail-body .view').length") == 0
-    assert "</script>" in opened.run("document.getElementById('detail-caption').textContent")
+    assert opened.page.evaluate("document.querySelectorAll('#detail-body .view').length") == 0
+    assert "</script>" in opened.page.evaluate("document.getElementById('detail-caption').textContent")
 
 
-def test_the_map_lies_over_its_picture(opened: Page):
+def test_the_map_lies_over_its_picture(opened: Visit):
     # The picture's box takes its shape when the picture has been decoded.
     opened.expect("document.querySelector('[data-index=\"1\"] .fit').style.width", "100%")
     shape = """(() => {
@@ -184,55 +196,51 @@ def test_the_map_lies_over_its_picture(opened: Page):
         const [image, canvas] = ['img', 'canvas'].map(name => fit.querySelector(name).getBoundingClientRect());
         return [image.width / image.height, canvas.width - image.width, canvas.height - image.height];
     })()"""
-    ratio, wider, higher = opened.run(shape)
+    ratio, wider, higher = opened.page.evaluate(shape)
     assert ratio == pytest.approx(48 / 30, rel=0.02) and abs(wider) < 1 and abs(higher) < 1
-    pixels = opened.run(
+    pixels = opened.page.evaluate(
         "[...document.querySelector('[data-index=\"0\"] canvas').getContext('2d').getImageData(0, 0, 2, 2).data]"
     )
     opacities = pixels[3::4]
     # The map is [[0, 1], [2, 4]]: opacity rises with the bits, from none at zero.
     assert opacities[0] == 0 < opacities[1] < opacities[2] < opacities[3]
-    opened.run("document.getElementById('heat').click()")
+    opened.page.click("#heat")
     opened.expect("document.querySelectorAll('#cards canvas').length", 0)
 
 
-def test_two_audits_are_side_by_side(page: Page, report: Path):
-    page.size(1280, 900)
+def test_two_audits_are_side_by_side(browser: Browser, report: Path):
     compared = report.parent.parent / "compared.html"
-    page.open(compared)
-    page.expect("document.querySelectorAll('#cards .card:first-child .view').length", 2)
-    page.choose("sort", "change")
-    page.choose("order", "down")
-    page.expect(f"{IDS}[0]", 9)
-    page.expect("document.querySelectorAll('[data-finding=rose] .card').length", 1)
-    page.run("document.querySelector('#cards .card').click()")
-    page.expect("[...document.querySelectorAll('#detail-body .side > .series')].map(e => e.textContent)", ["A", "B"])
-    assert page.complaints() == [] and page.requests() == [compared.as_uri()]
+    with visit(browser, compared.as_uri()) as opened:
+        opened.expect("document.querySelectorAll('#cards .card:first-child .view').length", 2)
+        choose(opened, "sort", "change")
+        choose(opened, "order", "down")
+        opened.expect(f"{IDS}[0]", 9)
+        opened.expect("document.querySelectorAll('[data-finding=rose] .card').length", 1)
+        opened.page.locator("#cards .card").first.click()
+        sides = "[...document.querySelectorAll('#detail-body .side > .series')].map(e => e.textContent)"
+        opened.expect(sides, ["A", "B"])
+        assert opened.complaints == [] and opened.requests == [compared.as_uri()]
 
 
 @pytest.mark.parametrize("name", ["a/report.html", "compared.html"])
-def test_a_phone_needs_no_scrolling_sideways(name: str, page: Page, report: Path):
-    page.size(390, 844, phone=True)
-    page.open(report.parent.parent / name)
-    page.expect("document.documentElement.scrollWidth", 390)
-    page.run("document.querySelector('#cards .card').click()")
-    page.expect(DIALOG, True)
-    page.expect("document.getElementById('detail').scrollWidth <= 390", True)
-    smallest = (
-        "Math.min(...[...document.querySelectorAll('button, select, input[type=search]')].filter(e => e.offsetHeight)"
-    )
-    assert page.run(f"{smallest}.map(e => e.offsetHeight))") >= 36
+def test_a_phone_needs_no_scrolling_sideways(name: str, browser: Browser, report: Path):
+    with visit(browser, (report.parent.parent / name).as_uri(), phone=True) as opened:
+        opened.expect("document.documentElement.scrollWidth", 390)
+        opened.page.locator("#cards .card").first.click()
+        opened.expect(DIALOG, True)
+        opened.expect("document.getElementById('detail').scrollWidth <= 390", True)
+        controls = "[...document.querySelectorAll('button, select, input[type=search]')].filter(e => e.offsetHeight)"
+        assert opened.page.evaluate(f"Math.min(...{controls}.map(e => e.offsetHeight))") >= 36
 
 
-def test_five_thousand_pairs_keep_the_page_small(page: Page, tmp_path: Path):
+def test_five_thousand_pairs_keep_the_page_small(browser: Browser, tmp_path: Path):
     picture = jpeg()
     path = write_report(make_audit(tmp_path / "big", [make_row(i, thumbnail=picture) for i in range(5000)], 1000))
-    page.size(390, 844, phone=True)
-    page.open(path)
-    page.expect(STATUS, "1–24 of 5,000 pairs, page 1 of 209")
-    page.choose("sort", "score")
-    page.choose("order", "down")
-    page.expect(f"{IDS}[0]", 4999)
-    # What makes a page stall is the number of elements: it does not grow with the pairs.
-    assert page.run("document.querySelectorAll('*').length") < 2500
-    assert page.complaints() == []
+    with visit(browser, path.as_uri(), phone=True) as opened:
+        opened.expect(STATUS, "1–24 of 5,000 pairs, page 1 of 209")
+        choose(opened, "sort", "score")
+        choose(opened, "order", "down")
+        opened.expect(f"{IDS}[0]", 4999)
+        # What makes a page stall is the number of elements: it does not grow with the pairs.
+        assert opened.page.evaluate("document.querySelectorAll('*').length") < 2500
+        assert opened.complaints == []

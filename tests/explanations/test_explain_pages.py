@@ -17,6 +17,7 @@ from captum_m2ib.explanations.methods import _on_page
 
 QUERY = "a chart of the revenue 2024"
 FEW = {"n_steps": 2, "n_samples": 2, "check": False}
+BAR = {"show_progress": True}
 PAGES = [
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8))
     for size in ((40, 64), (64, 40), (40, 40))
@@ -159,3 +160,9 @@ def test_files_and_figures_name_the_score(tmp_path: Path):
     page = found.save(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "MaxSim of “revenue 2024”" in page and "cosine" not in page
     assert Explanation.load(found.save(tmp_path / "page.json")).score_name == found.score_name
+
+
+def test_a_method_without_a_bar_is_asked_for_none():
+    asked = {"method": "similarity-map", "check": False}
+    shown, plain = (explain(encoder_of("colpali"), PAGES[0], QUERY, **asked, **bar)[0] for bar in (BAR, {}))
+    np.testing.assert_array_equal(shown.image_bits, plain.image_bits)

@@ -166,7 +166,8 @@ def test_the_page_tells_the_check(tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"patch_bits": None, "record": None, "check": None}, {"caption": ""}])
 def test_html_is_one_safe_page(tmp_path, changes):
     page = make(**changes).save(tmp_path / "pair.html").read_text(encoding="utf-8")
-    assert "<script" not in page and "</pre><b>" not in page
+    # Its data and its own script; the policy lets no other in.
+    assert page.count("<script") == 2 and "script-src 'sha256-" in page and "</pre><b>" not in page
     assert "&lt;script&gt;" in page
     assert 'name="viewport"' in page and "default-src 'none'" in page
     assert not re.search(r"""(src|href)\s*=\s*["'](?!data:)""", page) and "url(" not in page

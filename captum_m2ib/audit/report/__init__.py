@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,8 +31,9 @@ from captum_m2ib.audit.report.pairs import (
 from captum_m2ib.audit.tables import import_pyarrow
 from captum_m2ib.audit.writer import method_of, read_run
 from captum_m2ib.engine.verdict import VERDICTS
+from captum_m2ib.explanations.embedding import data_text
 from captum_m2ib.explanations.lettering import shown_text
-from captum_m2ib.explanations.pages import page_environment, page_policy, page_style, trusted
+from captum_m2ib.explanations.reports import page_environment, page_policy, page_style, trusted
 from captum_m2ib.explanations.units import WORDINGS
 
 __all__ = ["write_report"]
@@ -108,8 +108,10 @@ def write_report(
         findings=findings,
         tokens=quiet_tokens(figures),
         comparison=None if other is None or matched is None else _comparison(figures, other, matched, shown),
-        data=_data({"pairs": shown, "colours": colours(), "compared": compare is not None, "chunk": _CHUNK}),
-        chunks=[_data(pictures[first : first + _CHUNK]) for first in range(0, len(pictures), _CHUNK)],
+        data=trusted(
+            data_text({"pairs": shown, "colours": colours(), "compared": compare is not None, "chunk": _CHUNK})
+        ),
+        chunks=[trusted(data_text(pictures[first : first + _CHUNK])) for first in range(0, len(pictures), _CHUNK)],
     )
     path = Path(audit, "report.html") if output is None else Path(output)
     path.write_text(page, encoding="utf-8")
@@ -139,14 +141,6 @@ def _shown_pairs(
             if mine["score"] is not None and mine["other"]["score"] is not None:
                 mine["change"] = mine["other"]["score"] - mine["score"]
     return shown, pictures
-
-
-def _data(value: Any) -> Any:
-    """JSON in which no character can end the element that holds it."""
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return trusted(text)
 
 
 def _names(runs: Sequence[dict[str, Any]], folders: Sequence[str | os.PathLike[str]]) -> list[str]:

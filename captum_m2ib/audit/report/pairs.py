@@ -11,9 +11,10 @@ import numpy as np
 
 from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
 from captum_m2ib.audit.writer import read_shard, shards
+from captum_m2ib.explanations.embedding import ramps
 from captum_m2ib.explanations.lettering import shown_text
 from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import heat_ramp, token_colors
+from captum_m2ib.explanations.visualization import token_colors
 
 _LONGEST_CAPTION = 600
 _COLUMNS = (
@@ -119,11 +120,7 @@ def agreement(first: Any, second: Any) -> float | None:
 def colours() -> dict[str, Any]:
     """256 colours of heat as red, green, blue and opacity, and 256 of tokens as background and ink; below zero, too."""
     levels = np.linspace(0, 1, 256)
-    sides = {"heat": heat_ramp(0.85), "cold": heat_ramp(0.85, below=True)}
-    found: dict[str, Any] = {
-        name: np.rint(255 * np.concatenate([colors, opacity[:, None]], axis=1)).astype(int).tolist()
-        for name, (colors, opacity) in sides.items()
-    }
+    found: dict[str, Any] = dict(ramps())
     for name, sign in (("token", 1), ("below", -1)):
         found[name] = [list(pair) for pair in token_colors(sign * levels, maximum=1.0)]
     return found

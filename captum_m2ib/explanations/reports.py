@@ -1,13 +1,13 @@
-"""What pages of many explanations share: how templates are filled, their style, and that they load nothing else."""
+"""What reports of many explanations share: how templates are filled, their style, and that they load nothing else."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 from pathlib import Path
 from typing import Any
 
-_STYLE = Path(__file__).with_name("page.css")
+from captum_m2ib.explanations.embedding import source_of
+
+_STYLE = Path(__file__).with_name("reports.css")
 
 
 def page_environment(folder: Path, extra: str) -> Any:
@@ -72,12 +72,7 @@ def page_policy(style: str, script: str | None = None) -> str:
     Returns:
         str: a Content-Security-Policy.
     """
-    allowed = "" if script is None else f"script-src 'sha256-{_hash(script)}'; "
+    allowed = "" if script is None else f"script-src {source_of(script)}; "
     return (
-        f"default-src 'none'; img-src data:; style-src 'sha256-{_hash(style)}'; {allowed}"
-        "base-uri 'none'; form-action 'none'"
+        f"default-src 'none'; img-src data:; style-src {source_of(style)}; {allowed}base-uri 'none'; form-action 'none'"
     )
-
-
-def _hash(text: str) -> str:
-    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii")

@@ -1,0 +1,240 @@
+"""What is asked on the page, checked, and its answer: explanations of one picture and one caption or several.
+
+Nothing here knows of Gradio.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from captum_m2ib.attr.pair_interaction import PairInteraction
+from captum_m2ib.attr.registry import METHODS, entry_named, method_named
+from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.pictures import load_picture
+from captum_m2ib.engine.stakes import NothingToExplainWarning
+from captum_m2ib.explanations.explain import explain
+from captum_m2ib.explanations.explanation import Explanation
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from PIL.Image import Image
+
+MOST_PIXELS = 32_000_000
+"""What a picture may have on the page: several may be decoded at once."""
+
+MOST_LETTERS = 1000
+MOST_CAPTIONS = 8
+
+QUALITIES: Mapping[str, Mapping[str, Mapping[str, int]]] = MappingProxyType(
+    {
+        "quick": {
+            "m2ib": {"n_steps": 3, "n_samples": 2},
+            "m2ib-published": {"n_steps": 5, "n_samples": 5},
+            "nib": {"n_steps": 5},
+            "rise": {"n_masks": 500},
+        },
+        "default": {},
+        "fine": {
+            "m2ib": {"n_steps": 8, "n_samples": 9},
+            "m2ib-published": {"n_steps": 20, "n_samples": 20},
+            "nib": {"n_steps": 40},
+            "rise": {"n_masks": 16_000},
+        },
+    }
+)
+"""Per quality the settings of the methods that have a choice there; the others have one pass, whatever the quality."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    r"""What one question gave.
+
+    Attributes:
+
+        explanations (tuple[Explanation, ...]): One per caption.
+        interactions (tuple[numpy.ndarray or None, ...]): Per caption how each of its tokens acts together with each
+            patch, (tokens, rows, columns), in units of the score; None where it was not asked for or cannot be told.
+        method (str): The method's name.
+        seconds (float): How long it took.
+        notes (tuple[str, ...]): What has to be said beside.
+    """
+
+    explanations: tuple[Explanation, ...]
+    interactions: tuple[NDArray[Any] | None, ...]
+    method: str
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+def ask(
+    encoder: DualEncoder,
+    picture: str | os.PathLike[str] | None,
+    captions: str,
+    method: str = "m2ib",
+    quality: str = "default",
+    *,
+    interactions: bool = False,
+    show_progress: bool = False,
+) -> Answer:
+    r"""Explain a picture that was handed in and the captions that were typed.
+
+    Args:
+
+        encoder (DualEncoder): With a processor.
+        picture (path or None): A picture file.
+        captions (str): One caption per line; empty lines and repetitions are left out.
+        method (str, optional): One of :data:`captum_m2ib.attr.registry.METHODS`. Default: "m2ib"
+        quality (str, optional): One of :data:`QUALITIES`. Default: "default"
+        interactions (bool, optional): Also how tokens act together with patches (:class:`PairInteraction`). Default:
+            False
+        show_progress (bool, optional): Show bars, where the method has one. Default: False
+
+    Returns:
+        Answer: with an explanation per caption.
+
+    Raises:
+        ValueError: if the picture or a caption cannot be used, is too large or too long, or the method or quality is
+            unknown.
+
+    Examples::
+
+        >>> ask(encoder, None, "a cat")
+        Traceback (most recent call last):
+        ...
+        ValueError: picture: there is none; drop a picture, or choose an example.
+    """
+    lines = check_captions(captions)
+    settings = dict(_settings(method, quality))
+    if "show_progress" in inspect.signature(entry_named(method).kind.attribute).parameters:  # type: ignore[attr-defined]
+        settings["show_progress"] = show_progress
+    image = check_picture(picture)
+    began = time.perf_counter()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        # The check says so.
+        warnings.simplefilter("ignore", NothingToExplainWarning)
+        found = explain(encoder, image, lines, method=method, **settings)
+        together, notes = _interactions(encoder, image, found, show_progress) if interactions else ([], [])
+    told = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
+    seconds = time.perf_counter() - began
+    return Answer(tuple(found), tuple(together or [None] * len(found)), method, seconds, (*told, *notes))
+
+
+def fitting(encoder: DualEncoder) -> list[str]:
+    r"""The methods that can be made of an encoder.
+
+    Args:
+
+        encoder (DualEncoder): Any.
+
+    Returns:
+        list[str]: names of :data:`captum_m2ib.attr.registry.METHODS`.
+
+    Examples::
+
+        >>> "similarity-map" in fitting(encoder)
+        False
+    """
+    found = []
+    for name in METHODS:
+        try:
+            method_named(name, encoder)
+        except (ValueError, TypeError):
+            continue
+        found.append(name)
+    return found
+
+
+def check_captions(captions: str) -> list[str]:
+    r"""The captions among what was typed.
+
+    Args:
+
+        captions (str): One per line.
+
+    Returns:
+        list[str]: without empty ones and repetitions.
+
+    Raises:
+        ValueError: if there is none, or too many, or one is too long.
+
+    Examples::
+
+        >>> check_captions(" a cat \n\na dog\na cat")
+        ['a cat', 'a dog']
+    """
+    lines = list(dict.fromkeys(line.strip() for line in (captions or "").splitlines() if line.strip()))
+    if not lines:
+        raise ValueError("captions: there is none; type one, or several on a line each.")
+    if len(lines) > MOST_CAPTIONS:
+        raise ValueError(f"captions: expected at most {MOST_CAPTIONS}, got {len(lines)}; leave some out.")
+    for line in lines:
+        if len(line) > MOST_LETTERS:
+            raise ValueError(
+                f"captions: “{line[:30]}…” has {len(line):,} characters, more than the {MOST_LETTERS:,} that the page "
+                "takes, and more than models read; shorten it."
+            )
+    return lines
+
+
+def check_picture(picture: str | os.PathLike[str] | None) -> Image:
+    r"""A picture that was handed in.
+
+    Args:
+
+        picture (path or None): Its file.
+
+    Returns:
+        PIL.Image.Image: as :func:`captum_m2ib.encoders.pictures.load_picture` reads it.
+
+    Raises:
+        ValueError: if there is none, it has over 32 million pixels, or it cannot be read; the sentence says the file's
+            name alone.
+    """
+    if picture is None:
+        raise ValueError("picture: there is none; drop a picture, or choose an example.")
+    try:
+        return load_picture(picture, "picture", MOST_PIXELS)
+    except ValueError as error:
+        # Where an uploaded file lies is nobody's business.
+        raise ValueError(str(error).replace(os.fspath(picture), Path(picture).name)) from error
+
+
+def _settings(method: str, quality: str) -> Mapping[str, int]:
+    entry_named(method)
+    if quality not in QUALITIES:
+        raise ValueError(f"quality: expected one of {', '.join(QUALITIES)}, got {quality!r}.")
+    return QUALITIES[quality].get(method, {})
+
+
+def _interactions(
+    encoder: DualEncoder, image: Image, explanations: list[Explanation], show_progress: bool
+) -> tuple[list[NDArray[Any]], list[str]]:
+    """Of each caption, or of none and why."""
+    found = []
+    for explanation in explanations:
+        pairs = encoder.prepare(image, explanation.caption)
+        try:
+            (values,) = PairInteraction(encoder).attribute(
+                pairs.inputs,
+                additional_forward_args=pairs.additional_forward_args,
+                internal_batch_size=16,
+                show_progress=show_progress,
+            )
+        except (ValueError, RuntimeError) as error:
+            # Whole families have no hidden states that act together in pairs; their maps are as good.
+            return [], [f"Which patches each word goes with is not known of this model: {error}"]
+        kept = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
+        grid = None if explanation.patch_bits is None else explanation.patch_bits.shape
+        if kept.shape[1:] != grid:
+            return [], ["Which patches each word goes with is not shown: the model's last block has other patches."]
+        found.append(kept)
+    return found, []
