@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ class Dependence(TorchDispatchMode):
             Default: None
         foreign (Callable, optional): Told the name of each operator that is not torch's own and takes a tensor that
             descends from a source. Default: None
+
+    Attributes:
+
+        sizes (Counter): Bytes of the storages that were made or marked, by the sources that they descended from then.
     """
 
     supports_higher_order_operators = True
@@ -53,6 +58,7 @@ class Dependence(TorchDispatchMode):
         self._of_unseen = of_unseen
         self._before_change = before_change
         self._foreign = foreign
+        self.sizes: Counter[Reach] = Counter()
         self._reach: dict[int, Reach] = {}
         # While one of these is held, no other storage gets the address, although the memory itself is released.
         self._held: dict[int, Any] = {}
@@ -91,6 +97,8 @@ class Dependence(TorchDispatchMode):
             known = self._reach.get(key)
             if known is None:
                 self._reach[key], self._held[key] = sources, _hold(tensor)
+                if sources:
+                    self.sizes[sources] += _bytes_of(tensor)
             elif not sources <= known:
                 self._reach[key] = known | sources
 
@@ -127,6 +135,14 @@ def storage_of(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """The memory behind a tensor; 0 where that cannot be told."""
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def _hold(tensor: Tensor) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Recording:
         hidden (tuple[Tensor, ...]): Each hidden state, pairs first, (N, ...), detached.
         score (Tensor): The scores, (N,), detached.
         precision (float): The distance from 1 to the next number, in the coarsest type that a module returned.
+        sizes (dict): Bytes of the tensors that the pass made of the taps, by what they depend on, the taps among it.
     """
 
     taps: tuple[Tap, ...]
@@ -86,6 +87,7 @@ class Recording:
     hidden: tuple[Tensor, ...]
     score: Tensor
     precision: float
+    sizes: Mapping[Reach, int]
 
     def name_of(self, place: int) -> str:
         """What a call's module is known by: its name in the outermost module above it, and its class."""
@@ -221,6 +223,7 @@ class _Recorder:
             hidden=tuple(one.axis.split(one.hidden)[: self._pairs] for one in opened),
             score=score.detach()[: self._pairs].clone(),
             precision=max(torch.finfo(dtype).eps for dtype in (score.dtype, *self._types)),
+            sizes=self.dependence.sizes,
         )
 
     def _tap_of(self, module: nn.Module) -> int | None:
