@@ -145,6 +145,7 @@ class InfoBottleneck(_captum.Attribution):
                         class tokens, of texts, and of units on no grid of two axes are not smoothed. Default: 1.0
             seed (int, optional): Seed of the noise. Default: 0
             internal_batch_size (int, optional): Most rows (examples times draws) in one pass. Default: None
+                        (as :meth:`MultiModalInfoBottleneck.attribute` does by default)
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False

@@ -15,7 +15,7 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.descent import optimise
 from captum_m2ib.engine.layers import Layer, resolve_for
 from captum_m2ib.engine.layouts import Layout
-from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings
+from captum_m2ib.engine.settings import MEMORY_BUDGET, PerModality, ScoreRange, Settings
 from captum_m2ib.engine.suffix import Tap
 
 
@@ -73,6 +73,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         antithetic: bool | None = None,
         score_range: ScoreRange | None = None,
         noiseless: PerModality | None = None,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> Tensor | list[Tensor]:
         r"""Bits per element of the layer's hidden state.
 
@@ -82,7 +83,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
             n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
             internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            show_progress, score_range, noiseless: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            show_progress, score_range, noiseless, memory_budget: As for :meth:`MultiModalInfoBottleneck.attribute`.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:
@@ -102,6 +103,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             seed=seed,
             joint=joint,
             internal_batch_size=internal_batch_size,
+            memory_budget=memory_budget,
             show_progress=show_progress,
         )
         given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args)

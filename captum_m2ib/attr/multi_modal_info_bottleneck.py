@@ -21,7 +21,7 @@ from captum_m2ib.engine.descent import LayerRecord, optimise
 from captum_m2ib.engine.gates import GateFilter, Prior
 from captum_m2ib.engine.layers import Layer, LayerLike
 from captum_m2ib.engine.layouts import Layout, check_masks
-from captum_m2ib.engine.settings import LayerSettings, PerModality, ScoreRange, Settings
+from captum_m2ib.engine.settings import MEMORY_BUDGET, LayerSettings, PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.suffix import Tap
 
@@ -149,6 +149,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         smoothing: float = 1 / 14,
         score_range: ScoreRange | None = None,
         noiseless: PerModality | None = None,
+        memory_budget: int = MEMORY_BUDGET,
     ) -> Tensor | tuple[Tensor, ...]:
         r"""Attribute each pair's score to its inputs, in bits.
 
@@ -181,7 +182,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
             internal_batch_size (int, optional): Most rows (pairs times draws) in one pass of the optimisation; bounds
-                        memory and changes no result. Default: None (all at once)
+                        memory and changes no result. Default: None (as many as ``memory_budget`` has room for)
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False
@@ -202,6 +203,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         at the noise's mean, the first of each step where there is more than one. It makes maps vary
                         less between seeds than further draws would, for a mean over the noise that is no longer quite
                         one. Default: None (0.0; 0.7 where an input itself is gated)
+            memory_budget (int, optional): Where ``internal_batch_size`` is None, the bytes of tensors that the rows of
+                        one pass may make on their way from the layer to the score; autograd keeps between half and all
+                        of them. What a row makes is counted on the recorded pass. At least one row is run, whatever it
+                        takes. Changes no result. Default: 1.5 GiB
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:
@@ -240,6 +245,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             score_range=score_range,
             noiseless=noiseless,
             internal_batch_size=internal_batch_size,
+            memory_budget=memory_budget,
             show_progress=show_progress,
         )
         attributions, _ = self._run(inputs, target, additional_forward_args, settings, attribute_to_layer_input)

@@ -118,7 +118,7 @@ class Worker:
         thumbnail (int, optional): Longer side of the picture kept for looking at, in pixels; 0 for none. Default: 128
         batch_size (int, optional): Most pairs explained at once; changes no result. Default: 8
         internal_batch_size (int, optional): Most rows (pairs times draws) in one forward pass; changes no result.
-            Default: 80
+            Default: None (as many as M2IB's ``memory_budget`` has room for; 80 for other methods)
 
     Raises:
         ValueError: if a setting is out of range, the method is unknown, or it takes no such setting.
@@ -153,7 +153,7 @@ class Worker:
         cut_captions: bool = False,
         thumbnail: int = 128,
         batch_size: int = 8,
-        internal_batch_size: int = 80,
+        internal_batch_size: int | None = None,
     ) -> None:
         from captum_m2ib.attr.registry import entry_named, settings_of
 
@@ -369,8 +369,8 @@ class Worker:
             middle = len(ready) // 2
             self._explain_pairs(ready[:middle])
             self._explain_pairs(ready[middle:])
-        elif exhausted and self.internal_batch_size > 1:
-            self.internal_batch_size //= 2
+        elif exhausted and self.internal_batch_size != 1:
+            self.internal_batch_size = (self.internal_batch_size or 2) // 2
             self._explain_pairs(ready)
         else:
             ready[0].result.update(_failed("memory" if exhausted else "model", error))

@@ -5,19 +5,17 @@ Noise and random orders are the same for every pair and every seed of a call.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from captum_m2ib.engine.check import FRACTIONS, ORDERS, Check
 from captum_m2ib.engine.gates import Gates, check_finite, noise
+from captum_m2ib.engine.portions import parts_of
 from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.stakes import CLOSED_DRAWS, HALVES, HALVES_OF_PIXELS, Stakes, measured
 from captum_m2ib.engine.suffix import Suffix
-
-ROWS_WITHOUT_GRAPH = 4
-"""How many rows without a graph go through the model in the place of one with a graph."""
 
 # Steps that no descent reaches, for draws of their own.
 _CLOSED, _HALVES, _FIELD, _CHECK, _ORDERS = (2**32 + purpose for purpose in range(5))
@@ -31,16 +29,6 @@ def through(
     given = logits or [None] * len(gates)
     values = {gate.index: gate.sample(part, fixed) for gate, part, fixed in zip(gates, drawn, given, strict=True)}
     return suffix.run(values, draws).unflatten(0, (-1, draws))
-
-
-def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
-    """So many draws, cut into those that go through the model together."""
-    most = max(settings.n_samples)
-    if not torch.is_grad_enabled():
-        # Without a graph a row holds one layer's activations instead of all, and cores are busier with more rows.
-        most *= ROWS_WITHOUT_GRAPH
-    at_once = most if settings.internal_batch_size is None else min(most, settings.internal_batch_size)
-    return (slice(i, min(i + at_once, count)) for i in range(0, count, at_once))
 
 
 def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:

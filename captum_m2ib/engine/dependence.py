@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,10 @@ class Dependence(TorchDispatchMode):
             descends from a source. Default: None
         numbered (Callable, optional): Told the sources of each tensor that becomes a Python number, or a list of them.
             Default: None
+
+    Attributes:
+
+        sizes (Counter): Bytes of the storages that were made or marked, by the sources that they descended from then.
     """
 
     supports_higher_order_operators = True
@@ -61,6 +66,7 @@ class Dependence(TorchDispatchMode):
         self._before_change = before_change
         self._foreign = foreign
         self._numbered = numbered
+        self.sizes: Counter[Reach] = Counter()
         self._reach: dict[int, Reach] = {}
         # While one of these is held, no other storage gets the address, although the memory itself is released.
         self._held: dict[int, Any] = {}
@@ -101,6 +107,8 @@ class Dependence(TorchDispatchMode):
             known = self._reach.get(key)
             if known is None:
                 self._reach[key], self._held[key] = sources, _hold(tensor)
+                if sources:
+                    self.sizes[sources] += _bytes_of(tensor)
             elif not sources <= known:
                 self._reach[key] = known | sources
 
@@ -156,6 +164,14 @@ def storage_of(tensor: Tensor) -> int:
         return tensor.untyped_storage()._cdata
     except (NotImplementedError, RuntimeError):
         return id(tensor)
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """The memory behind a tensor; 0 where that cannot be told."""
+    try:
+        return tensor.untyped_storage().nbytes()
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def _hold(tensor: Tensor) -> Any:

@@ -22,13 +22,13 @@ from tqdm.auto import tqdm
 from captum_m2ib.engine.batch_axis import BatchAxis
 from captum_m2ib.engine.callers import frames_within
 from captum_m2ib.engine.check import Check, joined
-from captum_m2ib.engine.closing import check_of, measured_stakes, parts_of, stakes_of, through
+from captum_m2ib.engine.closing import check_of, measured_stakes, stakes_of, through
 from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
 from captum_m2ib.engine.layouts import Layout
-from captum_m2ib.engine.rows import slice_pairs
+from captum_m2ib.engine.portions import parts_of, portions_of
 from captum_m2ib.engine.settings import Course, LayerSettings
 from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
 from captum_m2ib.engine.suffix import Suffix, Tap
@@ -126,10 +126,6 @@ def optimise(
     ranges = settings.score_range
     if isinstance(ranges, tuple) and len(ranges) != pairs:
         raise ValueError(f"score_range: expected one number or one per pair ({pairs}), got {len(ranges)}.")
-    draws = max(settings.n_samples)
-    rows = settings.internal_batch_size or pairs * draws
-    at_once = max(1, min(pairs, rows // draws))
-    parts = -(-pairs // at_once)
     explains = range(len(taps)) if modalities is None else modalities
     objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
     courses = [settings.course(objective[0]) for objective in objectives]
@@ -139,37 +135,36 @@ def optimise(
     with (
         borrowing(*roots),
         tqdm(
-            total=parts * sum(course.n_steps for course in courses),
             desc="Information bottleneck",
             unit="step",
             disable=not settings.show_progress,
         ) as bar,
     ):
-        for start in range(0, pairs, at_once):
-            chunk = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
-            suffix = Suffix(forward, chunk, chunk[0].shape[0], taps)
+        for portion in portions_of(forward, arguments, taps, settings, objectives):
+            start, chunk, suffix = portion.start, portion.arguments, portion.suffix
+            bar.total = bar.n + portion.left * sum(course.n_steps for course in courses)
             check_finite("score of the untouched pairs", suffix.score, start)
             for tap, hidden in zip(taps, suffix.hidden, strict=True):
                 check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
             gates = [gates_of(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
             for gate, make in zip(gates, filters or (), strict=False):
                 gate.filter = make(gate.hidden, chunk[explains[gate.index]])
-            for objective, course in zip(objectives, courses, strict=True):
+            for objective, course, within in zip(objectives, courses, portion.settings, strict=True):
                 chosen = [gates[i] for i in objective]
-                stakes = stakes_of(suffix, chosen, settings, start)
+                stakes = stakes_of(suffix, chosen, within, start)
                 if not set(objective) <= set(may_rise):
                     hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
-                steps = _descend(suffix, chosen, settings, course, stakes.weight, start, bar.update)
-                after = _score_after(suffix, chosen, settings, course) if with_record else None
+                steps = _descend(suffix, chosen, within, course, stakes.weight, start, bar.update)
+                after = _score_after(suffix, chosen, within, course) if with_record else None
                 # A range that was given is the objective's own; the check needs what closed gates really take.
                 given = with_check and stakes.closed is None
-                found = measured_stakes(suffix, chosen, settings, start) if given else stakes
+                found = measured_stakes(suffix, chosen, within, start) if given else stakes
                 for gate in chosen:
                     result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after)
                     if gate.index not in may_rise:
                         empty += (start + (~result.bits.flatten(1).any(1)).nonzero().flatten()).tolist()
                     if result.record is not None and after is not None and with_check:
-                        result.record.check = check_of(suffix, gate, result.bits, settings, start, found, after)
+                        result.record.check = check_of(suffix, gate, result.bits, within, start, found, after)
                     results[gate.index].append(result)
     if hopeless:
         _warn(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -76,6 +76,7 @@ class Recording:
         hidden (tuple[Tensor, ...]): Each hidden state, pairs first, (N, ...), detached.
         score (Tensor): The scores, (N,), detached.
         precision (float): The distance from 1 to the next number, in the coarsest type that a module returned.
+        sizes (dict): Bytes of the tensors that the pass made of the taps, by what they depend on, the taps among it.
         numbers (frozenset[int]): The taps of which a Python number was made outside of every module.
     """
 
@@ -87,6 +88,7 @@ class Recording:
     hidden: tuple[Tensor, ...]
     score: Tensor
     precision: float
+    sizes: Mapping[Reach, int]
     numbers: Reach = NOTHING
 
     def name_of(self, place: int) -> str:
@@ -246,6 +248,7 @@ class _Recorder:
             score=score.detach()[: self._pairs].clone(),
             precision=max(torch.finfo(dtype).eps for dtype in (score.dtype, *self._types)),
             numbers=self._frames.numbers - _FROM_DATA,
+            sizes=self.dependence.sizes,
         )
 
     def _tap_of(self, module: nn.Module) -> int | None:

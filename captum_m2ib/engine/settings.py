@@ -14,6 +14,10 @@ PerModality: TypeAlias = float | Sequence[float]
 ScoreRange: TypeAlias = "float | Sequence[float] | Tensor"
 
 
+MEMORY_BUDGET = 3 * 2**29
+"""Bytes of tensors that the rows of one pass may make, unless something else is asked for."""
+
+
 def check_count(name: str, number: Any, least: int = 1) -> int:
     """A whole number of at least ``least``, or an error that names the argument."""
     if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
@@ -82,6 +86,7 @@ class Settings:
     smoothing: float = 0.0
     score_range: ScoreRange | None = None
     internal_batch_size: int | None = None
+    memory_budget: int = MEMORY_BUDGET
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -91,6 +96,7 @@ class Settings:
             "n_samples": None if self.n_samples is None else check_count("n_samples", self.n_samples),
             "noiseless": _check_noiseless(self.noiseless),
             "internal_batch_size": None if rows is None else check_count("internal_batch_size", rows),
+            "memory_budget": check_count("memory_budget", self.memory_budget),
             "seed": check_count("seed", self.seed, 0),
             "smoothing": _check_share("smoothing", self.smoothing),
             "score_range": _check_range(self.score_range),

@@ -110,6 +110,19 @@ class Suffix:
             )
         return score
 
+    def bytes_per_row(self, indices: Sequence[int]) -> int:
+        r"""What one row of a rerun makes on its way to the score, of which autograd keeps between half and all.
+
+        Args:
+
+            indices (sequence of int): The taps from which it is rerun.
+
+        Returns:
+            int: Bytes of all tensors that depend on those taps, as the recorded pass made them.
+        """
+        taps = frozenset(indices)
+        return -(-sum(size for reach, size in self._recording.sizes.items() if reach & taps) // self._recording.rows)
+
     def _check(
         self, kind: frozenset[int], values: dict[int, Tensor], draws: int, score: Tensor | None, is_differentiable: bool
     ) -> None:

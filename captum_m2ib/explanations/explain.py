@@ -24,7 +24,7 @@ def explain(
     *,
     method: Method = "m2ib",
     instead_of: str | None = None,
-    internal_batch_size: int | None = 80,
+    internal_batch_size: int | None = None,
     check: bool = True,
     tokens: str | Sequence[str] | None = None,
     **settings: Any,
@@ -44,8 +44,8 @@ def explain(
         instead_of (str, optional): Another caption: why the pair's rather than this one. Maps are then those of
             :class:`ContrastiveInfoBottleneck`, of the difference of the two scores, and so is the check; of the methods
             M2IB alone can tell. Default: None
-        internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; None for all at
-            once. Default: 80
+        internal_batch_size (int, optional): Most rows (pairs times noise draws) in one forward pass; changes no
+            result. Default: None (as many as M2IB's ``memory_budget`` has room for; 80 for other methods)
         check (bool, optional): Whether to look at what the score loses where the maps' top positions are hidden, and so
             many at random: 9 forward passes per pair and modality, without gradients; 8 more for other methods than
             M2IB. Default: True

@@ -26,6 +26,9 @@ from captum_m2ib.explanations.checking import pair_checks
 Method: TypeAlias = Any
 """An object with ``attribute(inputs, additional_forward_args=...)``, two of them, or a name."""
 
+# In one pass of a method that does not look at the memory itself.
+_ROWS = 80
+
 
 @dataclass(frozen=True)
 class Maps:
@@ -70,7 +73,8 @@ def maps_of(
         method: A name of :data:`captum_m2ib.attr.registry.METHODS`; an attribution method; or two, whose maps of the
             picture and of the caption are taken.
         pairs (Pairs): As the encoder prepares them.
-        internal_batch_size (int or None): Most rows in one pass, where a method takes it.
+        internal_batch_size (int or None): Most rows in one pass, where a method takes it; None for as many as the
+            method's ``memory_budget`` has room for, or 80.
         check (bool): Whether to check the maps.
         settings (mapping): Further arguments of ``attribute``.
         rivals (Pairs, optional): The same pictures with other captions, for a :class:`ContrastiveInfoBottleneck`.
@@ -94,7 +98,7 @@ def maps_of(
             "method: expected a name, an object with attribute(inputs, additional_forward_args=...), or two of them, "
             f"for the picture and for the caption, got {type(method).__name__}."
         )
-    return _by_attribution(encoder, both, pairs, internal_batch_size, check, settings)
+    return _by_attribution(encoder, both, pairs, internal_batch_size or _ROWS, check, settings)
 
 
 def _check_model(encoder: DualEncoder, method: Method) -> None:
@@ -187,15 +191,18 @@ def pictures_alone(
         encoder (DualEncoder): Whose score is explained.
         method (Attribution): As :func:`captum_m2ib.attr.registry.method_named` makes it.
         pairs (Pairs): As the encoder prepares them.
-        internal_batch_size (int or None): Most rows in one pass, where a method takes it.
+        internal_batch_size (int or None): Most rows in one pass, where a method takes it; None for as many as the
+            method's ``memory_budget`` has room for, or 80.
         settings (mapping): Further arguments of ``attribute``.
 
     Returns:
         tuple: :attr:`Maps.pixels` and :attr:`Maps.patches`.
     """
     arguments = (*pairs.inputs, *pairs.additional_forward_args)
-    given = {"additional_forward_args": arguments[1:], **_options(method, internal_batch_size, settings)}
-    if isinstance(method, MultiModalInfoBottleneck):
+    is_bottleneck = isinstance(method, MultiModalInfoBottleneck)
+    rows = internal_batch_size if is_bottleneck else internal_batch_size or _ROWS
+    given = {"additional_forward_args": arguments[1:], **_options(method, rows, settings)}
+    if is_bottleneck:
         bits: Any
         bits, record = method.attribute_with_record(arguments[0], **given)
         return _picture_in_bits(method, bits, record.modalities[0].units, pairs)
@@ -304,7 +311,7 @@ def _token_map(method: Any, found: Tensor, ids: Tensor) -> Tensor:
 def scores_of(encoder: DualEncoder, pairs: Pairs, at_once: int | None) -> Tensor:
     """The model's similarity of each pair, (N,), so many in one pass."""
     arguments, count = (*pairs.inputs, *pairs.additional_forward_args), len(pairs)
-    step = min(count, at_once or count)
+    step = min(count, at_once or _ROWS)
     chunks = (tuple(slice_pairs(a, count, start, step) for a in arguments) for start in range(0, count, step))
     return torch.cat([encoder(*chunk) for chunk in chunks])
 

@@ -110,11 +110,11 @@ class Exhausted(Worker):
     ) -> None:
         super().__init__(*args, **kw)
         self.limits, self.failure = (pairs, rows), failure
-        self.tried: list[tuple[int, int]] = []
+        self.tried: list[tuple[int, int | None]] = []
 
     def _attribute(self, ready: Any, pairs: Any) -> Any:
         self.tried.append((len(ready), self.internal_batch_size))
-        if len(ready) > self.limits[0] or self.internal_batch_size > self.limits[1]:
+        if len(ready) > self.limits[0] or (self.internal_batch_size or 10**9) > self.limits[1]:
             raise self.failure
         return super()._attribute(ready, pairs)
 
@@ -129,11 +129,14 @@ def test_running_out_of_memory_halves_the_batch_and_goes_on(checkpoint: Path, wh
     assert [count for count, _ in worker.tried if count > 2] == [5, 3]
 
 
-def test_one_pair_that_does_not_fit_goes_through_in_smaller_passes(checkpoint: Path, whole: dict[str, list[Any]]):
+@pytest.mark.parametrize("rows", [16, None])
+def test_one_pair_that_does_not_fit_goes_through_in_smaller_passes(
+    rows: int | None, checkpoint: Path, whole: dict[str, list[Any]]
+):
     failure = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes.")
-    worker = Exhausted(str(checkpoint), rows=3, batch_size=2, internal_batch_size=16, failure=failure, **QUICK)
+    worker = Exhausted(str(checkpoint), rows=3, batch_size=2, internal_batch_size=rows, failure=failure, **QUICK)
     found = worker(part(BATCH, [0, 1, 2]))
-    assert found["error"] == [None] * 3 and worker.internal_batch_size == 2
+    assert found["error"] == [None] * 3 and worker.internal_batch_size == (1 if rows is None else 2)
     for index in range(3):
         assert_rows_equal(found, index, whole, index)
 
