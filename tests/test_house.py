@@ -20,6 +20,7 @@ FLOORS = (
     {"metrics"},
     {"explanations"},
     {"composition", "disent", "audit"},
+    {"games"},
     {"benchmark"},
     {"cli"},
     {"__main__"},

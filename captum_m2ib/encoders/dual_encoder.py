@@ -277,15 +277,56 @@ class DualEncoder(nn.Module):
             >>> encoder.similarities(pictures[:1], captions, *pairs.additional_forward_args).shape
             torch.Size([1, 2])
         """
-        if self._join is not None:
-            raise ValueError(
-                f"similarities: in {type(self.model).__name__} one side reads what the other returns, so that no "
-                "embedding serves several pairs; score the pairs one by one."
-            )
         additional, counted = self._split(additional)
-        one, other = self._joined(*self._outputs(first, second, additional))
+        one, other = self.embed(0, first, *additional), self.embed(1, second, *additional)
         counted = None if counted is None else counted.unsqueeze(0 if self._is_in_order else 1)
         return self._scored(one.unsqueeze(1), other.unsqueeze(0), counted)
+
+    def embed(self, index: int, inputs: Tensor, *additional: Any) -> Tensor:
+        r"""What one tower returns, for :meth:`compare_embeddings`.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+            inputs (Tensor): What it reads, N examples.
+            *additional: As for :meth:`forward`; what belongs to the other tower is not looked at.
+
+        Returns:
+            Tensor: Embeddings, (N, dimensions); of a MaxSim score one per token, (N, tokens, dimensions).
+
+        Raises:
+            ValueError: if one side of the model reads what the other returns.
+        """
+        if self._join is not None:
+            raise ValueError(
+                f"model: in {type(self.model).__name__} one side reads what the other returns, so that no embedding "
+                "serves several pairs; score the pairs one by one."
+            )
+        output = self._output(index, inputs, self._split(additional)[0])
+        return (
+            output if self._family.score is not None else embedding_of(output, type(self._towers[index].model).__name__)
+        )
+
+    def compare_embeddings(self, first: Tensor, second: Tensor) -> Tensor:
+        r"""Score of every embedding of the first tower with every one of the second; no tower runs.
+
+        Args:
+
+            first (Tensor): What :meth:`embed` returned for the first tower, M examples.
+            second (Tensor): What it returned for the second, N examples.
+
+        Returns:
+            Tensor: (M, N).
+
+        Examples::
+
+            >>> pictures, captions = pairs.inputs
+            >>> first = encoder.embed(0, pictures)
+            >>> second = encoder.embed(1, captions, *pairs.additional_forward_args)
+            >>> encoder.compare_embeddings(first, second).shape
+            torch.Size([2, 2])
+        """
+        return self._scored(first.unsqueeze(1), second.unsqueeze(0))
 
     def count_tokens(self, pairs: Pairs, tokens: str | Sequence[str] | Tensor) -> Pairs:
         r"""The same pairs with a score that counts some tokens of the query alone, as a MaxSim score can.
@@ -393,6 +434,9 @@ class DualEncoder(nn.Module):
         return "cosine similarity" if score is None else getattr(score, "name", "score")
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
+        return [self._output(index, inputs, additional) for index, inputs in enumerate((first, second))]
+
+    def _output(self, index: int, inputs: Tensor, additional: tuple[Any, ...]) -> Any:
         given = dict(zip(self._slots[2:], additional, strict=False))
         beyond = additional[len(self._slots) - 2 :]
         if beyond and self.sides[1].named:
@@ -401,14 +445,12 @@ class DualEncoder(nn.Module):
                 f"additional_forward_args: expected at most {len(self._slots) - 2} ({known}), got {len(additional)}; "
                 "leave out what the model does not read."
             )
-        outputs = []
-        for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
-            tower.check_configuration()
-            extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
-            while extras and extras[-1] is None:
-                extras.pop()
-            outputs.append(tower(inputs, *extras, *(beyond if index else ())))
-        return outputs
+        tower = self._towers[index]
+        tower.check_configuration()
+        extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
+        while extras and extras[-1] is None:
+            extras.pop()
+        return tower(inputs, *extras, *(beyond if index else ()))
 
     @property
     def _join(self) -> Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None:

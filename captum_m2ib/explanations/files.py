@@ -163,7 +163,7 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
         "image_bits": explanation.image_bits.tolist(),
         "patch_bits": None if patch_bits is None else patch_bits.tolist(),
         "token_bits": explanation.token_bits.tolist(),
-        "image_png": _encoded(explanation.image, "PNG"),
+        "image_png": encoded_picture(explanation.image, "PNG"),
     }
     return json.dumps(document).encode("ascii")
 
@@ -189,7 +189,7 @@ def _picture(png: bytes) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("RGB"))
 
 
-def _encoded(image: NDArray[np.uint8], kind: str, **options: int) -> str:
+def encoded_picture(image: NDArray[np.uint8], kind: str, **options: int) -> str:
     """The picture as a file of this kind, in base64."""
     from PIL import Image
 
@@ -228,7 +228,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     pictures = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
     figures = "\n".join(
         f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/jpeg;base64,'
-        f'{_encoded(panel, "JPEG", quality=90, subsampling=0)}"></figure>'
+        f'{encoded_picture(panel, "JPEG", quality=90, subsampling=0)}"></figure>'
         for name, panel in pictures
     )
     colors = heat_colors(24, signed=is_signed)
