@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from captum_m2ib.explanations.compare import compare
     from captum_m2ib.explanations.explain import explain
     from captum_m2ib.explanations.explanation import Explanation
+    from captum_m2ib.games import Interactions, PairGame, interactions
     from captum_m2ib.metrics.bypass import (
         BypassWarning,
         TowerBypass,
@@ -77,6 +78,7 @@ _HOMES = {
     "explanations.compare": ("compare",),
     "explanations.explain": ("explain",),
     "explanations.explanation": ("Explanation",),
+    "games": ("Interactions", "PairGame", "interactions"),
     "engine.rows": ("Shared",),
     "engine.stakes": ("NothingToExplainWarning",),
     "engine.layouts": ("PackedLayout", "PatchLayout", "TextLayout"),
@@ -93,6 +95,7 @@ __all__ = [
     "Explanation",
     "GradECLIP",
     "InfoBottleneck",
+    "Interactions",
     "LayerMultiModalInfoBottleneck",
     "LayerRecord",
     "LeGrad",
@@ -101,6 +104,7 @@ __all__ = [
     "NothingToExplainWarning",
     "OptimizationRecord",
     "PackedLayout",
+    "PairGame",
     "PairInteraction",
     "Pairs",
     "PatchLayout",
@@ -111,6 +115,7 @@ __all__ = [
     "compare",
     "estimate_statistics",
     "explain",
+    "interactions",
     "load_statistics",
     "measure_bypass",
     "plot_bypass",

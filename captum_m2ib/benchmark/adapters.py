@@ -14,9 +14,9 @@ from captum.attr import FeatureAblation, Occlusion
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from captum_m2ib.benchmark.faithfulness import blank_token
 from captum_m2ib.composition import EmbeddingForward, TokenGradCam, feature_masks, token_baselines
 from captum_m2ib.encoders.dual_encoder import DualEncoder
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.engine.layers import LayerLike
 from captum_m2ib.engine.layouts import PatchLayout, to_input
 

@@ -60,8 +60,8 @@ def faithfulness(
         additional_forward_args (Any, optional): Further arguments of ``forward_func``. Default: None
         maskable (Tensor, optional): Boolean, (N, L): False for start, end and padding tokens, e.g.
                     ``~torch.tensor(pairs.special)``. Needed for captions. Default: None
-        replacement (int, optional): The id that stands for no word, see :func:`blank_token`. Needed for captions.
-                    Default: None
+        replacement (int, optional): The id that stands for no word, see
+                    :func:`captum_m2ib.encoders.spelling.blank_token`. Needed for captions. Default: None
         embedding (nn.Module or str, optional): The layer that turns ids into rows. Default: None (the table of tokens
                     of a :class:`DualEncoder`'s second tower)
         steps (int, optional): Steps of a picture's curve. Default: 50
@@ -77,6 +77,7 @@ def faithfulness(
 
     Examples::
 
+        >>> from captum_m2ib.encoders.spelling import blank_token
         >>> found = faithfulness(
         ...     encoder, pairs.inputs, (image_bits, token_bits), pairs.additional_forward_args,
         ...     maskable=~torch.tensor(pairs.special), replacement=blank_token(encoder))
@@ -136,23 +137,6 @@ def token_table(encoder: Any) -> LayerLike:
         f"embedding: found no table of tokens in {type(encoder).__name__}; pass the layer that turns ids into rows, "
         "e.g. embedding='text_model.embeddings.token_embedding'."
     )
-
-
-def blank_token(encoder: Any) -> int:
-    r"""The id that stands for no word: that of the unknown token, or else of padding.
-
-    Args:
-
-        encoder (DualEncoder): An encoder with a processor.
-
-    Returns:
-        int: The id; 0 where the tokenizer names neither.
-    """
-    tokenizer = getattr(encoder.processor, "tokenizer", encoder.processor)
-    ids = (getattr(tokenizer, name, None) for name in ("unk_token_id", "pad_token_id"))
-    ends = {getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
-    # CLIP's unknown token is its end token, at which the tower would pool.
-    return next((int(one) for one in ids if isinstance(one, int) and one not in ends), 0)
 
 
 def maskable_tokens(pairs: Any) -> Tensor:

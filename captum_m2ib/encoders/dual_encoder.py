@@ -222,15 +222,56 @@ class DualEncoder(LateInteraction):
             >>> encoder.similarities(pictures[:1], captions, *pairs.additional_forward_args).shape
             torch.Size([1, 2])
         """
-        if self._join is not None:
-            raise ValueError(
-                f"similarities: in {type(self.model).__name__} one side reads what the other returns, so that no "
-                "embedding serves several pairs; score the pairs one by one."
-            )
         additional, counted = self._split(additional)
-        one, other = self._joined(*self._outputs(first, second, additional))
+        one, other = self.embed(0, first, *additional), self.embed(1, second, *additional)
         counted = None if counted is None else counted.unsqueeze(0 if self._is_in_order else 1)
         return self._scored(one.unsqueeze(1), other.unsqueeze(0), counted)
+
+    def embed(self, index: int, inputs: Tensor, *additional: Any) -> Tensor:
+        r"""What one tower returns, for :meth:`compare_embeddings`.
+
+        Args:
+
+            index (int): 0 for the first tower, 1 for the second.
+            inputs (Tensor): What it reads, N examples.
+            *additional: As for :meth:`forward`; what belongs to the other tower is not looked at.
+
+        Returns:
+            Tensor: Embeddings, (N, dimensions); of a MaxSim score one per token, (N, tokens, dimensions).
+
+        Raises:
+            ValueError: if one side of the model reads what the other returns.
+        """
+        if self._join is not None:
+            raise ValueError(
+                f"model: in {type(self.model).__name__} one side reads what the other returns, so that no embedding "
+                "serves several pairs; score the pairs one by one."
+            )
+        output = self._output(index, inputs, self._split(additional)[0])
+        return (
+            output if self._family.score is not None else embedding_of(output, type(self._towers[index].model).__name__)
+        )
+
+    def compare_embeddings(self, first: Tensor, second: Tensor) -> Tensor:
+        r"""Score of every embedding of the first tower with every one of the second; no tower runs.
+
+        Args:
+
+            first (Tensor): What :meth:`embed` returned for the first tower, M examples.
+            second (Tensor): What it returned for the second, N examples.
+
+        Returns:
+            Tensor: (M, N).
+
+        Examples::
+
+            >>> pictures, captions = pairs.inputs
+            >>> first = encoder.embed(0, pictures)
+            >>> second = encoder.embed(1, captions, *pairs.additional_forward_args)
+            >>> encoder.compare_embeddings(first, second).shape
+            torch.Size([2, 2])
+        """
+        return self._scored(first.unsqueeze(1), second.unsqueeze(0))
 
     def holds_sizes(self, pairs: Pairs) -> bool:
         r"""Whether pairs hold pictures of several sizes one behind the other, so that each is to be explained alone.

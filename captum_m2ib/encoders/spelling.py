@@ -89,6 +89,23 @@ def unknown_tokens(tokenizer: Any) -> set[int]:
     return set() if unknown in others else {unknown}
 
 
+def blank_token(encoder: Any) -> int:
+    r"""The id that stands for no word: that of the unknown token, or else of padding.
+
+    Args:
+
+        encoder (DualEncoder): An encoder with a processor.
+
+    Returns:
+        int: The id; 0 where the tokenizer names neither.
+    """
+    tokenizer = getattr(encoder.processor, "tokenizer", encoder.processor)
+    ids = (getattr(tokenizer, name, None) for name in ("unk_token_id", "pad_token_id"))
+    ends = {getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")}
+    # CLIP's unknown token is its end token, at which the tower would pool.
+    return next((int(one) for one in ids if isinstance(one, int) and one not in ends), 0)
+
+
 def vocabulary_of(tokenizer: Any) -> Any:
     """The object that knows the tokens: the tokenizer, what it holds, or what stands beside a function."""
     if isinstance(tokenizer, partial):

@@ -103,6 +103,9 @@ class TowerPair(nn.Module):
         return "cosine similarity" if score is None else getattr(score, "name", "score")
 
     def _outputs(self, first: Tensor, second: Tensor, additional: tuple[Any, ...]) -> list[Any]:
+        return [self._output(index, inputs, additional) for index, inputs in enumerate((first, second))]
+
+    def _output(self, index: int, inputs: Tensor, additional: tuple[Any, ...]) -> Any:
         given = dict(zip(self._slots[2:], additional, strict=False))
         beyond = additional[len(self._slots) - 2 :]
         if beyond and self.sides[1].named:
@@ -111,14 +114,12 @@ class TowerPair(nn.Module):
                 f"additional_forward_args: expected at most {len(self._slots) - 2} ({known}), got {len(additional)}; "
                 "leave out what the model does not read."
             )
-        outputs = []
-        for index, (tower, inputs) in enumerate(zip(self._towers, (first, second), strict=True)):
-            tower.check_configuration()
-            extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
-            while extras and extras[-1] is None:
-                extras.pop()
-            outputs.append(tower(inputs, *extras, *(beyond if index else ())))
-        return outputs
+        tower = self._towers[index]
+        tower.check_configuration()
+        extras = [given.get((index, name)) for name in tower.side.arguments[1:]]
+        while extras and extras[-1] is None:
+            extras.pop()
+        return tower(inputs, *extras, *(beyond if index else ()))
 
     @property
     def argument_names(self) -> tuple[str, ...]:

@@ -281,6 +281,34 @@ def gaussian_blur(pixels: Tensor, kernel_size: int = 11, sigma: float = 5.0) -> 
     return F.conv2d(rows, window.transpose(2, 3), groups=pixels.shape[1])
 
 
+def substrate_of(substrate: Substrate, pixels: Tensor) -> Tensor:
+    r"""What pixels become where they are taken out.
+
+    Args:
+
+        substrate (str, float or Tensor): As for :func:`deletion`.
+        pixels (Tensor): (N, C, H, W).
+
+    Returns:
+        Tensor: of the pixels' shape.
+
+    Raises:
+        ValueError: if there is no such substrate.
+    """
+    if isinstance(substrate, str):
+        if substrate == "zero":
+            return torch.zeros_like(pixels)
+        if substrate == "mean":
+            return pixels.mean((2, 3), keepdim=True).expand_as(pixels)
+        if substrate == "blur":
+            return gaussian_blur(pixels)
+        raise ValueError(
+            f"substrate: expected 'zero', 'mean', 'blur', a number or a tensor, got {substrate!r}; pass e.g. "
+            "gaussian_blur(pixel_values, sigma=10)."
+        )
+    return torch.as_tensor(substrate, dtype=pixels.dtype, device=pixels.device).expand_as(pixels)
+
+
 @dataclass(frozen=True)
 class _Change:
     """One argument's values, intact and blank, with the maps, (N, ...), and flags, (N, U), of its units."""
@@ -312,7 +340,7 @@ def _picture_change(
     maps = unit_maps(attributions, units, f"argument {modality}").to(pixels.device)
     counted = unit_flags("attributions", None, units, pixels.device)
     step = math.ceil(counted.shape[1] / 100) if step is None else step
-    return _Change(arguments, modality, pixels, _substrate(substrate, pixels), maps, counted, step)
+    return _Change(arguments, modality, pixels, substrate_of(substrate, pixels), maps, counted, step)
 
 
 def _token_change(
@@ -364,21 +392,6 @@ def _curve(
     undefined = {"map that is not finite": broken & ~empty, "no maskable token": empty, "score that is NaN": silent}
     fractions, table = settle((fractions, table), undefined, settings.nan_policy)
     return PerturbationCurve(fractions, table, kind)
-
-
-def _substrate(substrate: Substrate, pixels: Tensor) -> Tensor:
-    if isinstance(substrate, str):
-        if substrate == "zero":
-            return torch.zeros_like(pixels)
-        if substrate == "mean":
-            return pixels.mean((2, 3), keepdim=True).expand_as(pixels)
-        if substrate == "blur":
-            return gaussian_blur(pixels)
-        raise ValueError(
-            f"substrate: expected 'zero', 'mean', 'blur', a number or a tensor, got {substrate!r}; pass e.g. "
-            "gaussian_blur(pixel_values, sigma=10)."
-        )
-    return torch.as_tensor(substrate, dtype=pixels.dtype, device=pixels.device).expand_as(pixels)
 
 
 def _area(fractions: Tensor, scores: Tensor) -> Tensor:

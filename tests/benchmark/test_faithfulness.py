@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder
-from captum_m2ib.benchmark.faithfulness import FIGURES, blank_token, faithfulness, maskable_tokens, token_table
+from captum_m2ib.benchmark.faithfulness import FIGURES, faithfulness, maskable_tokens, token_table
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.scenes import CHECKPOINT, image_probes
 
 EMBEDDINGS = torch.tensor([[0.0], [0.0], [1.0], [5.0], [2.0]])

@@ -14,9 +14,10 @@ from captum.attr import IntegratedGradients, LayerAttribution, Saliency
 from captum_m2ib import DualEncoder
 from captum_m2ib.attr import AttentionRelevance, GradECLIP, LeGrad, NarrowingInfoBottleneck
 from captum_m2ib.benchmark.adapters import Ablation, GradCAM, OcclusionWindow, OnEmbeddings, smoothed, words_in
-from captum_m2ib.benchmark.faithfulness import blank_token, maskable_tokens
+from captum_m2ib.benchmark.faithfulness import maskable_tokens
 from captum_m2ib.benchmark.methods import DEFAULT, FAMILIES, METHODS, SETTINGS_FILE, Family, Method, methods
 from captum_m2ib.composition import TokenGradCam, token_baselines
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.scenes import CHECKPOINT, token_probes
 
 

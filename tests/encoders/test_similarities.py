@@ -28,5 +28,5 @@ def test_every_pair_has_the_score_that_forward_gives_it(checkpoint: Path):
 def test_sides_that_read_each_other_have_no_embeddings_of_their_own():
     (family,) = (one for one in FAMILIES if one.name == "xclip")
     encoder = family.build().forward
-    with pytest.raises(ValueError, match=r"^similarities: in .* one side reads what the other returns"):
+    with pytest.raises(ValueError, match=r"^model: in .* one side reads what the other returns"):
         encoder.similarities(torch.zeros(1, 2, 3, 32, 32), torch.zeros(1, 3, dtype=torch.long))

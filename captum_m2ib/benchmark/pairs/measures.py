@@ -31,6 +31,7 @@ from captum_m2ib.benchmark.parts import Model
 from captum_m2ib.benchmark.store import Store, write_atomically
 from captum_m2ib.benchmark.tables import Comparison, Figure, compare, csv_text, markdown, summary_csv
 from captum_m2ib.benchmark.truth import grids_of, truth_of
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.metrics import auroc, best_iou, iou, pearson, pointing_game, relevance_mass
 
 if TYPE_CHECKING:
@@ -327,7 +328,7 @@ def _figures(method: Method, encoder: DualEncoder, ready: list[_Ready], plan: Pl
             (image_map if pairs.inputs[0].ndim == 4 else None, token_map),
             additional,
             maskable=faith.maskable_tokens(pairs),
-            replacement=faith.blank_token(encoder),
+            replacement=blank_token(encoder),
             steps=plan.steps,
         )
     return found | _localisation(encoder, ready, grids)

@@ -24,6 +24,7 @@ from captum_m2ib.benchmark.tables import Figure
 from captum_m2ib.benchmark.truth import lists_of, on_truth
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pairs import Pairs
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.metrics import (
     Summary,
     auroc,
@@ -233,7 +234,7 @@ def faithfulness(block: Block) -> Found:
         (None, block.token_maps),
         block.worded.additional_forward_args,
         maskable=faith.maskable_tokens(block.worded),
-        replacement=faith.blank_token(block.encoder),
+        replacement=blank_token(block.encoder),
     )
     return {**pictures, **words}
 

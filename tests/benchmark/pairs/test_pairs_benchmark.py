@@ -16,13 +16,14 @@ from PIL import Image
 
 from captum_m2ib import DualEncoder, PackedLayout
 from captum_m2ib.audit.manifest import Manifest
-from captum_m2ib.benchmark.faithfulness import blank_token, faithfulness, maskable_tokens
+from captum_m2ib.benchmark.faithfulness import faithfulness, maskable_tokens
 from captum_m2ib.benchmark.methods import METHODS
 from captum_m2ib.benchmark.pairs import measures as benchmark
 from captum_m2ib.benchmark.pairs.command import add_pairs
 from captum_m2ib.benchmark.pairs.measures import FIGURES, Plan, measure, run_settings, write_tables
 from captum_m2ib.benchmark.store import Store
 from captum_m2ib.benchmark.truth import grids_of, truth_of
+from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.metrics import auroc, pointing_game, relevance_mass
 from captum_m2ib.scenes import draw_scene
 
