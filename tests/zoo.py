@@ -104,6 +104,14 @@ def blip() -> nn.Module:
     return transformers.BlipForImageTextRetrieval(config)
 
 
+def blip2() -> nn.Module:
+    reader = {**TEXT, "num_hidden_layers": 3, "encoder_hidden_size": WIDTH, "use_qformer_text_input": True}
+    config = transformers.Blip2Config(
+        vision_config=VISION, qformer_config=reader, num_query_tokens=4, image_text_hidden_size=16
+    )
+    return transformers.Blip2ForImageTextRetrieval(config)
+
+
 def bridgetower() -> nn.Module:
     # Heads of its picture tower are 64 channels wide.
     sizes = {**SIZES, "hidden_size": 64}
@@ -358,6 +366,7 @@ _ALL = [
     Model("align", align, "ALIGN", size=(3, 128, 128)),
     Model("blip_itc", blip, "BLIP, image-text contrastive score"),
     Model("blip", _both("BlipModel"), "BLIP, text-image features"),
+    Model("blip2", blip2, "BLIP-2, image-text contrastive score"),
     Model("bridgetower", bridgetower, "BridgeTower, contrastive score"),
     Model("clipseg", _both("CLIPSegModel"), "CLIPSeg"),
     Model("groupvit", groupvit, "GroupViT"),

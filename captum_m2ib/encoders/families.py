@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.embedders import family_of_embedder, is_embedder
-from captum_m2ib.encoders.scores import MaxSim, dot
+from captum_m2ib.encoders.scores import MaxSim, best_match, dot
 from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.towers import (
     embeds_text,
@@ -29,10 +30,12 @@ from captum_m2ib.encoders.towers import (
 from captum_m2ib.engine.layouts import Layout, TextLayout
 
 
-def derive_layout(side: Side, tower: nn.Module, positions: dict[str, int]) -> Layout | None:
+def derive_layout(side: Side, model: nn.Module, positions: dict[str, int]) -> Layout | None:
     """A side's layout from its tower's modules; ``positions`` says where its other arguments are given."""
+    tower = side.tower(model)
     if side.modality == "text":
-        layout = text_layout(tower, positions.get("attention_mask")) if embeds_text(tower) else None
+        embeds = embeds_text(side.embedder(model))
+        layout = text_layout(tower, positions.get("attention_mask")) if embeds else None
         return replace(layout, source=None) if layout is not None and side.is_filled else layout
     if side.modality == "video" or side.is_tiled:
         return video_layout(tower, positions.get("padding_mask_videos"))
@@ -72,6 +75,27 @@ def _blip_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool
 
 def _blip_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return model.text_proj(model.text_encoder(input_ids, attention_mask=attention_mask).last_hidden_state[:, 0])
+
+
+def _blip2_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    """What each of the query tokens has read from the picture."""
+    output = model.vision_model(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding)
+    queries = model.query_tokens.expand(len(pixel_values), -1, -1)
+    read = model.qformer(query_embeds=queries, encoder_hidden_states=output.last_hidden_state).last_hidden_state
+    return F.normalize(model.vision_projection(read.to(model.vision_projection.weight.dtype)), dim=-1)
+
+
+def _blip2_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    placeholder = model.config.image_token_index
+    if placeholder is not None and bool((input_ids == placeholder).any()):
+        raise ValueError(
+            f"input_ids: expected captions alone, got the placeholder of pictures ({placeholder}) among them; leave "
+            "out what Blip2Processor writes before a caption, or prepare pairs with DualEncoder.prepare."
+        )
+    embedded = model.embeddings(input_ids=input_ids)
+    output = model.qformer(query_embeds=embedded, query_length=0, attention_mask=attention_mask)
+    first = output.last_hidden_state[:, 0].to(model.text_projection.weight.dtype)
+    return F.normalize(model.text_projection(first), dim=-1)
 
 
 def _bridge_image(model: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
@@ -210,6 +234,16 @@ FAMILIES: dict[str, Family] = {
             Side("image", _blip_image, ("pixel_values",), _VISION),
             Side("text", _blip_text, ("input_ids", "attention_mask"), _TEXT),
         )
+    ),
+    "Blip2ForImageTextRetrieval": Family(
+        (
+            Side("image", _blip2_image, ("pixel_values",), _VISION),
+            Side("text", _blip2_text, ("input_ids", "attention_mask"), ("qformer",), embeds="embeddings"),
+        ),
+        score=best_match,
+        is_shared=True,
+        # Its feed-forward part of the queries is another one.
+        unshared=r"encoder\.layer\.\d+\.(intermediate|output)\b",
     ),
     "BridgeTowerForContrastiveLearning": Family(
         (

@@ -56,6 +56,28 @@ def dot(first: Tensor, second: Tensor) -> Tensor:
     return (one * other).sum(-1)
 
 
+def best_match(first: Tensor, second: Tensor) -> Tensor:
+    r"""The highest dot product of any of several embeddings with one.
+
+    Args:
+
+        first (Tensor): (..., embeddings, dimensions).
+        second (Tensor): (..., dimensions).
+
+    Returns:
+        Tensor: (...), in float32 at least.
+
+    Raises:
+        ValueError: if the embeddings differ in width.
+
+    Examples::
+
+        >>> best_match(torch.tensor([[[1.0, 0.0], [0.0, 1.0]]]), torch.tensor([[0.6, 0.8]]))
+        tensor([0.8000])
+    """
+    return dot(first, second.unsqueeze(-2)).amax(-1)
+
+
 def distance(p: float) -> Score:
     r"""A score that is the higher, the nearer embeddings are: minus their distance.
 

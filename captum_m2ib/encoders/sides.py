@@ -34,6 +34,8 @@ class Side:
             those that queries of late interaction are filled up with. Default: False
         keyword (str, optional): Name under which the mask is passed where all else is passed by position. Default:
             None (second)
+        embeds (str, optional): Name of the module that embeds the tokens, where the tower does not hold it. Default:
+            None (the tower does)
         beside (str, optional): The modality of the other side, where a model embeds one input in several ways.
             Default: None (any)
     """
@@ -47,7 +49,13 @@ class Side:
     is_tiled: bool = False
     is_filled: bool = False
     keyword: str | None = None
+    embeds: str | None = None
     beside: str | None = None
+
+    def embedder(self, model: nn.Module) -> nn.Module:
+        """The module that holds what embeds this side's tokens."""
+        found: nn.Module = self.tower(model) if self.embeds is None else attrgetter(self.embeds)(model)
+        return found
 
     def tower(self, model: nn.Module) -> nn.Module:
         """The module that holds this side's layers."""
@@ -80,12 +88,15 @@ class Family:
             pair scores (see :mod:`captum_m2ib.encoders.scores`). Default: None (the cosine of two embeddings)
         is_shared (bool, optional): Whether the first side runs the second side's tower, too, so that each of its layers
             is reached twice. Default: False
+        unshared (str, optional): Pattern of what the second side runs alone of such a tower: names in the tower, or
+            how they begin. Default: None (nothing)
     """
 
     sides: tuple[Side, ...]
     join: Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None = None
     score: Score | None = None
     is_shared: bool = False
+    unshared: str | None = None
 
     def side(self, modality: str, beside: str) -> Side | None:
         """The side that reads a modality, where the other one reads ``beside``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -131,7 +132,7 @@ class TowerPair(nn.Module):
     def _derived_layout(self, index: int) -> Layout | None:
         side = self.sides[index]
         positions = {name: at for at, (owner, name) in enumerate(self._slots) if owner == index}
-        layout = derive_layout(side, self.tower_of(index), positions)
+        layout = derive_layout(side, self._towers[index].model, positions)
         if isinstance(layout, TextLayout) and layout.reads_padding and self.processor is not None:
             # Configurations of SigLIP 2 name another id than the one that its tokenizer pads with.
             pad = padding_of(self.processor)
@@ -198,7 +199,8 @@ class TowerPair(nn.Module):
             int: 0 for the first tower, 1 for the second; 0 if both use it.
         """
         sides = [self.tower_of(index) for index in (0, 1)]
-        inside = [any(module is layer for module in side.modules()) for side in sides]
+        held = [(side, self._embedder_of(index)) for index, side in enumerate(sides)]
+        inside = [any(module is layer for part in parts for module in part.modules()) for parts in held]
         # A tower that is not kept apart from the whole model owns what no other tower does.
         whole = [side is self._modules.get("model") for side in sides]
         return int(inside[1] and (not inside[0] or (whole[0] and not whole[1])))
@@ -312,8 +314,11 @@ class TowerPair(nn.Module):
         """
         return self._token_modules(index).table
 
+    def _embedder_of(self, index: int) -> nn.Module:
+        return self.sides[index].embedder(self._towers[index].model)
+
     def _token_modules(self, index: int) -> TokenModules:
-        tower = self.tower_of(index)
+        tower = self._embedder_of(index)
         # Adapters may have been put into the tower since.
         modules, known = list(tower.modules()), self.__dict__["_tokens"].get(index)
         if known is None or known[0] != modules:
@@ -415,7 +420,9 @@ class TowerPair(nn.Module):
         """Whether each side runs a layer once."""
         if not self._family.is_shared:
             return False
-        return any(layer is module for module in self._family.sides[1].tower(self.model).modules())
+        unshared = self._family.unshared
+        named = self._family.sides[1].tower(self.model).named_modules()
+        return any(layer is module and not (unshared and re.match(unshared, name)) for name, module in named)
 
 
 def _known_family(model: nn.Module) -> Family:

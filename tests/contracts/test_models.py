@@ -51,6 +51,8 @@ def own_logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor | None:
                 one["token_type_ids"] = torch.zeros_like(one["input_ids"])
         processor = getattr(transformers, kind.replace("ForRetrieval", "Processor"))
         return processor.score_retrieval(None, model(**query).embeddings, model(**page).embeddings).T
+    if kind == "Blip2ForImageTextRetrieval":
+        return model(**given).logits_per_image
     if kind == "BridgeTowerForContrastiveLearning":
         output = model(**given)
         return output.image_embeds @ output.text_embeds.T

@@ -16,7 +16,6 @@ MODALITIES = ("text", "image", "audio", "video", "speech")
 RETRIEVES = ("ForRetrieval", "TextRetrieval", "ForContrastiveLearning")
 
 LEFT_OUT = {
-    "Blip2ForImageTextRetrieval": "its score is the best of query tokens that one network reads on both sides",
     "BridgeTowerForContrastiveLearning": "recognised, but its configuration lacks a default size",
     "BridgeTowerForImageAndTextRetrieval": "one network reads both inputs; explained through a function",
     "NeoMMEForRetrieval": "its patches stand among the tokens of a prompt, in no tower of their own",
