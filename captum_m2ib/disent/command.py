@@ -32,6 +32,7 @@ def add_disent(commands: Any) -> None:
     _add_explain(kinds)
     _add_prototypes(kinds)
     _add_report(kinds)
+    _add_zero_shot(kinds)
 
 
 def _add_fit(commands: Any) -> None:
@@ -76,6 +77,11 @@ def _add_fit(commands: Any) -> None:
         help="most of a head, which ends when it has converged (default: %(default)s)",
     )
     parser.add_argument(
+        "--estimator",
+        default="gumbel",
+        help="how heads learn places: gumbel, gumbel_soft, or max, the fastest (default: %(default)s)",
+    )
+    parser.add_argument(
         "--choose", action="store_true", help="choose each head's settings on pictures held back from training"
     )
     parser.add_argument("--epic-epochs", type=int, default=20, help="epochs of EPIC (default: %(default)s)")
@@ -118,6 +124,35 @@ def _add_report(commands: Any) -> None:
     parser.set_defaults(run=_report)
 
 
+def _add_zero_shot(commands: Any) -> None:
+    parser = commands.add_parser(
+        "zero-shot",
+        help="a dual encoder's zero-shot decisions as named concepts",
+        description="Learn a dual encoder's zero-shot decisions on photographs, and name what they rest on by "
+        "captions. Names are chosen on training pictures and tried on test pictures.",
+    )
+    parser.add_argument("--data", metavar="DIR", required=True, help="as for fit")
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        required=True,
+        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
+        "processor; its code is run",
+    )
+    parser.add_argument("--layer", metavar="NAME", help="of the image tower (default: the block at three quarters)")
+    parser.add_argument("--template", default="a photo of a {}", help="of the classes' captions (default: %(default)s)")
+    parser.add_argument(
+        "--names", metavar="FILE", help="captions to name concepts by, one a line (default: the classes')"
+    )
+    parser.add_argument("--limit", type=int, help="the first so many pictures per class and split (default: all)")
+    parser.add_argument("--test-share", type=float, default=0.3, help="held out per class (default: %(default)s)")
+    parser.add_argument("--split-seed", type=int, default=0, help="of that choice (default: %(default)s)")
+    parser.add_argument("--seeds", type=int, default=3, help="fits (default: %(default)s)")
+    parser.add_argument("--epochs", type=int, default=100, help="most of a fit (default: %(default)s)")
+    parser.add_argument("--estimator", default="gumbel", help="as for fit (default: %(default)s)")
+    parser.set_defaults(run=_zero_shot)
+
+
 def _add_study(parser: Any) -> None:
     parser.add_argument("study", metavar="DIR", help="what captum-m2ib disent fit wrote")
     parser.add_argument("--backbone", metavar="NAME", help="again, to allow a Python function's code to run")
@@ -131,14 +166,15 @@ def _fit(given: argparse.Namespace) -> None:
     from captum_m2ib.disent.study import Study
     from captum_m2ib.disent.study_settings import StudySettings
 
-    names = ("side", "test_share", "split_seed", "train_backbone", "seeds", "epochs", "choose", "epic_epochs")
+    names = ["side", "test_share", "split_seed", "train_backbone", "seeds", "epochs", "epic_epochs"]
+    names += ["estimator", "choose", "batch_size", "lr"]
     settings = StudySettings(
         _place(given.data),
         given.backbone,
         given.layer,
         weights=given.weights and os.path.abspath(given.weights),
         options=as_arguments(given.options),
-        **{name: getattr(given, name) for name in (*names, "batch_size", "lr")},
+        **{name: getattr(given, name) for name in names},
         transform_lr=given.transform_lr,
     )
     study = Study(given.output, settings, sys.stderr.isatty())
@@ -199,6 +235,20 @@ def _report(given: argparse.Namespace) -> None:
 
     output = write_page(_open(given), given.output, head=given.head, seed=given.seed, n_halves=given.halves)
     print(f"written  {os.fspath(output)}")
+
+
+def _zero_shot(given: argparse.Namespace) -> None:
+    from captum_m2ib.disent.photographs import read_photographs
+    from captum_m2ib.disent.zero_shot_study import ZeroShotSettings, read_names, told_lines, zero_shot_study
+    from captum_m2ib.encoders.naming import load_named
+
+    names = None if given.names is None else read_names(given.names)
+    settings = ZeroShotSettings(
+        given.layer, given.template, names, given.limit, given.seeds, given.epochs, given.estimator
+    )
+    photographs = read_photographs(_place(given.data), given.test_share, given.split_seed)
+    found = zero_shot_study(load_named(given.model), photographs, settings, sys.stderr.isatty())
+    print("\n".join(told_lines(found)))
 
 
 def _figure_file(name: str) -> Path:

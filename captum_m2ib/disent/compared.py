@@ -32,6 +32,7 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "as given": {},
     "a third of the rates": {"lr": 1 / 3, "transform_lr": 1 / 3},
     "three times the noise": {"noise": 0.3},
+    "the plain maximum": {"estimator": "max"},
     "soft places": {"estimator": "gumbel_soft", "noise": 0.0},
     "a price on weights": {"sparsity": 3.0},
 }

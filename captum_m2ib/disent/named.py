@@ -159,6 +159,20 @@ def load_backbone(
     return NamedBackbone(name, module.eval(), preparation)
 
 
+def named_place(layer: str) -> str | tuple[str, int]:
+    r"""A layer's name as a command takes it, as :class:`FeatureReader` does.
+
+    Args:
+
+        layer (str): Dotted name; ``NAME:1`` is the second call of a module that is called more than once.
+
+    Returns:
+        str or tuple[str, int]: the name, or name and call.
+    """
+    name, separator, call = layer.rpartition(":")
+    return (name, int(call)) if separator and call.isdigit() else layer
+
+
 def as_arguments(pairs: list[str]) -> dict[str, Any]:
     r"""Arguments of a constructor from ``NAME=VALUE``; values are read as JSON, else as text.
 

@@ -279,8 +279,8 @@ class Study:
         return float((logits[test].argmax(1) == self.test.labels).double().mean())
 
     def _build(self, **options: Any) -> InfoDisent:
-        names = self.photographs.classes
-        return InfoDisent(self.backbone.module, self.settings.place, len(names), class_names=names, **options)
+        names, given = self.photographs.classes, {"estimator": self.settings.estimator, **options}
+        return InfoDisent(self.backbone.module, self.settings.place, len(names), class_names=names, **given)
 
     def _rates(self) -> Rates:
         settings = self.settings

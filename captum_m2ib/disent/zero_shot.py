@@ -178,14 +178,42 @@ def name_concepts(
     names = _check_captions(captions)
     check_count("per_half", per_half)
     batches = list(loader)
-    evidence = model.evidence(batches).double().flatten(1)
+    evidence = model.evidence(batches)
     if len(evidence) < 2:
         raise ValueError(f"loader: expected at least 2 pictures to correlate over, got {len(evidence)}.")
-    scores = similarities(encoder, batches, names).double()
-    correlation = _standardised(evidence).T @ _standardised(scores) / len(scores)
-    top = correlation.float().topk(min(per_half, len(names)), 1)
+    return closest(correlations(evidence, similarities(encoder, batches, names)), names, per_half)
+
+
+def correlations(evidence: Tensor, scores: Tensor) -> Tensor:
+    r"""How closely captions follow halves over pictures.
+
+    Args:
+
+        evidence (Tensor): Pooled halves, (n, D, 2), as :meth:`ConceptModel.evidence` gives them, or flat.
+        scores (Tensor): Similarity of each picture with each caption, (n, captions).
+
+    Returns:
+        Tensor: Pearson correlations, (2 D, captions); 0 for what never varies.
+    """
+    halves = evidence.double().flatten(1)
+    return _standardised(halves).T @ _standardised(scores.double()) / len(scores)
+
+
+def closest(correlation: Tensor, captions: Sequence[str], per_half: int = 3) -> ConceptNames:
+    r"""Name each half by the captions that follow it most closely.
+
+    Args:
+
+        correlation (Tensor): From :func:`correlations`.
+        captions (sequence of str): The captions.
+        per_half (int, optional): Names per half, at most as many as captions. Default: 3
+
+    Returns:
+        ConceptNames: names and how closely they follow.
+    """
+    top = correlation.float().topk(min(per_half, len(captions)), 1)
     shape = (-1, 2, top.indices.shape[1])
-    return ConceptNames(names, top.indices.view(shape), top.values.view(shape))
+    return ConceptNames(tuple(captions), top.indices.view(shape), top.values.view(shape))
 
 
 def similarities(
@@ -208,13 +236,28 @@ def similarities(
     """
     names, rows = _check_captions(captions), []
     with borrowing(encoder), torch.no_grad():
-        texts = _unit(_embed_captions(encoder, names))
+        texts = caption_embeddings(encoder, names)
         for batch in tqdm(loader, desc="Similarities", unit="batch", disable=not show_progress):
             images = unpack(batch)[0].to(encoder.device)
             rows.append((_unit(_embed_images(encoder, images)) @ texts.T).cpu())
     if not rows:
         raise ValueError("loader: expected at least one batch, got none.")
     return torch.cat(rows)
+
+
+def caption_embeddings(encoder: DualEncoder, captions: Sequence[str]) -> Tensor:
+    r"""Embeddings of captions, of length 1.
+
+    Args:
+
+        encoder (DualEncoder): With a processor.
+        captions (sequence of str): Captions.
+
+    Returns:
+        Tensor: (captions, dimensions).
+    """
+    with borrowing(encoder), torch.no_grad():
+        return _unit(_embed_captions(encoder, captions))
 
 
 class _ImageSide(nn.Module):

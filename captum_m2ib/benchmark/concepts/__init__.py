@@ -1,0 +1,1 @@
+"""InfoDisent's maps of photographs beside Grad-CAM and Integrated Gradients, on one classifier."""

@@ -1,0 +1,127 @@
+"""The sub-command ``captum-m2ib benchmark concepts``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def add_concepts(benchmarks: Any) -> None:
+    r"""Add ``captum-m2ib benchmark concepts`` to the command line.
+
+    Args:
+
+        benchmarks: What ``ArgumentParser.add_subparsers`` returned for ``benchmark``.
+    """
+    parser = benchmarks.add_parser(
+        "concepts",
+        help="InfoDisent's maps of a classifier on photographs with masks",
+        description="Where InfoDisent, Grad-CAM and Integrated Gradients look in photographs with masks, for one "
+        "classifier. The head learns the classifier's own decisions on parts of the photographs, without labels. "
+        "--output receives figures.csv, summary.csv and table.md.",
+    )
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="where the pictures lie, or the folder above their folder images"
+    )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        default="instances.json",
+        help="in COCO's format: a path, or a name in DIR (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone",
+        required=True,
+        metavar="NAME",
+        help="a classifier as captum-m2ib disent takes it; the code of module:function is run",
+    )
+    parser.add_argument(
+        "--layer", required=True, metavar="NAME", help="the last before positions are pooled, NAME:1 its second call"
+    )
+    parser.add_argument("--weights", metavar="FILE", help="safetensors file (default: the library's own)")
+    parser.add_argument(
+        "--classes", metavar="FILE", help="a line per class, synonyms behind commas (default: ImageNet's, from timm)"
+    )
+    parser.add_argument(
+        "--rank", type=int, default=10, help="ask about what is among so many first classes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--crops", type=int, default=16, help="parts of each photograph to learn from (default: %(default)s)"
+    )
+    parser.add_argument("--epochs", type=int, default=60, help="most of the head (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of parts and head (default: %(default)s)")
+    parser.add_argument("--limit", type=int, help="the first so many photographs of each split (default: all)")
+    parser.add_argument("--output", metavar="DIR", default="benchmark-concepts", help="default: %(default)s")
+    parser.set_defaults(run=run)
+
+
+def run(given: argparse.Namespace) -> None:
+    r"""Run the command.
+
+    Args:
+
+        given (argparse.Namespace): What :func:`add_concepts` parsed.
+
+    Raises:
+        ValueError: if an option or the data cannot be used, or nothing can be asked.
+        ImportError: if what masks or the classifier need is not installed.
+    """
+    from captum_m2ib.benchmark.concepts.questions import questions_about
+    from captum_m2ib.benchmark.concepts.run import FIGURES, OURS, agreement, fit_on_decisions, measure_all, methods_on
+    from captum_m2ib.benchmark.photos.coco import SPLITS, read_photos
+    from captum_m2ib.benchmark.store import write_atomically
+    from captum_m2ib.benchmark.tables import compare, figures_csv, markdown, summary_csv, terminal
+    from captum_m2ib.disent.named import load_backbone, named_place
+
+    for name in ("rank", "crops", "epochs"):
+        if getattr(given, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1, got {getattr(given, name)}.")
+    photos = [
+        photo for split in SPLITS for photo in read_photos(given.data, given.annotations, split, given.limit).photos
+    ]
+    backbone = load_backbone(given.backbone, weights=given.weights)
+    questions = questions_about(photos, backbone, _classes(given.classes), given.rank)
+    if not questions:
+        raise ValueError(
+            f"--rank: the classifier names nothing that has a mask of fitting size among its first {given.rank} "
+            "classes; expected one that knows what the photographs hold, or a higher rank."
+        )
+    show = sys.stderr.isatty()
+    print(
+        f"asked     {len(questions)} things in {len({one.photo.id for one in questions})} of {len(photos)} photographs"
+    )
+    model = fit_on_decisions(
+        backbone,
+        named_place(given.layer),
+        photos,
+        crops=given.crops,
+        seed=given.seed,
+        epochs=given.epochs,
+        show_progress=show,
+    )
+    print(
+        f"agreement {agreement(model, questions):.0%} of the head's decisions on whole photographs are the classifier's"
+    )
+    values = measure_all(methods_on(model), questions, show)
+    compared = compare(values, FIGURES, OURS, [name for name in values if not name.startswith(OURS)])
+    folder = Path(given.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / "figures.csv", figures_csv(values, [given.backbone], FIGURES))
+    write_atomically(folder / "summary.csv", summary_csv(compared))
+    write_atomically(folder / "table.md", markdown(compared))
+    print(f"\n{terminal(compared)}\n")
+    print(f"written  {', '.join(os.fspath(folder / name) for name in ('figures.csv', 'summary.csv', 'table.md'))}")
+
+
+def _classes(path: str | None) -> list[str]:
+    if path is None:
+        from captum_m2ib.benchmark.photos.two_parts import class_names
+
+        return class_names()
+    try:
+        return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"--classes: cannot read {path} ({error}).") from None
