@@ -21,8 +21,7 @@ FLOORS = (
     {"explanations"},
     {"composition", "disent", "audit"},
     {"games"},
-    {"app"},
-    {"benchmark"},
+    {"benchmark", "app"},
     {"cli"},
     {"__main__"},
 )

@@ -112,7 +112,7 @@ def ask(
         ValueError: picture: there is none; drop a picture, or choose an example.
     """
     lines = check_captions(captions)
-    settings = dict(_settings(method, quality))
+    settings: dict[str, Any] = dict(_settings(method, quality))
     if "show_progress" in inspect.signature(entry_named(method).kind.attribute).parameters:  # type: ignore[attr-defined]
         settings["show_progress"] = show_progress
     image = check_picture(picture)
@@ -122,10 +122,10 @@ def ask(
         # The check says so.
         warnings.simplefilter("ignore", NothingToExplainWarning)
         found = explain(encoder, image, lines, method=method, **settings)
-        together, notes = _interactions(encoder, image, found, show_progress) if interactions else ([], [])
+        together, notes = _interactions(encoder, image, found, show_progress) if interactions else ((), [])
     told = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
     seconds = time.perf_counter() - began
-    return Answer(tuple(found), tuple(together or [None] * len(found)), method, seconds, (*told, *notes))
+    return Answer(tuple(found), together or (None,) * len(found), method, seconds, (*told, *notes))
 
 
 def fitting(encoder: DualEncoder) -> list[str]:
@@ -217,7 +217,7 @@ def _settings(method: str, quality: str) -> Mapping[str, int]:
 
 def _interactions(
     encoder: DualEncoder, image: Image, explanations: list[Explanation], show_progress: bool
-) -> tuple[list[NDArray[Any]], list[str]]:
+) -> tuple[tuple[NDArray[Any], ...], list[str]]:
     """Of each caption, or of none and why."""
     found = []
     for explanation in explanations:
@@ -231,10 +231,10 @@ def _interactions(
             )
         except (ValueError, RuntimeError) as error:
             # Whole families have no hidden states that act together in pairs; their maps are as good.
-            return [], [f"Which patches each word goes with is not known of this model: {error}"]
+            return (), [f"Which patches each word goes with is not known of this model: {error}"]
         kept = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
         grid = None if explanation.patch_bits is None else explanation.patch_bits.shape
         if kept.shape[1:] != grid:
-            return [], ["Which patches each word goes with is not shown: the model's last block has other patches."]
+            return (), ["Which patches each word goes with is not shown: the model's last block has other patches."]
         found.append(kept)
-    return found, []
+    return tuple(found), []

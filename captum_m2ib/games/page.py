@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
 from pathlib import Path
 from string import Template
 from typing import Any
 
 import numpy as np
 
-from captum_m2ib.explanations.embedding import encoded_picture
+from captum_m2ib.explanations.embedding import data_text, encoded_picture
 from captum_m2ib.explanations.lettering import format_score, visible
+from captum_m2ib.explanations.reports import page_policy
 from captum_m2ib.explanations.visualization import at_display_size, heat_colors
 from captum_m2ib.games.figure import Shown, told
 
@@ -32,7 +30,6 @@ def interactions_page(shown: Shown) -> bytes:
         bytes: HTML in UTF-8.
     """
     style, script = ((_HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    hashes = [base64.b64encode(hashlib.sha256(text.encode()).digest()).decode("ascii") for text in (style, script)]
     caption = html.escape(visible(shown.caption)) or "(empty caption)"
     score = html.escape(f"{shown.score_name} {format_score(shown.score)}")
     words = "\n".join(
@@ -41,8 +38,7 @@ def interactions_page(shown: Shown) -> bytes:
         for index, token in enumerate(shown.tokens)
     )
     page = Template((_HERE / "page.html").read_text(encoding="utf-8")).substitute(
-        policy=f"default-src 'none'; img-src data:; style-src 'sha256-{hashes[0]}'; script-src 'sha256-{hashes[1]}'; "
-        "base-uri 'none'; form-action 'none'",
+        policy=page_policy(style, script),
         style=style,
         script=script,
         caption=caption,
@@ -50,25 +46,21 @@ def interactions_page(shown: Shown) -> bytes:
         told=html.escape(told(shown)),
         words=words,
         picture=encoded_picture(at_display_size(shown.image), "JPEG", quality=90, subsampling=0),
-        data=_data(shown),
+        data=data_text(_data(shown)),
     )
     return page.encode("utf-8", "replace")
 
 
-def _data(shown: Shown) -> str:
-    """JSON in which no character can end the element that holds it."""
+def _data(shown: Shown) -> dict[str, Any]:
+    """What the page's script shows."""
     fit = shown.fit
-    value: dict[str, Any] = {
+    return {
         "places": shown.places.tolist(),
         "picture": _rounded(fit.picture),
         "caption": _rounded(fit.caption),
         "across": _rounded(fit.across),
         "colours": ["rgb({:.0f},{:.0f},{:.0f})".format(*(255 * colour)) for colour in _heat(1.0)],
     }
-    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return text
 
 
 def _heat(strength: float) -> Any:

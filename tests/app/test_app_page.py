@@ -204,6 +204,17 @@ def test_wrong_input_is_a_sentence(opened: Visit, tmp_path: Path):
     assert not opened.page.locator("#problem").is_visible()
 
 
+def test_the_picture_of_the_documentation_can_be_drawn(opened: Visit, server: Server, tmp_path: Path):
+    path = Path(__file__).parents[2] / "docs" / "app_picture.py"
+    spec = importlib.util.spec_from_file_location("app_picture", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.ask(opened.page, server.address)
+    module.draw(opened.page, tmp_path / "app.png")
+    assert 50_000 < (tmp_path / "app.png").stat().st_size < 250_000
+
+
 def test_a_phone_needs_no_scrolling_sideways(browser: Browser, server: Server):
     with visit(browser, server.address, phone=True) as opened:
         opened.page.locator("#go").wait_for()
