@@ -42,3 +42,18 @@ def save_vit(folder: Path) -> None:
 def save_bert(folder: Path) -> None:
     model = transformers.BertModel(transformers.BertConfig(**zoo.TEXT), add_pooling_layer=False)
     _save(model, late.tokenizer(), folder)
+
+
+def save_embedding_gemma2(folder: Path) -> None:
+    """One network whose tokens are averaged."""
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    names = ("boi", "eoi", "boa", "eoa", "video", "audio")
+    others = {58 - place: f"<|{name}|>" for place, name in enumerate(names)}
+    named = {f"{name}_token": f"<|{name}|>" for name in ("image", *names)}
+    tokenizer = late.tokenizer("<|image|>", others, extra_special_tokens=named)
+    reader = Gemma4ImageProcessorPil(patch_size=8, max_soft_tokens=70, pooling_kernel_size=2)
+    processor = transformers.EmbeddingGemma2Processor(
+        transformers.Gemma4AudioFeatureExtractor(), reader, tokenizer, transformers.EmbeddingGemma2VideoProcessor()
+    )
+    _save(zoo.embedding_gemma2(), processor, folder)

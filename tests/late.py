@@ -12,7 +12,7 @@ SPECIAL = {1: "<pad>", 62: "<s>", 60: "<fake_token_around_image>", 59: "<end_of_
 IMAGE = 61
 
 
-def tokenizer(image: str = "<image>", others: dict[int, str] | None = None) -> Any:
+def tokenizer(image: str = "<image>", others: dict[int, str] | None = None, **named: Any) -> Any:
     """Words, and what processors write around them; the ids of special tokens are those of the zoo's models."""
     names = [f"<unused_{index}>" for index in range(64)]
     for place, word in enumerate((*WORDS, "<unk>", "\n", ":", ".", "image", "User", "Assistant")):
@@ -24,7 +24,7 @@ def tokenizer(image: str = "<image>", others: dict[int, str] | None = None) -> A
     made.pre_tokenizer = pre_tokenizers.Split(Regex(r"\n|\w+|[^\w\s]"), "removed", invert=True)
     made.add_special_tokens([AddedToken(name, special=True) for name in special.values()])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", model_max_length=64
+        tokenizer_object=made, unk_token="<unk>", pad_token="<pad>", bos_token="<s>", model_max_length=64, **named
     )
 
 

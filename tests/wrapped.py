@@ -40,8 +40,33 @@ class Embedder(nn.Module):
         self.model, self.processor = model, processor
 
 
+class PromptedReader(Embedder):
+    """The same of newer versions, that reads pictures and texts as messages."""
+
+    def __init__(self, model: nn.Module, processor: Any = None) -> None:
+        super().__init__(model, processor)
+        self.modality_config = {kind: {"method": "forward"} for kind in ("text", "image", "message")}
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        assert features["modality"] == "message"
+        given = {name: value for name, value in features.items() if name not in ("modality", "task")}
+        return {**features, "token_embeddings": self.model(**given).last_hidden_state}
+
+
+class LastToken(nn.Module):
+    """The embedding of the last real token."""
+
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
+        tokens, mask = features["token_embeddings"], features.get("attention_mask")
+        last = torch.full((len(tokens),), -1) if mask is None else mask.shape[1] - 1 - mask.flip(1).argmax(1)
+        return {**features, "sentence_embedding": tokens[torch.arange(len(tokens)), last]}
+
+
 class SentenceTransformer(nn.Sequential):
-    pass
+    def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
+        for module in self:
+            features = module(features)
+        return features
 
 
 class AdaptedTable(nn.Module):

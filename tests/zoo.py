@@ -12,6 +12,7 @@ from typing import Any
 import open_clip_zoo
 import torch
 import transformers
+import wrapped
 from torch import Tensor, nn
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
@@ -308,6 +309,19 @@ def colqwen2() -> nn.Module:
     )
 
 
+def embedding_gemma2() -> nn.Module:
+    sizes = {**SIZES, "num_hidden_layers": 3, "head_dim": 16, "num_key_value_heads": 1}
+    vision = {**sizes, "num_key_value_heads": 2, "patch_size": 8, "pooling_kernel_size": 2}
+    vision = {**vision, "model_type": "gemma4_vision", "position_embedding_size": 32}
+    text = {**TEXT, **sizes, "global_head_dim": 16, "hidden_size_per_layer_input": 8, "embedding_dim": 16}
+    text = {**text, "max_position_embeddings": 64, "sliding_window": 4}
+    text["layer_types"] = ["sliding_attention", "full_attention", "full_attention"]
+    ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 58, "audio_token_id": 57}
+    return transformers.EmbeddingGemma2Model(
+        transformers.EmbeddingGemma2Config(vision_config=vision, text_config=text, **ids)
+    )
+
+
 def qwen3_vl() -> nn.Module:
     vision = {
         "depth": 3,
@@ -323,6 +337,10 @@ def qwen3_vl() -> nn.Module:
     text = {**LANGUAGE, "num_hidden_layers": 3, "head_dim": 16, "rope_parameters": rope}
     ids = {"image_token_id": IMAGE_TOKEN, "video_token_id": 58, "vision_start_token_id": 57, "vision_end_token_id": 56}
     return transformers.Qwen3VLModel(transformers.Qwen3VLConfig(vision_config=vision, text_config=text, **ids))
+
+
+def qwen3_vl_embedder() -> nn.Module:
+    return wrapped.SentenceTransformer(wrapped.PromptedReader(qwen3_vl()), wrapped.LastToken())
 
 
 def colmodernvbert() -> nn.Module:
@@ -414,6 +432,25 @@ _ALL = [
         page_tokens=16,
         needs="ColModernVBertForRetrieval",
     ),
+    Model(
+        "embedding_gemma2",
+        embedding_gemma2,
+        "EmbeddingGemma 2, mean over tokens",
+        size=(20, 192),
+        page_tokens=4,
+        needs="EmbeddingGemma2Model",
+        is_single=True,
+    ),
+    Model(
+        "qwen3_vl_embedder",
+        qwen3_vl_embedder,
+        "Qwen3-VL embedders, last token",
+        size=(20, 384),
+        library="sentence-transformers",
+        page_tokens=4,
+        needs="Qwen3VLModel",
+        is_single=True,
+    ),
     Model("open_clip_vit", open_clip_zoo.vit, "CLIP ViT (ViT-B-32)", pad=0, library="open_clip"),
     Model("open_clip_resnet", open_clip_zoo.resnet, "CLIP ResNet (RN50)", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_custom", open_clip_zoo.custom, "CustomTextCLIP", pad=0, library="open_clip"),
@@ -457,18 +494,19 @@ def arguments_of(model: Model, encoder: DualEncoder, ids: Tensor, mask: Tensor) 
     second = ids.where(mask > 0, model.pad)
     if model.second is not None:
         second = _inputs_of(encoder, 1, (pairs, *model.second), generator)
-    patches = torch.ones(pairs, model.size[0], dtype=torch.long)
-    patches[:, 16:] = 0
-    patches[1:2, 12:] = 0
+    # Pages have places for all of their patches.
+    shapes = torch.tensor([[4, 4], [2, 8] if model.page_tokens else [3, 4], [2, 8]])[:pairs]
+    patches = (torch.arange(model.size[0]) < shapes.prod(1, keepdim=True)).long()
     tiles = torch.ones(pairs, model.size[0], *model.size[2:], dtype=torch.long)
     page = torch.tensor([[62, *[IMAGE_TOKEN] * model.page_tokens, 5, 6]]).repeat(pairs, 1)
     given = {
         "attention_mask": mask,
         "page_input_ids": page,
         "page_attention_mask": torch.ones_like(page),
+        "page_mm_token_type_ids": (page == IMAGE_TOKEN).long(),
         "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(pairs, 1),
-        "pixel_attention_mask": tiles if model.page_tokens else patches,
-        "spatial_shapes": torch.tensor([[4, 4], [3, 4], [2, 8]])[:pairs],
+        "pixel_attention_mask": tiles if len(model.size) == 4 else patches,
+        "spatial_shapes": shapes,
         "is_longer": torch.tensor([[True], [False], [True]])[:pairs],
         "padding_mask": _shorter(pairs, 512, 384),
         "padding_mask_videos": _shorter(pairs, 4, 3),

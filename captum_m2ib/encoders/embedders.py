@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from captum_m2ib.encoders.patches import joined, positions_in, separated, shapes_of
 from captum_m2ib.encoders.processors import warn_of_captions
@@ -180,7 +181,12 @@ class PromptedProcessor:
         Returns:
             dict[str, Tensor]: what the model reads, each with one row per picture.
         """
-        found = dict(self._features("image", list(images)))
+        reader = _reader(self._model, "image")
+        if reader is not None and reader.modality == "image" and "input_ids" in reader.takes():
+            # Without a message around each, such processors take a list of pictures for the pictures of one input.
+            found = self._stacked([dict(self._features("image", [image])) for image in images])
+        else:
+            found = dict(self._features("image", list(images)))
         if "image_grid_thw" in found:
             found["pixel_values"] = separated(found["pixel_values"], found["image_grid_thw"])
         if "image_position_ids" in found:
@@ -216,6 +222,14 @@ class PromptedProcessor:
                 yield name, torch.full((len(given),), int(value))
             elif isinstance(value, Tensor):
                 yield name, value
+
+    def _stacked(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Inputs that were read one by one, as one batch with padding behind them."""
+        fill = {"input_ids": getattr(self.tokenizer, "pad_token_id", None) or 0, "image_position_ids": -1}
+        return {
+            name: pad_sequence([row[name][0] for row in rows], batch_first=True, padding_value=fill.get(name, 0))
+            for name in rows[0]
+        }
 
     def _prompt(self, task: str) -> str | None:
         prompts = self._model.prompts

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.embedders import family_of_embedder, is_embedder
+from captum_m2ib.encoders.patches import positions_in
 from captum_m2ib.encoders.scores import MaxSim, best_match, dot
 from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.towers import (
@@ -162,6 +163,38 @@ def _prefix_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     return _query(model, input_ids, attention_mask, token_type_ids=torch.zeros_like(input_ids))
 
 
+def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean over real tokens."""
+    if mask is None:
+        return hidden.mean(1)
+    weights = mask.unsqueeze(-1).to(hidden.dtype)
+    return (hidden * weights).sum(1) / weights.sum(1)
+
+
+def _gemma_page(
+    model: Any,
+    pixel_values: Tensor,
+    page_input_ids: Tensor,
+    page_attention_mask: Tensor | None = None,
+    pixel_attention_mask: Tensor | None = None,
+    *,
+    spatial_shapes: Tensor,
+) -> Tensor:
+    # Padding of patches is told by their positions.
+    del pixel_attention_mask
+    output = model(
+        pixel_values=pixel_values,
+        input_ids=page_input_ids,
+        attention_mask=page_attention_mask,
+        image_position_ids=positions_in(spatial_shapes, pixel_values.shape[1]),
+    )
+    return _mean(output.last_hidden_state, page_attention_mask)
+
+
+def _gemma_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    return _mean(model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state, attention_mask)
+
+
 def _late(
     vision: str,
     language: str,
@@ -259,6 +292,19 @@ FAMILIES: dict[str, Family] = {
     "ColPaliForRetrieval": _late("vlm.vision_tower", "vlm.language_model", page=_prefix_page, query=_prefix_query),
     "ColQwen2ForRetrieval": _late("vlm.visual", "vlm.language_model", "image_grid_thw"),
     "ColModernVBertForRetrieval": _late("vlm.vision_model", "vlm.text_model", "pixel_attention_mask", is_tiled=True),
+    # Its mean is taken outside, by whoever uses it; its network projects each token before that.
+    "EmbeddingGemma2Model": Family(
+        (
+            Side(
+                "image",
+                _gemma_page,
+                ("pixel_values", "page_input_ids", "page_attention_mask", "pixel_attention_mask", "spatial_shapes"),
+                ("vision_tower",),
+            ),
+            Side("text", _gemma_query, ("input_ids", "attention_mask"), ("language_model",)),
+        ),
+        is_shared=True,
+    ),
     "clap": Family((Side("audio", _fused_audio, ("input_features", "is_longer"), ("audio_model",)), TEXT)),
     # Sound comes as the codes that the model's own decoder writes.
     "clvp": Family(

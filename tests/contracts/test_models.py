@@ -51,6 +51,9 @@ def own_logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor | None:
                 one["token_type_ids"] = torch.zeros_like(one["input_ids"])
         processor = getattr(transformers, kind.replace("ForRetrieval", "Processor"))
         return processor.score_retrieval(None, model(**query).embeddings, model(**page).embeddings).T
+    if kind in ("EmbeddingGemma2Model", "SentenceTransformer"):
+        page, query = one_network(model, given)
+        return F.normalize(page, dim=-1) @ F.normalize(query, dim=-1).T
     if kind == "Blip2ForImageTextRetrieval":
         return model(**given).logits_per_image
     if kind == "BridgeTowerForContrastiveLearning":
@@ -80,6 +83,28 @@ def own_logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor | None:
         return logits * model.temperature
     scale = scale.clamp(0, model.max_logit_scale) if hasattr(model, "max_logit_scale") else scale
     return (logits - bias) / scale.exp()
+
+
+def one_network(model: nn.Module, given: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Embeddings of pages and queries, each read alone, as whoever uses such a network takes them."""
+    pages, queries = [], []
+    for index in range(len(given["input_ids"])):
+        one = {name: value[index : index + 1] for name, value in given.items()}
+        page = {name.removeprefix("page_"): value for name, value in one.items() if name not in QUERY}
+        ids, mask = (one[name] for name in QUERY)
+        if "spatial_shapes" in page:
+            rows, columns = page.pop("spatial_shapes")[0].tolist()
+            places = [[column, row] for row in range(rows) for column in range(columns)]
+            del page["pixel_attention_mask"]
+            page["image_position_ids"] = torch.tensor([places])
+            page["pixel_values"] = page["pixel_values"][:, : rows * columns]
+            pages.append(model(**page).last_hidden_state.mean(1))
+            queries.append(model(input_ids=ids[mask > 0][None]).last_hidden_state.mean(1))
+        else:
+            page["pixel_values"] = page["pixel_values"][0, :16]
+            pages.append(model[0].model(**page).last_hidden_state[:, -1])
+            queries.append(model[0].model(input_ids=ids[mask > 0][None]).last_hidden_state[:, -1])
+    return torch.cat(pages), torch.cat(queries)
 
 
 def pe_logits(model: nn.Module, given: dict[str, Tensor]) -> Tensor:

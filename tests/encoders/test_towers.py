@@ -336,8 +336,6 @@ def test_placeholders_before_a_caption_are_refused():
     encoder = zoo.encoder_of(zoo.model_named("blip2"))
     encoder.model.config.image_token_index = 60
     pixels, ids = torch.zeros(1, 3, 32, 32), torch.tensor([[60, 60, 5, 6]])
-    with pytest.raises(
-        ValueError, match=r"^input_ids: expected captions alone, got the placeholder .*\(60\)"
-    ):
+    with pytest.raises(ValueError, match=r"^input_ids: expected captions alone, got the placeholder .*\(60\)"):
         encoder(pixels, ids)
     assert encoder(pixels, ids[:, 2:]).shape == (1,)
