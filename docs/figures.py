@@ -12,6 +12,7 @@ import io
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
 from captum_m2ib.benchmark.methods import methods as known_methods
-from captum_m2ib.benchmark.photos.two_parts import two_parts
+from captum_m2ib.benchmark.photos.two_parts import classifier, two_parts
+from captum_m2ib.disent import InfoDisent, class_figure, explain_class, find_prototypes
+from captum_m2ib.disent.named import Preparation
 from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
@@ -37,6 +40,16 @@ PHOTOGRAPHS = {
 
 BESIDE = ("m2ib", "m2ib-published", "nib", "integrated-gradients", "grad-cam", "occlusion")
 """The methods that are shown side by side on a photograph."""
+
+PARTS = {
+    "coffee": ("coffee_and_cat.jpg", (0, 0, 384, 192)),
+    "cat": ("coffee_and_cat.jpg", (0, 192, 384, 384)),
+    "rocket": ("rocket.jpg", (0, 0, 384, 384)),
+}
+"""The classes of the class page: the picture of each, and the box that parts are cut from."""
+
+PARTS_OF_EACH, LEAST_PART = 30, 96
+"""How many parts of each, and the least side of a part in pixels."""
 
 HIDDEN = 1.5
 """The element whose distribution the first figure shows, in standard deviations from the mean."""
@@ -217,6 +230,7 @@ def photographs(folder: Path) -> None:
     for name, (picture, caption) in PHOTOGRAPHS.items():
         _save(explain(encoder, PHOTOS / picture, caption, seed=0)[0].plot(), folder / f"{name}.jpg")
     _save(beside(encoder), folder / "methods.jpg")
+    _save(concepts(), folder / "concepts.jpg")
 
 
 def beside(encoder: DualEncoder) -> Figure:
@@ -239,6 +253,27 @@ def beside(encoder: DualEncoder) -> Figure:
             if name == BESIDE[0]:
                 axes.set_ylabel(caption, fontsize=8)
     return figure
+
+
+def concepts() -> Figure:
+    """What InfoDisent on a classifier of photographs rests on for the class of the cat."""
+    preparation, rng = Preparation(), np.random.default_rng(0)
+    crops, labels = [], []
+    for label, (picture, box) in enumerate(PARTS.values()):
+        with Image.open(PHOTOS / picture) as photo:
+            whole = photo.convert("RGB").crop(box)
+        for _ in range(PARTS_OF_EACH):
+            side = int(rng.integers(LEAST_PART, min(whole.size) + 1))
+            left, top = (int(rng.integers(length - side + 1)) for length in whole.size)
+            crops.append(preparation.crop(whole.crop((left, top, left + side, top + side))))
+            labels.append(label)
+    images, targets = torch.stack([preparation.tensor(crop) for crop in crops]), torch.tensor(labels)
+    model = InfoDisent(classifier(), "_blocks.15", len(PARTS), class_names=tuple(PARTS), estimator="max")
+    features = model.collect(list(zip(images.split(15), targets.split(15), strict=True)))
+    model.fit(features, epochs=100, cuts=1)
+    found = find_prototypes(model, features)
+    page = explain_class(model, features, list(PARTS).index("cat"), found, n_halves=4)
+    return class_figure(model, page, found, [np.asarray(crop) for crop in crops])
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -322,9 +322,9 @@ class Study:
             probe = self.model("linear probe", seed).predict(self.test)
             found["lossless"] = float((model.predict(self.test) - probe).abs().max() / probe.abs().max())
         partial.unlink(missing_ok=True)
-        held = hold_out(self.train, self._rates().validation_share, seed)[1]
-        found["held_back"] = None if held is None else top1(model, held)
-        told = {"train": top1(model, self.train), "epochs": epochs, "chosen": chosen}
+        learnt, held = hold_out(self.train, self._rates().validation_share, seed)
+        told: dict[str, Any] = {"train": top1(model, learnt), "held_back": None if held is None else top1(model, held)}
+        told |= {"epochs": epochs, "chosen": chosen}
         return {**found, **told, "seconds": seconds, "peak_gib": peak_gib()}
 
     def _epic(self, seed: int) -> EPIC:
