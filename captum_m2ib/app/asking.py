@@ -9,7 +9,7 @@ import inspect
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -81,7 +81,7 @@ def ask(
     method: str = "m2ib",
     quality: str = "default",
     *,
-    interactions: bool = False,
+    words: str | None = None,
     show_progress: bool = False,
 ) -> Answer:
     r"""Explain a picture that was handed in and the captions that were typed.
@@ -93,16 +93,16 @@ def ask(
         captions (str): One caption per line; empty lines and repetitions are left out.
         method (str, optional): One of :data:`captum_m2ib.attr.registry.METHODS`. Default: "m2ib"
         quality (str, optional): One of :data:`QUALITIES`. Default: "default"
-        interactions (bool, optional): Also how tokens act together with patches (:class:`PairInteraction`). Default:
-            False
+        words (str, optional): Also how tokens act together with patches, in one of the ways of :data:`WORDS`. Default:
+            None
         show_progress (bool, optional): Show bars, where the method has one. Default: False
 
     Returns:
         Answer: with an explanation per caption.
 
     Raises:
-        ValueError: if the picture or a caption cannot be used, is too large or too long, or the method or quality is
-            unknown.
+        ValueError: if the picture or a caption cannot be used, is too large or too long, or the method, the quality or
+            the way is unknown.
 
     Examples::
 
@@ -115,6 +115,8 @@ def ask(
     settings: dict[str, Any] = dict(_settings(method, quality))
     if "show_progress" in inspect.signature(entry_named(method).kind.attribute).parameters:  # type: ignore[attr-defined]
         settings["show_progress"] = show_progress
+    if words is not None and words not in WORDS:
+        raise ValueError(f"words: expected one of {', '.join(WORDS)}, got {words!r}.")
     image = check_picture(picture)
     began = time.perf_counter()
     with warnings.catch_warnings(record=True) as caught:
@@ -122,7 +124,7 @@ def ask(
         # The check says so.
         warnings.simplefilter("ignore", NothingToExplainWarning)
         found = explain(encoder, image, lines, method=method, **settings)
-        together, notes = _interactions(encoder, image, found, show_progress) if interactions else ((), [])
+        together, notes = ((), []) if words is None else _interactions(encoder, image, found, words, show_progress)
     told = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
     seconds = time.perf_counter() - began
     return Answer(tuple(found), together or (None,) * len(found), method, seconds, (*told, *notes))
@@ -216,25 +218,36 @@ def _settings(method: str, quality: str) -> Mapping[str, int]:
 
 
 def _interactions(
-    encoder: DualEncoder, image: Image, explanations: list[Explanation], show_progress: bool
+    encoder: DualEncoder, image: Image, explanations: list[Explanation], words: str, show_progress: bool
 ) -> tuple[tuple[NDArray[Any], ...], list[str]]:
     """Of each caption, or of none and why."""
     found = []
     for explanation in explanations:
-        pairs = encoder.prepare(image, explanation.caption)
         try:
-            (values,) = PairInteraction(encoder).attribute(
-                pairs.inputs,
-                additional_forward_args=pairs.additional_forward_args,
-                internal_batch_size=16,
-                show_progress=show_progress,
-            )
+            values = WORDS[words](encoder, image, explanation, show_progress)
         except (ValueError, RuntimeError) as error:
-            # Whole families have no hidden states that act together in pairs; their maps are as good.
-            return (), [f"Which patches each word goes with is not known of this model: {error}"]
-        kept = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
+            # Not every family has what a way needs; the maps are as good.
+            return (), [f"Which patches each word goes with is not known of this model by {words}: {error}"]
         grid = None if explanation.patch_bits is None else explanation.patch_bits.shape
-        if kept.shape[1:] != grid:
-            return (), ["Which patches each word goes with is not shown: the model's last block has other patches."]
-        found.append(kept)
+        if values.shape[1:] != grid:
+            return (), [f"Which patches each word goes with is not shown: by {words} the model has other patches."]
+        found.append(values)
     return tuple(found), []
+
+
+def _by_gradients(encoder: DualEncoder, image: Image, explanation: Explanation, show_progress: bool) -> NDArray[Any]:
+    pairs = encoder.prepare(image, explanation.caption)
+    (values,) = PairInteraction(encoder).attribute(
+        pairs.inputs,
+        additional_forward_args=pairs.additional_forward_args,
+        internal_batch_size=16,
+        show_progress=show_progress,
+    )
+    kept: NDArray[Any] = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
+    return kept
+
+
+WORDS: Mapping[str, Callable[[DualEncoder, Image, Explanation, bool], NDArray[Any]]] = MappingProxyType(
+    {"gradients": _by_gradients}
+)
+"""The ways to tell which patches each word goes with; what is found is in units of the score."""

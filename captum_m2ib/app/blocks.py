@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_m2ib.app.asking import MOST_CAPTIONS, QUALITIES, Answer, ask, fitting
+from captum_m2ib.app.asking import MOST_CAPTIONS, QUALITIES, WORDS, Answer, ask, fitting
 from captum_m2ib.attr.registry import METHODS
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.explanations.page import to_html
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import gradio
 
 _KINDS = ("png", "html", "json")
+_OFF = "off"
 _EMPTY = '<p id="empty">Drop a picture, type a caption, and press “Explain”. Or start from an example.</p>'
 # An answer is forgotten after an hour, a file after it has been shown for as long.
 _KEPT_SECONDS = 3600
@@ -96,7 +97,13 @@ def make_blocks(encoder: DualEncoder, name: str, examples: Sequence[tuple[Path, 
                     elem_id="method",
                 )
                 quality = gr.Radio(list(QUALITIES), value="default", label="quality", elem_id="quality")
-                interactions = gr.Checkbox(True, label="also which patches each word goes with", elem_id="words")
+                words = gr.Radio(
+                    [_OFF, *WORDS],
+                    value=next(iter(WORDS)),
+                    label="words",
+                    info="which patches each one goes with, by",
+                    elem_id="words",
+                )
                 go = gr.Button("Explain", variant="primary", elem_id="go")
                 gr.Examples([[str(path), text] for path, text in examples], [picture, captions], label="examples")
             with gr.Column(scale=5, min_width=320):
@@ -117,14 +124,13 @@ def make_blocks(encoder: DualEncoder, name: str, examples: Sequence[tuple[Path, 
             captions: str,
             method: str,
             quality: str,
-            with_interactions: bool,
+            words: str,
             progress: Any = gr.Progress(track_tqdm=True),  # noqa: B008 - where Gradio looks for it
         ) -> Iterator[list[Any]]:
             progress(0, desc="explaining")
             try:
-                found = ask(
-                    encoder, picture, captions, method, quality, interactions=with_interactions, show_progress=True
-                )
+                way = None if words == _OFF else words
+                found = ask(encoder, picture, captions, method, quality, words=way, show_progress=True)
                 labels = [one.caption for one in found.explanations]
                 choice = gr.update(choices=labels, value=labels[0], visible=len(labels) > 1)
                 for parts in show(found, labels[0]):
@@ -138,7 +144,7 @@ def make_blocks(encoder: DualEncoder, name: str, examples: Sequence[tuple[Path, 
         gr.on(
             [go.click, captions.submit],
             explain_now,
-            [picture, captions, method, quality, interactions],
+            [picture, captions, method, quality, words],
             [answer, chosen, problem, shown, notes, *downloads],
             show_progress_on=[shown],
             concurrency_limit=1,

@@ -196,7 +196,7 @@ def test_wrong_input_is_a_sentence(opened: Visit, tmp_path: Path):
     # And the page goes on.
     opened.page.locator("tbody tr").first.click()
     opened.expect("document.querySelector('#captions textarea').value", "there is a white ring")
-    opened.page.locator("#words input").uncheck()
+    opened.page.get_by_label("off").check()
     opened.page.get_by_label("quick").check()
     opened.page.click("#go")
     frame = answer_to(opened, "there is a white ring")

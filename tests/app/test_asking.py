@@ -43,7 +43,7 @@ def test_an_answer_is_what_explain_says(encoder: DualEncoder, picture: Path):
 
 
 def test_interactions_are_those_of_the_real_tokens(encoder: DualEncoder, picture: Path):
-    found = ask(encoder, picture, f"ring\n{PROBE.caption}", "legrad", interactions=True)
+    found = ask(encoder, picture, f"ring\n{PROBE.caption}", "legrad", words="gradients")
     pairs = encoder.prepare(PROBE.image, PROBE.caption)
     expected = PairInteraction(encoder).attribute(
         pairs.inputs, additional_forward_args=pairs.additional_forward_args, internal_batch_size=16
@@ -55,15 +55,16 @@ def test_interactions_are_those_of_the_real_tokens(encoder: DualEncoder, picture
 @pytest.mark.filterwarnings("ignore::captum_m2ib.NothingToExplainWarning")
 def test_what_a_model_cannot_tell_is_said(picture: Path):
     model = zoo.encoder_of(zoo.model_named("colpali"), processor=late.colpali())
-    found = ask(model, picture, "a red circle", "similarity-map", interactions=True)
+    found = ask(model, picture, "a red circle", "similarity-map", words="gradients")
     assert found.interactions == (None,) and "similarity-map" in fitting(model)
     assert any(
-        note.startswith("Which patches each word goes with is not known of this model: ") for note in found.notes
+        note.startswith("Which patches each word goes with is not known of this model by gradients: ")
+        for note in found.notes
     )
 
 
 def test_warnings_are_notes(encoder: DualEncoder, picture: Path):
-    found = ask(encoder, picture, "a zzz", "legrad", interactions=True)
+    found = ask(encoder, picture, "a zzz", "legrad", words="gradients")
     assert found.notes == (
         "captions: the model's tokenizer does not know every word of 'a zzz'; unknown words all look the same to the "
         "model.",
@@ -124,6 +125,8 @@ def test_names_that_are_none(encoder: DualEncoder, picture: Path):
         ask(encoder, picture, "a ring", "legard")
     with pytest.raises(ValueError, match=r"^quality: expected one of quick, default, fine, got 'best'"):
         ask(encoder, picture, "a ring", quality="best")
+    with pytest.raises(ValueError, match=r"^words: expected one of gradients.*, got 'luck'"):
+        ask(encoder, picture, "a ring", words="luck")
 
 
 def test_methods_that_fit_are_offered(encoder: DualEncoder):
