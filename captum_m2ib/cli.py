@@ -25,6 +25,7 @@ from captum_m2ib.disent.command import add_disent
 if TYPE_CHECKING:
     from captum_m2ib.encoders.dual_encoder import DualEncoder
     from captum_m2ib.explanations.explanation import Explanation
+    from captum_m2ib.games import Interactions
 
 # The scene that is explained when no picture is given: several objects, one of them named.
 EXAMPLE_SCENE = 8
@@ -80,6 +81,7 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=captum_m2ib.__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_explain(commands)
+    _add_interactions(commands)
     _add_train(commands)
     add_benchmark(commands, _load, _device)
     audit.add_commands(commands)
@@ -97,15 +99,7 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
     parser.add_argument("text", nargs="*", metavar="TEXT", help="caption; several are shown side by side")
     parser.add_argument("--instead-of", metavar="CAPTION", help="why TEXT rather than this caption (method m2ib)")
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="hub id or directory of a transformers checkpoint, an adapter or a SentenceTransformer; of open_clip "
-        "hf-hub:ORG/NAME or open_clip:ARCHITECTURE:WEIGHTS; or module:function, a Python function that returns a "
-        "DualEncoder with a processor, whose code is run (default: shipped model)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--device", help="for example cuda (default: cpu)")
+    _add_model(parser)
     parser.add_argument(
         "--output",
         metavar="FILE",
@@ -134,6 +128,51 @@ def _add_explain(commands: Any) -> None:
     )
     parser.add_argument("--no-check", action="store_true", help="leave out the map's check of itself")
     parser.set_defaults(run=_explain)
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="hub id or directory of a transformers checkpoint, an adapter or a SentenceTransformer; of open_clip "
+        "hf-hub:ORG/NAME or open_clip:ARCHITECTURE:WEIGHTS; or module:function, a Python function that returns a "
+        "DualEncoder with a processor, whose code is run (default: shipped model)",
+    )
+    parser.add_argument("--revision", help="branch, tag or commit on the hub")
+    parser.add_argument("--device", help="for example cuda (default: cpu)")
+
+
+def _add_interactions(commands: Any) -> None:
+    parser = commands.add_parser(
+        "interactions",
+        help="which words of a caption act together with which patches of a picture",
+        description="Weighted Banzhaf interactions of the words of a caption with the patches of a picture; without "
+        "any, of a drawn scene with the model that is shipped.",
+    )
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
+    parser.add_argument("text", nargs="?", metavar="TEXT", help="caption")
+    _add_model(parser)
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        default="interactions.png",
+        help=".png, .pdf, .svg, or .html: a page in which words and patches are selected (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--p", type=float, default=0.5, help="with which probability a patch or a word is there (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget",
+        type=int,
+        nargs=2,
+        metavar=("PICTURES", "CAPTIONS"),
+        help="so many masked ones (default: 16 pictures per patch, 512 at least; 256 captions)",
+    )
+    parser.add_argument(
+        "--cell", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="what is masked at once (default: a patch)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: %(default)s)")
+    parser.set_defaults(run=_interactions)
 
 
 def _add_train(commands: Any) -> None:
@@ -243,6 +282,44 @@ def _compare(encoder: DualEncoder, image: Any, texts: list[str], given: argparse
         print(f"\nmethod   {row.name}, {row.seconds:.2g} s")
         print("\n".join(map(_summary, row.explanations)))
     print(_written(output))
+
+
+def _interactions(given: argparse.Namespace) -> None:
+    if given.image is not None and given.text is None:
+        raise ValueError(
+            f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib interactions IMAGE TEXT."
+        )
+    from captum_m2ib.encoders.pictures import load_picture
+    from captum_m2ib.explanations.files import check_output
+    from captum_m2ib.games import interactions
+    from captum_m2ib.games.found import WRITERS
+
+    output = check_output(given.output, WRITERS)
+    image, (text,) = (load_picture(given.image, "IMAGE"), [given.text]) if given.image is not None else _example()
+    found = interactions(
+        _load(given),
+        image,
+        text,
+        p=given.p,
+        budget=None if given.budget is None else tuple(given.budget),
+        cell=None if given.cell is None else tuple(given.cell),
+        seed=given.seed,
+        show_progress=sys.stderr.isatty(),
+    )
+    found.save(output)
+    print(_interactions_summary(found))
+    print(_written(output))
+
+
+def _interactions_summary(found: Interactions) -> str:
+    from captum_m2ib.games.figure import told
+
+    lines = [f"caption  {found.caption}", f"score    {found.score:.3f} ({found.score_name})", f"fit      {told(found)}"]
+    for index, (token, value, row) in enumerate(zip(found.tokens, found.fit.caption, found.fit.across, strict=True)):
+        patch = int(row.argmax())
+        head = "" if index else "words"
+        lines.append(f"{head:9}{token:16}  {value:+.3f}  most with patch {patch} ({row[patch]:+.3f})")
+    return "\n".join(lines)
 
 
 def _written(output: Path) -> str:

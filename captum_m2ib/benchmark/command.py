@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from captum_m2ib.benchmark.concepts.command import add_concepts
+from captum_m2ib.benchmark.interactions.command import add_interactions
 from captum_m2ib.benchmark.pages.command import add_pages
 from captum_m2ib.benchmark.pairs.command import add_pairs
 from captum_m2ib.benchmark.photos.command import add_photos
@@ -38,3 +39,4 @@ def add_benchmark(commands: Any, load: Load, check_device: CheckDevice) -> None:
     add_photos(benchmarks, load)
     add_roar(benchmarks, load)
     add_concepts(benchmarks)
+    add_interactions(benchmarks, load)

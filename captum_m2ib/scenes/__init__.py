@@ -16,6 +16,7 @@ from captum_m2ib.scenes.probes import (
     TokenProbe,
     image_probes,
     naming_trials,
+    pair_probes,
     token_probes,
 )
 from captum_m2ib.scenes.training import train
@@ -42,6 +43,7 @@ __all__ = [
     "image_probes",
     "load_checkpoint",
     "naming_trials",
+    "pair_probes",
     "save_checkpoint",
     "token_probes",
     "train",

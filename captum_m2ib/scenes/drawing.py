@@ -31,6 +31,7 @@ PURPOSES = (
     "token_probes",
     "naming_trials",
     "naming",
+    "pair_probes",
 )
 """The random streams. Their order is part of every drawing: append, never reorder."""
 

@@ -156,6 +156,30 @@ def token_probes(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> l
     return _in_blocks(n, seed, size, "token_probes", PROBE_COUNTS, _token_probe, ground)
 
 
+def pair_probes(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> list[Scene]:
+    r"""Draws scenes of 2 to 4 objects whose caption names exactly two of them: each word's map should point at its own.
+
+    Args:
+
+        n (int): How many, at least 1.
+        seed (int): Not negative.
+        size (int, optional): Side of the pictures in pixels, at least 16. Default: 64
+        ground (str, optional): What the objects lie on, one of ``captum_m2ib.scenes.GROUNDS``. Default: ``"textured"``
+
+    Returns:
+        list[Scene]: with the probe's caption, words and word_objects.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Examples::
+
+        >>> len(set(pair_probes(1, seed=0)[0].word_objects) - {None})
+        2
+    """
+    return _in_blocks(n, seed, size, "pair_probes", PROBE_COUNTS, _pair_probe, ground)
+
+
 def naming_trials(n: int, seed: int, size: int = 64, ground: str = TEXTURED) -> list[NamingTrial]:
     r"""Draws trials of the model: which caption is true?
 
@@ -222,6 +246,11 @@ def _token_probe(rng: np.random.Generator, scene: Scene) -> TokenProbe:
         absent=absent,
         absent_words=_positions(caption, order.index(1)),
     )
+
+
+def _pair_probe(rng: np.random.Generator, scene: Scene) -> Scene:
+    named = rng.permutation(len(scene.objects))[:2].tolist()
+    return _recaptioned(scene, compose([_phrase(scene, index) for index in named], choose_template(rng, 2)))
 
 
 def _naming_trial(rng: np.random.Generator, scene: Scene) -> NamingTrial:
