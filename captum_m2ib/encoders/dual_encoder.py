@@ -9,7 +9,7 @@ processor, the towers' layouts, and the layers worth explaining at.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast, overload
 
@@ -25,8 +25,7 @@ from captum_m2ib.encoders.checkpoints import (
     load_processor,
 )
 from captum_m2ib.encoders.families import Family, Side, derive_layout, family_of, image_token_of
-from captum_m2ib.encoders.pairs import Pairs, padding_of, prepare_pairs
-from captum_m2ib.encoders.pictures import PictureLike
+from captum_m2ib.encoders.pairs import Media, Pairs, padding_of, prepare_pairs
 from captum_m2ib.encoders.processors import as_processor
 from captum_m2ib.encoders.scores import MaxSim, cosine, is_token
 from captum_m2ib.encoders.spans import find_span
@@ -566,21 +565,26 @@ class DualEncoder(nn.Module):
         embeds = any(wanted is self.embeddings_of(index) for index in (0, 1) if self.reads_tokens(index))
         return vocabulary_statistics(wanted) if embeds else None
 
-    def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
-        r"""Turn pictures and captions into model inputs with the model's own processor.
+    def prepare(self, images: Media, captions: str | Sequence[str]) -> Pairs:
+        r"""Turn pictures, sounds or videos and captions into model inputs with the model's own processor.
 
         Args:
 
-            images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column
-                of a table or anything else that can be gone through. A single picture is paired with every caption.
-            captions (str or sequence of str): A single caption is paired with every picture.
+            images (pictures, sounds or videos): What the model compares with captions, one or several.
+                Pictures: paths, PIL images or uint8 arrays (H, W, 3), in a list, a column of a table or anything else
+                that can be gone through. Sounds: paths of WAV files, :class:`Sound` objects or mappings with ``array``
+                and ``sampling_rate``. Videos: lists of pictures, uint8 arrays (frames, H, W, 3), folders, GIF files or
+                :class:`Video` objects. A single one is paired with every caption.
+            captions (str or sequence of str): A single caption is paired with every picture, sound or video.
 
         Returns:
-            Pairs: the inputs on the model's device, captions padded as the model was trained.
+            Pairs: the inputs on the model's device, captions padded as the model was trained. ``timelines`` say which
+            part of a sound and which frames were taken.
 
         Raises:
             ValueError: if the numbers of pictures and captions differ, a caption is empty, a picture cannot be read
-                or is too large, the encoder has no processor, or it does not compare pictures with captions.
+                or is too large, a sound has no sampling rate, the encoder has no processor, or it does not compare
+                these with captions.
         """
         if self.processor is None:
             raise ValueError(
@@ -588,10 +592,13 @@ class DualEncoder(nn.Module):
                 "DualEncoder(model, processor=...) with one of transformers or two functions, (preprocess, tokenize)."
             )
         kinds = tuple(side.modality for side in self.sides)
-        if kinds != ("image", "text"):
+        is_codes = kinds[0] == "audio" and self.reads_tokens(0)
+        if kinds[1] != "text" or kinds[0] == "text" or is_codes:
+            compared = "sounds as codes" if is_codes else kinds[0]
             raise ValueError(
-                f"prepare: expected an encoder of pictures and captions, this one compares {kinds[0]} with {kinds[1]}; "
-                f"make tensors with encoder.processor and pass them in the order {', '.join(self.argument_names)}."
+                "prepare: expected an encoder of pictures, sounds or videos and captions, in this order; this one "
+                f"compares {compared} with {kinds[1]}; make tensors with encoder.processor and pass them in the order "
+                f"{', '.join(self.argument_names)}."
             )
         pairs = prepare_pairs(
             self.processor,
@@ -601,6 +608,8 @@ class DualEncoder(nn.Module):
             getattr(config_of(self.tower_of(1), "text_config"), "max_position_embeddings", None),
             self.sides[1].padding,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+            kinds[0],
+            getattr(config_of(self.tower_of(0), "vision_config"), "num_frames", None),
         )
         return pairs.to(self.device)
 

@@ -116,6 +116,8 @@ def compare(
     names = [method if isinstance(method, str) else type(method).__name__ for method in methods]
     if unknown := sorted(set(settings or {}) - set(names)):
         raise ValueError(f"settings: {', '.join(unknown)} is not among the methods; they are {', '.join(names)}.")
+    if (kind := encoder.sides[0].modality) != "image":
+        raise ValueError(f"compare: lays pictures side by side, this encoder reads {kind}; use explain for each.")
     picture = load_picture(image)
     rows = []
     for name, method in zip(names, methods, strict=True):

@@ -19,7 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.timelines import Timeline, VideoTimeline, ensure_timeline, to_plain
 from captum_m2ib.explanations.shown import Shown
+from captum_m2ib.explanations.timed_figure import panels_figure
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import (
     at_display_size,
@@ -33,8 +35,8 @@ if TYPE_CHECKING:
 
     from captum_m2ib.encoders.pictures import PictureLike
 
-_FORMAT, _VERSION = "captum_m2ib.explanation", 3
-_READ = (1, 2, 3)
+_FORMAT, _VERSION = "captum_m2ib.explanation", 4
+_READ = (1, 2, 3, 4)
 _MAX_PIXELS = 128_000_000
 
 
@@ -57,6 +59,10 @@ class Explained(Shown, Protocol):
     def token_total_bits(self) -> float: ...
     @property
     def region(self) -> Region | None: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def timeline(self) -> Timeline | None: ...
     def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
     def plot(self, original: PictureLike | None = None) -> Figure: ...
 
@@ -118,6 +124,7 @@ def _header(explanation: Explained) -> dict[str, Any]:
         "check": explanation.check,
         "unit": explanation.unit,
         "region": explanation.region,
+        "timeline": to_plain(explanation.timeline),
     }
 
 
@@ -129,8 +136,9 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(map(str, _READ))
         raise ValueError(f"its version is {header.get('version')!r}; this release reads versions {known}")
     fields = {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
-    # Version 1 knew no checks, and version 2 neither other units than bits nor regions.
-    return {**fields, "check": header.get("check"), "unit": header.get("unit", "bits"), "region": header.get("region")}
+    # Version 1 knew no checks, version 2 neither other units than bits nor regions, version 3 no time.
+    later = {name: header.get(name) for name in ("check", "region", "timeline")}
+    return {**fields, **later, "unit": header.get("unit", "bits")}
 
 
 def _without_original(original: PictureLike | None, kind: str) -> None:
@@ -163,7 +171,8 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
         "image_bits": explanation.image_bits.tolist(),
         "patch_bits": None if patch_bits is None else patch_bits.tolist(),
         "token_bits": explanation.token_bits.tolist(),
-        "image_png": _encoded(explanation.image, "PNG"),
+        # Frames below one another.
+        "image_png": _encoded(explanation.image.reshape(-1, *explanation.image.shape[-2:]), "PNG"),
     }
     return json.dumps(document).encode("ascii")
 
@@ -171,12 +180,17 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
 def _from_json(data: bytes) -> dict[str, Any]:
     document = json.loads(data)
     patch_bits = document["patch_bits"]
+    fields = _fields(document)
+    picture = _picture(base64.b64decode(document["image_png"], validate=True))
+    timeline = None if fields["timeline"] is None else ensure_timeline(fields["timeline"])
+    if isinstance(timeline, VideoTimeline):
+        picture = picture.reshape(len(timeline.frames), -1, *picture.shape[1:])
     return {
-        **_fields(document),
+        **fields,
         "image_bits": np.array(document["image_bits"], dtype=np.float32),
         "patch_bits": None if patch_bits is None else np.array(patch_bits, dtype=np.float32),
         "token_bits": np.array(document["token_bits"], dtype=np.float32),
-        "image": _picture(base64.b64decode(document["image_png"], validate=True)),
+        "image": picture,
     }
 
 
@@ -219,7 +233,8 @@ pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-siz
 """.strip()
 
 
-def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
+def _maps_html(explanation: Explained, original: PictureLike | None) -> str:
+    """A picture, the same under its map, and the map's colours."""
     wording = WORDINGS[explanation.unit]
     picture, values = explanation.shown(original)
     heat, scale = wording.per_pixels(values.astype(np.float64))
@@ -235,6 +250,25 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
     most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
     least = f"−{most:.3g}" if is_signed else "0"
+    return f"""<div class="pictures">
+{figures}
+</div>
+<div class="bar" style="background:linear-gradient(to right,{stops})"></div>
+<div class="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>"""
+
+
+def _timed_html(explanation: Explained, timeline: Timeline) -> str:
+    """A sound or the frames of a video with their map, as figures draw them."""
+    drawn = base64.b64encode(figure_bytes(panels_figure(explanation, timeline), "png")).decode("ascii")
+    alt = f"{explanation.kind} and its map"
+    return f'<figure><img alt="{alt}" src="data:image/png;base64,{drawn}"></figure>'
+
+
+def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
+    wording, timeline = WORDINGS[explanation.unit], explanation.timeline
+    if timeline is not None and original is not None:
+        raise ValueError(f"original: a map is laid over a whole picture, and this is a {explanation.kind}.")
+    maps = _maps_html(explanation, original) if timeline is None else _timed_html(explanation, timeline)
     details = [("settings", explanation.settings)]
     if explanation.record is not None:
         details.append(("record of the optimisation", explanation.record))
@@ -250,7 +284,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
     totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
     if wording.has_totals:
-        both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
+        both = ((explanation.kind, explanation.image_total_bits), ("text", explanation.token_total_bits))
         totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
     page = f"""<!DOCTYPE html>
 <html>
@@ -267,11 +301,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
 <body>
 <h1><bdi>{caption}</bdi></h1>
 <p class="totals">{" · ".join(totals)}</p>
-{check}<div class="pictures">
-{figures}
-</div>
-<div class="bar" style="background:linear-gradient(to right,{stops})"></div>
-<div class="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>
+{check}{maps}
 <h2>tokens, {wording.name} below each</h2>
 <div>
 {tokens}
