@@ -324,7 +324,7 @@ class DualEncoder(nn.Module):
         return replace(pairs, additional_forward_args=additional)
 
     def holds_sizes(self, pairs: Pairs) -> bool:
-        r"""Whether pairs hold pictures of several sizes one behind the other, so that each is to be explained alone.
+        r"""Whether pairs hold pictures, sounds or videos of several sizes, so that each is to be explained alone.
 
         Args:
 
@@ -334,6 +334,10 @@ class DualEncoder(nn.Module):
             bool: False for most models, whose pictures all have one size.
         """
         layout = self.layouts[0]
+        if isinstance(layout, PatchLayout) and layout.mask_argument is not None:
+            arguments = (*pairs.inputs, *pairs.additional_forward_args)
+            # Whatever the mask says, a tower that begins with convolutions reads padding at the end of a short sound.
+            return layout.mask_argument < len(arguments) and not bool(arguments[layout.mask_argument].all())
         if isinstance(layout, PackedLayout) and layout.drops_padding:
             real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
             return real is not None and len(set(real.sum(1).tolist())) > 1

@@ -8,6 +8,7 @@ import os
 import wave
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -225,9 +226,10 @@ def _extracted(extractor: Any, waves: list[NDArray[np.float32]], rate: int) -> d
 def _of_spectrogram(extractor: Any, sound: Sound, end: float, bins: int) -> SoundTimeline:
     period, told = None, ""
     if sound.seconds < end and str(getattr(extractor, "padding", "")).startswith("repeat"):
-        times = int(getattr(extractor, "nb_max_samples", 0) / len(sound.samples))
+        longest = getattr(extractor, "nb_max_samples", 0)
+        times = longest // len(sound.samples)
         period = sound.seconds if times > 1 else None
-        told = f"heard {times} times to fill {end:.4g} s" if times > 1 else ""
+        told = f"heard {times} times to fill {longest / sound.sampling_rate:.4g} s" if times > 1 else ""
     return SoundTimeline(end, _hertz(extractor, bins), period, _joined(sound.taken, told))
 
 
@@ -258,7 +260,9 @@ def _levels(spectrogram: Tensor) -> NDArray[np.uint8]:
 def _wave_picture(samples: NDArray[np.float32], size: tuple[int, int] = (96, 720)) -> NDArray[np.uint8]:
     """A wave from its least to its greatest sample, column by column, dark on white."""
     height, width = size
-    parts = np.array_split(samples, min(width, len(samples)))
+    edges = np.linspace(0, len(samples) - 1, width + 1)
+    # Each column reaches to where the next one begins, so that the line has no gaps.
+    parts = [samples[int(a) : int(np.ceil(b)) + 1] for a, b in pairwise(edges)]
     top = max(float(np.abs(samples).max()), np.finfo(np.float32).tiny)
     low, high = (np.array([float(edge(part)) for part in parts]) / top for edge in (np.min, np.max))
     rows = np.linspace(1, -1, height)[:, None]

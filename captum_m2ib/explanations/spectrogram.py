@@ -85,7 +85,7 @@ class SoundPanels:
             if not self.is_wave:
                 self._mark_pitches(axes)
             if self.timeline.period is not None:
-                for place in np.arange(self.timeline.period, end, self.timeline.period):
+                for place in np.arange(self.timeline.period, 0.99 * end, self.timeline.period):
                     axes.axvline(place, color="white", linestyle=(0, (4, 4)), linewidth=1.0)
         above.tick_params(labelbottom=False)
         if self.is_wave:
