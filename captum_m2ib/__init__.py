@@ -28,6 +28,8 @@ if TYPE_CHECKING:
         SimilarityMap,
     )
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
+    from captum_m2ib.encoders.frames import Video
+    from captum_m2ib.encoders.sounds import Sound
     from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
     from captum_m2ib.engine.rows import Shared
     from captum_m2ib.engine.stakes import NothingToExplainWarning
@@ -74,6 +76,8 @@ _HOMES = {
         "warn_of_bypass",
     ),
     "encoders.dual_encoder": ("DualEncoder", "Pairs"),
+    "encoders.frames": ("Video",),
+    "encoders.sounds": ("Sound",),
     "explanations.bypass_figure": ("plot_bypass",),
     "explanations.compare": ("compare",),
     "explanations.explain": ("explain",),
@@ -110,8 +114,10 @@ __all__ = [
     "PatchLayout",
     "Shared",
     "SimilarityMap",
+    "Sound",
     "TextLayout",
     "TowerBypass",
+    "Video",
     "compare",
     "estimate_statistics",
     "explain",

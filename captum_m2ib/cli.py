@@ -98,6 +98,11 @@ def _add_explain(commands: Any) -> None:
     )
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="picture: JPEG, PNG, WebP, BMP, GIF or TIFF")
     parser.add_argument("text", nargs="*", metavar="TEXT", help="caption; several are shown side by side")
+    parser.add_argument("--sound", metavar="FILE", help="a WAV file in the place of IMAGE, for a model of sounds")
+    parser.add_argument(
+        "--frames", metavar="PATH", help="a folder of pictures or a GIF in the place of IMAGE, for a model of videos"
+    )
+    parser.add_argument("--frames-per-second", type=float, metavar="N", help="of --frames, to tell maps in seconds")
     parser.add_argument("--instead-of", metavar="CAPTION", help="why TEXT rather than this caption (method m2ib)")
     _add_model(parser)
     parser.add_argument(
@@ -198,6 +203,7 @@ def _add_train(commands: Any) -> None:
 
 def _explain(given: argparse.Namespace) -> None:
     _give_back_pair(given)
+    timed = _timed(given)
     if given.image is not None and not given.text:
         raise ValueError(f"TEXT: expected a caption after the picture {given.image!r}; captum-m2ib explain IMAGE TEXT.")
     if given.published and given.layers:
@@ -215,17 +221,15 @@ def _explain(given: argparse.Namespace) -> None:
             raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}.")
 
     several = len(given.method) > 1 or len(given.text) > 1
+    if timed is not None and (several or given.whole):
+        raise ValueError(f"{timed}: one caption, one method and no --whole; explain others one by one.")
     output = check_output(given.output, FIGURES if several else None)
     if given.whole and (several or output.suffix.lower() not in (*FIGURES, ".html")):
         raise ValueError(
             f"--whole: is for the figure or page of one explanation, .png, .pdf, .svg or .html, got {given.output}; "
             "leave it out."
         )
-    image, text = (given.image, given.text) if given.image is not None else _example()
-    if given.image is not None:
-        from captum_m2ib.encoders.pictures import load_picture
-
-        image = load_picture(given.image, "IMAGE")
+    image, text = _given_pair(given)
     encoder = _load(given)
     with warnings.catch_warnings():
         if not given.no_check:
@@ -235,6 +239,40 @@ def _explain(given: argparse.Namespace) -> None:
             _compare(encoder, image, text, given, output)
         else:
             _explain_one(encoder, image, text[0], given, output)
+
+
+def _timed(given: argparse.Namespace) -> str | None:
+    """Which option names a sound or a video; what is written in the place of a picture is then the caption."""
+    named = [f"--{name}" for name in ("sound", "frames") if getattr(given, name) is not None]
+    if len(named) > 1:
+        raise ValueError("--sound, --frames: expected one of them; explain a sound and a video one after the other.")
+    if given.frames_per_second is not None and named != ["--frames"]:
+        raise ValueError("--frames-per-second: is for --frames PATH; leave it out.")
+    if not named:
+        return None
+    if given.image is None:
+        raise ValueError(f"TEXT: expected a caption; captum-m2ib explain {named[0]} PATH TEXT --model NAME.")
+    given.image, given.text = None, [given.image, *given.text]
+    return named[0]
+
+
+def _given_pair(given: argparse.Namespace) -> tuple[Any, list[str]]:
+    """What is to be explained, read before the model is, and the captions."""
+    if given.sound is not None:
+        from captum_m2ib.encoders.sounds import load_sound
+
+        return load_sound(given.sound, "--sound"), given.text
+    if given.frames is not None:
+        from captum_m2ib.encoders.frames import Video, load_video
+
+        video = load_video(given.frames, "--frames")
+        rate = given.frames_per_second
+        return video if rate is None else Video(video.frames, rate), given.text
+    if given.image is None:
+        return _example()
+    from captum_m2ib.encoders.pictures import load_picture
+
+    return load_picture(given.image, "IMAGE"), given.text
 
 
 def _give_back_pair(given: argparse.Namespace) -> None:
@@ -406,8 +444,8 @@ def _summary(explanation: Explanation) -> str:
     return (
         f"caption  {explanation.caption}\n"
         f"score    {explanation.score:.3f} ({explanation.score_name})\n"
-        f"{_rival(explanation)}"
-        f"image    {image}\n"
+        f"{_rival(explanation)}{_taken(explanation)}"
+        f"{explanation.kind:9}{image}\n"
         f"text     {text}; most in: {top}"
         + "".join(f"\n{'check' if not i else '':9}{line}" for i, line in enumerate(explanation.check_lines))
     )
@@ -416,6 +454,12 @@ def _summary(explanation: Explanation) -> str:
 def _rival(explanation: Explanation) -> str:
     told = explanation.settings
     return f"instead  {told['instead_of']} ({told['rival_score']:.3f})\n" if "instead_of" in told else ""
+
+
+def _taken(explanation: Explanation) -> str:
+    """What was taken of a sound or a video."""
+    taken = "" if explanation.timeline is None else explanation.timeline.taken
+    return f"taken    {taken}\n" if taken else ""
 
 
 def _amount(value: float, unit: str, digits: int) -> str:

@@ -1,7 +1,7 @@
 """Figures of the pages: ``python docs/figures.py [FOLDER]``, those of photographs with ``--photographs`` before it.
 
-Those of how-it-works.md are drawn from the method itself, that of the rivals from the table in benchmark.md, that of
-quality and cost from what two benchmarks wrote. Those of photographs need the extra ``two-parts``; they are what
+Those of how-it-works.md and guides/sounds-and-videos.md are drawn from the method itself, that of the rivals from the
+table in benchmark.md, that of quality and cost from what two benchmarks wrote. Those of photographs need the extra ``two-parts``; they are what
 ``captum-m2ib explain`` writes, as JPEG.
 """
 
@@ -28,6 +28,7 @@ from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
 from captum_m2ib.metrics import relevance_mass
 from captum_m2ib.scenes import CHECKPOINT, image_probes
+from captum_m2ib.scenes.events import draw_sound, draw_video, listener, watcher
 
 PHOTOS = Path(__file__).parent / "images" / "photos"
 
@@ -163,6 +164,23 @@ def descent() -> Figure:
     beside.set_ylim(0, None)
     beside.set_ylabel("score", color="tab:orange")
     fourth.set_title("descent; dotted: score of the pair")
+    return figure
+
+
+def sound() -> Figure:
+    """Two tones, of which the caption names one."""
+    drawn = draw_sound({"low": (0.5, 1.0), "high": (2.5, 3.0)})
+    return _small(explain(listener(), drawn, "a high tone")[0].plot())
+
+
+def video() -> Figure:
+    """Two squares in two frames, of which the caption names one."""
+    drawn = draw_video({"red": (2, 1, 4), "blue": (4, 5, 0)})
+    return _small(explain(watcher(), drawn, "a red square")[0].plot())
+
+
+def _small(figure: Figure) -> Figure:
+    figure.set_dpi(90)
     return figure
 
 
@@ -307,7 +325,8 @@ def _plain(figure: Figure) -> Figure:
 
 
 def main(folder: Path) -> None:
-    for name, draw in (("channel", channel), ("descent", descent), ("rivals", rivals), ("cost", cost)):
+    drawn = {"channel": channel, "descent": descent, "rivals": rivals, "cost": cost, "sound": sound, "video": video}
+    for name, draw in drawn.items():
         draw().savefig(folder / f"{name}.png", metadata={"Software": None})
 
 

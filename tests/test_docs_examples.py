@@ -146,7 +146,7 @@ def figures() -> ModuleType:
 
 def test_the_figures_are_drawn_from_the_method(tmp_path: Path):
     figures().main(tmp_path)
-    for name in ("channel.png", "descent.png", "rivals.png", "cost.png"):
+    for name in ("channel.png", "descent.png", "rivals.png", "cost.png", "sound.png", "video.png"):
         drawn, kept = (matplotlib.image.imread(folder / name) for folder in (tmp_path, DOCS / "images"))
         # Fonts and rounding differ from machine to machine; another method would not stay this close.
         assert drawn.shape == kept.shape

@@ -9,7 +9,7 @@ processor, the towers' layouts, and the layers worth explaining at.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -26,11 +26,10 @@ from captum_m2ib.encoders.checkpoints import (
 )
 from captum_m2ib.encoders.families import family_of
 from captum_m2ib.encoders.late_interaction import LateInteraction
-from captum_m2ib.encoders.pairs import Pairs, prepare_pairs
-from captum_m2ib.encoders.pictures import PictureLike
+from captum_m2ib.encoders.pairs import Media, Pairs, prepare_pairs
 from captum_m2ib.encoders.scores import MaxSim, cosine
 from captum_m2ib.encoders.towers import config_of
-from captum_m2ib.engine.layouts import PackedLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout, real_tokens
 
 __all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
 
@@ -274,7 +273,7 @@ class DualEncoder(LateInteraction):
         return self._scored(first.unsqueeze(1), second.unsqueeze(0))
 
     def holds_sizes(self, pairs: Pairs) -> bool:
-        r"""Whether pairs hold pictures of several sizes one behind the other, so that each is to be explained alone.
+        r"""Whether pairs hold pictures, sounds or videos of several sizes, so that each is to be explained alone.
 
         Args:
 
@@ -284,6 +283,10 @@ class DualEncoder(LateInteraction):
             bool: False for most models, whose pictures all have one size.
         """
         layout = self.layouts[0]
+        if isinstance(layout, PatchLayout) and layout.mask_argument is not None:
+            arguments = (*pairs.inputs, *pairs.additional_forward_args)
+            # Whatever the mask says, a tower that begins with convolutions reads padding at the end of a short sound.
+            return layout.mask_argument < len(arguments) and not bool(arguments[layout.mask_argument].all())
         if isinstance(layout, PackedLayout) and layout.drops_padding:
             real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
             return real is not None and len(set(real.sum(1).tolist())) > 1
@@ -309,21 +312,26 @@ class DualEncoder(LateInteraction):
         outputs = (first, second) if self._is_in_order else (second, first)
         return score(*outputs) if counted is None else cast(MaxSim, score)(*outputs, counted)
 
-    def prepare(self, images: PictureLike | Iterable[PictureLike], captions: str | Sequence[str]) -> Pairs:
-        r"""Turn pictures and captions into model inputs with the model's own processor.
+    def prepare(self, images: Media, captions: str | Sequence[str]) -> Pairs:
+        r"""Turn pictures, sounds or videos and captions into model inputs with the model's own processor.
 
         Args:
 
-            images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column
-                of a table or anything else that can be gone through. A single picture is paired with every caption.
-            captions (str or sequence of str): A single caption is paired with every picture.
+            images (pictures, sounds or videos): What the model compares with captions, one or several.
+                Pictures: paths, PIL images or uint8 arrays (H, W, 3), in a list, a column of a table or anything else
+                that can be gone through. Sounds: paths of WAV files, :class:`Sound` objects or mappings with ``array``
+                and ``sampling_rate``. Videos: lists of pictures, uint8 arrays (frames, H, W, 3), folders, GIF files or
+                :class:`Video` objects. A single one is paired with every caption.
+            captions (str or sequence of str): A single caption is paired with every picture, sound or video.
 
         Returns:
-            Pairs: the inputs on the model's device, captions padded as the model was trained.
+            Pairs: the inputs on the model's device, captions padded as the model was trained. ``timelines`` say which
+            part of a sound and which frames were taken.
 
         Raises:
             ValueError: if the numbers of pictures and captions differ, a caption is empty, a picture cannot be read
-                or is too large, the encoder has no processor, or it does not compare pictures with captions.
+                or is too large, a sound has no sampling rate, the encoder has no processor, or it does not compare
+                these with captions.
         """
         if self.processor is None:
             raise ValueError(
@@ -331,10 +339,13 @@ class DualEncoder(LateInteraction):
                 "DualEncoder(model, processor=...) with one of transformers or two functions, (preprocess, tokenize)."
             )
         kinds = tuple(side.modality for side in self.sides)
-        if kinds != ("image", "text"):
+        is_codes = kinds[0] == "audio" and self.reads_tokens(0)
+        if kinds[1] != "text" or kinds[0] == "text" or is_codes:
+            compared = "sounds as codes" if is_codes else kinds[0]
             raise ValueError(
-                f"prepare: expected an encoder of pictures and captions, this one compares {kinds[0]} with {kinds[1]}; "
-                f"make tensors with encoder.processor and pass them in the order {', '.join(self.argument_names)}."
+                "prepare: expected an encoder of pictures, sounds or videos and captions, in this order; this one "
+                f"compares {compared} with {kinds[1]}; make tensors with encoder.processor and pass them in the order "
+                f"{', '.join(self.argument_names)}."
             )
         pairs = prepare_pairs(
             self.processor,
@@ -344,6 +355,8 @@ class DualEncoder(LateInteraction):
             getattr(config_of(self.tower_of(1), "text_config"), "max_position_embeddings", None),
             self.sides[1].padding,
             next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+            kinds[0],
+            getattr(config_of(self.tower_of(0), "vision_config"), "num_frames", None),
         )
         return pairs.to(self.device)
 

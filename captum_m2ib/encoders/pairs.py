@@ -1,21 +1,24 @@
-"""Pictures and captions become model inputs, by the model's own processor, with what is needed to show them again."""
+"""Pictures, sounds or videos and captions become model inputs, by the model's own processor, with what shows them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from captum_m2ib.encoders.frames import VideoLike, load_videos, read_videos
 from captum_m2ib.encoders.pages import read_pages, reads_pages
 from captum_m2ib.encoders.patches import side_by_side
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture, warn_of_captions, warn_of_cut
 from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.sounds import SoundLike, load_sounds, read_sounds
 from captum_m2ib.encoders.spelling import Speller, vocabulary_of
+from captum_m2ib.encoders.timelines import Timeline
 from captum_m2ib.encoders.views import View, view_of
 
 
@@ -38,6 +41,9 @@ class Pairs:
             does not cut one box. Default: () (not known)
         tiles (tuple[tuple[Region or None, ...], ...]): Per pair, where each of the tiles that its picture comes as lies
             in the whole picture. Default: () (pictures come in one piece)
+        timelines (tuple[SoundTimeline or VideoTimeline, ...]): Per pair, where in time the sound or the frames lie, of
+            which ``pictures`` then holds the spectrogram or the wave, (height, width, 3), or all frames, (frames,
+            height, width, 3). Default: () (pictures have no time)
     """
 
     inputs: tuple[Tensor, Tensor]
@@ -48,6 +54,7 @@ class Pairs:
     pictures: tuple[np.ndarray, ...]
     regions: tuple[Region | None, ...] = ()
     tiles: tuple[tuple[Region | None, ...], ...] = ()
+    timelines: tuple[Timeline, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -71,6 +78,7 @@ class Pairs:
             self.pictures,
             self.regions,
             self.tiles,
+            self.timelines,
         )
 
     def select(self, rows: slice) -> Pairs:
@@ -88,42 +96,52 @@ class Pairs:
             return given[rows] if isinstance(given, (Tensor, tuple)) else given
 
         inputs = (self.inputs[0][rows], self.inputs[1][rows])
-        others = (self.captions, self.tokens, self.special, self.pictures, self.regions, self.tiles)
+        others = (self.captions, self.tokens, self.special, self.pictures, self.regions, self.tiles, self.timelines)
         return Pairs(inputs, tuple(map(of, self.additional_forward_args)), *map(of, others))
 
 
 def prepare_pairs(
     processor: Any,
     names: Sequence[str],
-    images: PictureLike | Iterable[PictureLike],
+    images: Any,
     captions: str | Sequence[str],
     longest: int | None,
     padding: str,
     dtype: torch.dtype,
+    modality: str = "image",
+    frames: int | None = None,
 ) -> Pairs:
-    r"""Pairs of pictures and captions as a model's processor prepares them.
+    r"""Pairs of pictures, sounds or videos and captions as a model's processor prepares them.
 
     Args:
 
         processor: A transformers processor, or a :class:`TransformAndTokenizer`.
         names (sequence of str): What ``forward_func`` reads, in its order: first the two inputs.
-        images (picture or iterable of pictures): A single picture is paired with every caption.
+        images: What :func:`load_media` reads; a single picture, sound or video is paired with every caption.
         captions (str or sequence of str): A single caption is paired with every picture.
         longest (int or None): How many tokens the model reads at most, where it says so.
         padding (str): How transformers tokenizers pad.
         dtype (torch.dtype): Type of the pixels.
+        modality (str, optional): ``"image"``, ``"audio"`` or ``"video"``. Default: ``"image"``
+        frames (int, optional): How many frames the model reads, where its configuration says so. Default: None
 
     Returns:
         Pairs: on the CPU.
     """
-    reader, tokenizer = parts_of(processor)
-    texts, pictures = _align(_captions(captions), load_pictures(images))
+    reader, tokenizer = parts_of(processor, modality)
+    texts, pictures = _align(_captions(captions), load_media(images, modality), modality)
     tiles: tuple[tuple[Region | None, ...], ...] = ()
-    if reads_pages(processor):
+    timelines: Sequence[Timeline] = ()
+    if modality == "image" and reads_pages(processor):
         found, views, tiles = read_pages(processor, pictures)
         found.update(processor.process_queries(texts))
     else:
-        found, views = _read_pictures(processor, reader, pictures, names[0])
+        if modality == "image":
+            found, views = _read_pictures(processor, reader, pictures, names[0])
+        elif modality == "audio":
+            found, views, timelines = read_sounds(reader, pictures, names[0])
+        else:
+            found, views, timelines = read_videos(reader, pictures, names[0], frames)
         found[names[1]], found["attention_mask"] = _read_captions(tokenizer, texts, longest, padding)
     ids = found[names[1]]
     speller = Speller(tokenizer)
@@ -141,7 +159,30 @@ def prepare_pairs(
         tuple(view.picture for view in views),
         tuple(view.region for view in views),
         tiles,
+        tuple(timelines),
     )
+
+
+Media: TypeAlias = "PictureLike | SoundLike | VideoLike | Iterable[PictureLike | SoundLike | VideoLike]"
+
+_LOADERS: dict[str, Callable[[Any], list[Any]]] = {"image": load_pictures, "audio": load_sounds, "video": load_videos}
+
+
+def load_media(media: Media, modality: str) -> list[Any]:
+    r"""Read what is compared with captions: one or several.
+
+    Args:
+
+        media (pictures, sounds or videos): As :meth:`DualEncoder.prepare` takes them.
+        modality (str): Which: ``"image"``, ``"audio"`` or ``"video"``.
+
+    Returns:
+        list: pictures, :class:`Sound` or :class:`Video` objects.
+
+    Raises:
+        ValueError: if one cannot be read, or there is none.
+    """
+    return _LOADERS[modality](media)
 
 
 def padding_of(processor: Any) -> int | None:
@@ -227,11 +268,12 @@ def _captions(captions: str | Sequence[str]) -> list[str]:
     return given
 
 
-def _align(captions: list[str], pictures: list[Any]) -> tuple[list[str], list[Any]]:
+def _align(captions: list[str], pictures: list[Any], modality: str) -> tuple[list[str], list[Any]]:
     count = max(len(captions), len(pictures))
     if len(captions) not in (1, count) or len(pictures) not in (1, count):
+        kind = {"image": "picture", "audio": "sound"}.get(modality, modality)
         raise ValueError(
-            f"captions: expected one per picture or a single one for all, got {len(pictures)} pictures and "
+            f"captions: expected one per {kind} or a single one for all, got {len(pictures)} {kind}s and "
             f"{len(captions)} captions."
         )
     return (

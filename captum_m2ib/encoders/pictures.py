@@ -53,7 +53,7 @@ def load_picture(picture: PictureLike, name: str = "image", most: int | None = N
     if isinstance(picture, _BYTES):
         return _upright(lambda: _open(io.BytesIO(picture)), name, "the given bytes", most)
     if isinstance(picture, (str, os.PathLike)):
-        path = _checked_path(picture, name)
+        path = checked_path(picture, name)
         return _upright(lambda: _open(path), name, path, most)
     raise ValueError(
         f"{name}: expected a path, a PIL image or a uint8 array, got {type(picture).__name__}; the bytes of a picture "
@@ -73,7 +73,7 @@ def _open(file: str | io.BytesIO) -> Image:
         return Image.open(file, formats=_FORMATS)
 
 
-def _checked_path(path: str | os.PathLike[str], name: str) -> str:
+def checked_path(path: str | os.PathLike[str], name: str, kind: str = "picture") -> str:
     """A path that leads to a file; a pipe or a device would never end."""
     given = os.fspath(path)
     # A path object of an address has lost one of its slashes.
@@ -85,7 +85,7 @@ def _checked_path(path: str | os.PathLike[str], name: str) -> str:
     if "\0" in given or not os.path.exists(given):
         raise ValueError(f"{name}: there is no file {given}; check the path.")
     if not os.path.isfile(given):
-        raise ValueError(f"{name}: {given} is not a file; give the path of a picture.")
+        raise ValueError(f"{name}: {given} is not a file; give the path of a {kind}.")
     return given
 
 
@@ -98,7 +98,7 @@ def _upright(opening: Callable[[], AbstractContextManager[Image]], name: str, ca
 
     try:
         with opening() as opened:
-            _check_size(opened.size, name, called, MAXIMUM_PIXELS if most is None else most)
+            check_size(opened.size, name, called, MAXIMUM_PIXELS if most is None else most)
             return _as_rgb(ImageOps.exif_transpose(opened), opened.format, name, called)
     except _Refused:
         raise
@@ -132,7 +132,7 @@ def _unreadable(name: str, called: str, reason: str) -> ValueError:
     )
 
 
-def _check_size(size: tuple[int, int], name: str, called: str, most: int) -> None:
+def check_size(size: tuple[int, int], name: str, called: str, most: int) -> None:
     if size[0] * size[1] > most:
         raise _Refused(
             f"{name}: {called} has {size[0]} x {size[1]} pixels, more than the {most:,} allowed; resize it first."

@@ -22,6 +22,18 @@ _EXPECTED = (
     "token ids, (N, L)"
 )
 
+_OTHERS = (
+    "expected a processor of transformers with {0} and tokenizer, or these two: processor=({0}, tokenizer), where a "
+    "function of captions returns token ids, (N, L)"
+)
+
+# Where processors keep what reads an input, by its modality.
+_READERS = {
+    "image": ("image_processor", "transform"),
+    "audio": ("feature_extractor", "transform"),
+    "video": ("video_processor", "image_processor", "transform"),
+}
+
 Tokenized: TypeAlias = "Tensor | Mapping[str, Tensor] | tuple[Tensor, Tensor]"
 
 
@@ -77,24 +89,27 @@ def as_processor(processor: Any) -> Any:
     return TransformAndTokenizer(*processor) if is_pair else processor
 
 
-def parts_of(processor: Any) -> tuple[Any, Any]:
-    r"""What a processor prepares pictures and captions with.
+def parts_of(processor: Any, modality: str = "image") -> tuple[Any, Any]:
+    r"""What a processor prepares one input and captions with.
 
     Args:
 
         processor: A processor.
+        modality (str, optional): What the input is: ``"image"``, ``"audio"`` or ``"video"``. Default: ``"image"``
 
     Returns:
-        tuple: what reads pictures, and what reads captions.
+        tuple: what reads pictures, sounds or videos, and what reads captions.
 
     Raises:
         ValueError: if it lacks one of them.
     """
-    reader = getattr(processor, "image_processor", getattr(processor, "transform", None))
+    names = _READERS[modality]
+    reader = next((part for name in names if (part := getattr(processor, name, None)) is not None), None)
     tokenizer = getattr(processor, "tokenizer", None)
     if reader is None or tokenizer is None:
-        got = f"{type(processor).__name__} without {'image_processor' if reader is None else 'tokenizer'}"
-        raise ValueError(f"processor: {_EXPECTED}; got {got}.")
+        got = f"{type(processor).__name__} without {names[0] if reader is None else 'tokenizer'}"
+        expected = _EXPECTED if modality == "image" else _OTHERS.format(names[0])
+        raise ValueError(f"processor: {expected}; got {got}.")
     return reader, tokenizer
 
 

@@ -83,12 +83,13 @@ def ensure_check(value: Any) -> dict[str, Any]:
     return {**found, "verdict": value["verdict"]}
 
 
-def told(check: Mapping[str, Any]) -> list[str]:
+def told(check: Mapping[str, Any], kind: str = "image") -> list[str]:
     r"""A check in words, one line per modality.
 
     Args:
 
         check (mapping): Of :func:`pair_checks`.
+        kind (str, optional): What the image is called. Default: "image"
 
     Returns:
         list[str]: verdicts and what they rest on.
@@ -98,7 +99,8 @@ def told(check: Mapping[str, Any]) -> list[str]:
         >>> told(explain(encoder, images[0], captions[0])[0].check)[0].split(": ")[0]
         'image map holds'
     """
-    return [f"{name} map {_VERBS[check[name]['verdict']]}: {_reason(check[name])}" for name in MODALITIES]
+    names = zip((kind, "text"), MODALITIES, strict=True)
+    return [f"{called} map {_VERBS[check[name]['verdict']]}: {_reason(check[name])}" for called, name in names]
 
 
 def _reason(part: Mapping[str, Any]) -> str:

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import PictureLike, load_picture
 from captum_m2ib.explanations.comparison_figure import comparison_figure
+from captum_m2ib.explanations.embedding import figure_bytes
 from captum_m2ib.explanations.explain import explain
 from captum_m2ib.explanations.explanation import Explanation
-from captum_m2ib.explanations.files import FIGURES, check_output, figure_bytes, one_of, replace_file
+from captum_m2ib.explanations.files import FIGURES, check_output, one_of, replace_file
 from captum_m2ib.explanations.methods import Method
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def compare(
     names = [method if isinstance(method, str) else type(method).__name__ for method in methods]
     if unknown := sorted(set(settings or {}) - set(names)):
         raise ValueError(f"settings: {', '.join(unknown)} is not among the methods; they are {', '.join(names)}.")
+    if (kind := encoder.sides[0].modality) != "image":
+        raise ValueError(f"compare: lays pictures side by side, this encoder reads {kind}; use explain for each.")
     picture = load_picture(image)
     rows = []
     for name, method in zip(names, methods, strict=True):

@@ -6,12 +6,15 @@ import base64
 import hashlib
 import io
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from captum_m2ib.explanations.visualization import heat_ramp
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def data_text(value: Any) -> str:
@@ -48,6 +51,17 @@ def encoded_picture(image: NDArray[np.uint8], kind: str, **options: int) -> str:
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format=kind, **options)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
+
+
+def figure_bytes(figure: Figure, kind: str) -> bytes:
+    """A figure as a file; the same figure gives the same file, and letters of a PDF stay letters."""
+    from matplotlib import rc_context
+
+    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
+    buffer = io.BytesIO()
+    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "captum_m2ib"}):
+        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
+    return buffer.getvalue()
 
 
 def ramps() -> dict[str, list[list[int]]]:

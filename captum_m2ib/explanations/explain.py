@@ -1,14 +1,14 @@
-"""From pictures and captions to explanations: prepare, attribute, and gather what there is to show."""
+"""From pictures, sounds or videos and captions to explanations: prepare, attribute, gather what there is to show."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from captum_m2ib.attr import ContrastiveInfoBottleneck, MultiModalInfoBottleneck
 from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.pictures import PictureLike, load_pictures
+from captum_m2ib.encoders.pairs import Media, load_media
 from captum_m2ib.explanations.explanation import Explanation
 from captum_m2ib.explanations.methods import Method, maps_of, scores_of
 from captum_m2ib.explanations.visualization import clean_token
@@ -19,7 +19,7 @@ __all__ = ["explain"]
 
 def explain(
     encoder: DualEncoder,
-    images: PictureLike | Iterable[PictureLike],
+    images: Media,
     captions: str | Sequence[str],
     *,
     method: Method = "m2ib",
@@ -29,13 +29,13 @@ def explain(
     tokens: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> list[Explanation]:
-    r"""Explain pairs of pictures and captions: prepare, attribute, and gather what there is to show.
+    r"""Explain pairs of pictures, sounds or videos and captions: prepare, attribute, and gather what there is to show.
 
     Args:
 
         encoder (DualEncoder): With a processor, as :meth:`DualEncoder.from_pretrained` loads it.
-        images (picture or iterable of pictures): Paths, PIL images or uint8 arrays (H, W, 3), in a list, a column of a
-            table or anything else that can be gone through; a single one is paired with every caption.
+        images (pictures, sounds or videos): What the encoder compares with captions, one or several, as
+            :meth:`DualEncoder.prepare` takes them; a single one is paired with every caption.
         captions (str or sequence of str): One per image; a single one is paired with every image.
         method (optional): A name of :data:`captum_m2ib.attr.registry.METHODS`, such as ``"legrad"``; any attribution
             method of this package or of Captum, made of the encoder or of a view of it from
@@ -83,7 +83,7 @@ def explain(
         raise ValueError("instead_of: compares whole captions; leave out tokens, or leave out instead_of.")
     if method is None or method == "m2ib":
         method = MultiModalInfoBottleneck(encoder) if instead_of is None else ContrastiveInfoBottleneck(encoder)
-    images = load_pictures(images)
+    images = load_media(images, encoder.sides[0].modality)
     pairs = encoder.prepare(images, captions)
     if encoder.holds_sizes(pairs):
         words = list(tokens) if tokens is not None and not isinstance(tokens, str) else [tokens] * len(pairs)
@@ -123,6 +123,7 @@ def explain(
             check=None if maps.checks is None else maps.checks[i],
             unit=maps.unit,
             region=pairs.regions[i] if pairs.regions else None,
+            timeline=pairs.timelines[i] if pairs.timelines else None,
         )
         for i in range(len(pairs))
     ]

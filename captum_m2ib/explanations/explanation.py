@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_m2ib.encoders.regions import Region
+from captum_m2ib.encoders.timelines import Timeline, VideoTimeline, ensure_timeline, kind_of
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
 from captum_m2ib.explanations.lettering import format_score
+from captum_m2ib.explanations.timed_figure import timed_figure
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import pair_figure
 
@@ -35,10 +37,14 @@ __all__ = ["Explanation"]
 # Figures and pages draw pictures at about this size.
 _LARGEST_SIDE = 720
 
+_PARTS = {"image": "pixels", "sound": "bins and steps of time", "video": "frames and pixels"}
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Explanation:
-    r"""What each part of one image–text pair contributes to the model's score, in bits unless ``unit`` says otherwise.
+    r"""What each part of one pair contributes to the model's score, in bits unless ``unit`` says otherwise.
+
+    A pair is a picture, a sound or a video, and a caption; what is said of the image below holds for all three.
 
     Arrays are copied and made read-only; ``settings`` and ``record`` are copied as JSON: tuples become lists.
 
@@ -67,6 +73,10 @@ class Explanation:
         region (Region, optional): Where ``image`` lies in the whole picture: left, top, right and bottom in its pixels,
             its width and its height. It reaches beyond the picture where the model saw padding. Default: None (not
             known, as where a processor does not cut one box)
+        timeline (SoundTimeline or VideoTimeline, optional): Of a sound, what the columns (seconds) and rows
+            (frequencies, from the highest) of ``image_bits`` are, whose picture is a spectrogram or a wave. Of a video,
+            which frames these are, and when: ``image`` is (frames, H, W, 3) and ``image_bits`` (frames, h, w). Default:
+            None (a picture)
 
     Raises:
         ValueError: for shapes or lengths that do not fit, values with NaN or infinity, an unknown unit, a region that
@@ -96,11 +106,14 @@ class Explanation:
     check: dict[str, Any] | None = None
     unit: str = "bits"
     region: Region | None = None
+    timeline: Timeline | None = None
 
     def __post_init__(self) -> None:
-        image = np.array(self.image)
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or image.size == 0:
-            raise ValueError(f"image must be uint8 of shape (H, W, 3), got {image.dtype} of shape {image.shape}")
+        image, timeline = np.array(self.image), None if self.timeline is None else ensure_timeline(self.timeline)
+        frames = (len(timeline.frames),) if isinstance(timeline, VideoTimeline) else ()
+        if image.dtype != np.uint8 or image.shape != (*frames, *image.shape[-3:-1], 3) or image.size == 0:
+            expected = f"({', '.join([*map(str, frames), 'H', 'W', '3'])})"
+            raise ValueError(f"image must be uint8 of shape {expected}, got {image.dtype} of shape {image.shape}")
         tokens, special = tuple(map(str, self.tokens)), tuple(map(bool, self.special))
         token_bits = _frozen_floats(self.token_bits, "token_bits", ndim=1)
         if not len(tokens) == len(special) == len(token_bits):
@@ -113,18 +126,20 @@ class Explanation:
         if self.unit not in WORDINGS:
             raise ValueError(f"unit must be one of {', '.join(WORDINGS)}, got {self.unit!r}")
         image.setflags(write=False)
+        ndim = 2 + len(frames)
         values = {
             "image": image,
             "tokens": tokens,
             "special": special,
             "score": float(self.score),
-            "image_bits": _frozen_floats(self.image_bits, "image_bits", ndim=2),
-            "patch_bits": None if self.patch_bits is None else _frozen_floats(self.patch_bits, "patch_bits", ndim=2),
+            "image_bits": _frozen_floats(self.image_bits, "image_bits", ndim=ndim),
+            "patch_bits": None if self.patch_bits is None else _frozen_floats(self.patch_bits, "patch_bits", ndim=ndim),
             "token_bits": token_bits,
             "settings": _json_copy(self.settings, "settings"),
             "record": None if self.record is None else _json_copy(self.record, "record"),
             "check": None if self.check is None else ensure_check(self.check),
             "region": None if self.region is None else Region.ensure(self.region),
+            "timeline": timeline,
         }
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -137,7 +152,7 @@ class Explanation:
 
     def __repr__(self) -> str:
         caption = self.caption if len(self.caption) <= 60 else self.caption[:59] + "…"
-        rows, columns = self.image_bits.shape
+        sizes = " x ".join(map(str, self.image_bits.shape))
         check = "" if self.check is None else f", check: {self.check['verdict']}"
         wording = WORDINGS[self.unit]
         image, text = (
@@ -145,9 +160,27 @@ class Explanation:
             for total in (self.image_total_bits, self.token_total_bits)
         )
         return (
-            f"Explanation({caption!r}, score={self.score:.4g}, image: {image} over {rows} x {columns} pixels, "
+            f"Explanation({caption!r}, score={self.score:.4g}, {self.kind}: {image} over {sizes} {_PARTS[self.kind]}, "
             f"text: {text} over {len(self.tokens)} tokens{check})"
         )
+
+    @property
+    def kind(self) -> str:
+        """What is explained beside the caption: ``"image"``, ``"sound"`` or ``"video"``."""
+        return kind_of(self.timeline)
+
+    @property
+    def time_bits(self) -> NDArray[np.float32]:
+        """Of a sound the bits of each step of time, of a video those of each frame; ``timeline`` says when these are.
+
+        Raises:
+            ValueError: if it is a picture, which has no time.
+        """
+        if self.timeline is None:
+            raise ValueError("time_bits: a picture has no time; image_bits says where its bits are.")
+        is_video = isinstance(self.timeline, VideoTimeline)
+        summed: NDArray[np.float32] = self.image_bits.sum((1, 2) if is_video else 0)
+        return summed
 
     @property
     def image_total_bits(self) -> float:
@@ -182,14 +215,15 @@ class Explanation:
     @property
     def check_lines(self) -> list[str]:
         """The check in words, one line per modality; none where it was left out."""
-        return [] if self.check is None else told(self.check)
+        return [] if self.check is None else told(self.check, self.kind)
 
     @property
     def notes(self) -> list[str]:
-        """What a figure says beside its numbers: the caption that this one is compared with, and the check."""
+        """What a figure says beside its numbers: the caption that is compared, what was taken of a sound, the check."""
         rival = self.settings.get("instead_of")
         told = [] if rival is None else [f"instead of “{rival}” ({format_score(self.settings['rival_score'])})"]
-        return [*told, *(f"check: {line}" for line in self.check_lines)]
+        taken = [f"{self.kind}: {self.timeline.taken}"] if self.timeline is not None and self.timeline.taken else []
+        return [*told, *taken, *(f"check: {line}" for line in self.check_lines)]
 
     def _repr_png_(self) -> bytes:
         """What a notebook shows."""
@@ -255,6 +289,9 @@ class Explanation:
         Raises:
             ValueError: as for :meth:`bits_over`, or if ``style`` is unknown or ``share`` is out of range.
         """
+        if self.timeline is not None:
+            self._refuse(original)
+            return timed_figure(self, self.timeline, self.score_name, style)
         picture, bits = self.shown(original)
         crop = None
         if original is not None and self.region is not None:
@@ -301,6 +338,10 @@ class Explanation:
         write = one_of(WRITERS, path)
         replace_file(path, write(self, original))
         return path
+
+    def _refuse(self, original: PictureLike | None) -> None:
+        if original is not None:
+            raise ValueError(f"original: a map is laid over a whole picture, and this is a {self.kind}; leave it out.")
 
     def _laid_over(self, picture: Image) -> NDArray[np.float32]:
         if self.region is None:

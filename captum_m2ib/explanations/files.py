@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from captum_m2ib.explanations.embedding import encoded_picture
+from captum_m2ib.encoders.timelines import VideoTimeline, ensure_timeline, to_plain
+from captum_m2ib.explanations.embedding import encoded_picture, figure_bytes
 from captum_m2ib.explanations.page import to_html
 from captum_m2ib.explanations.shown import Explained
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
     from captum_m2ib.encoders.pictures import PictureLike
 
-_FORMAT, _VERSION = "captum_m2ib.explanation", 3
-_READ = (1, 2, 3)
+_FORMAT, _VERSION = "captum_m2ib.explanation", 4
+_READ = (1, 2, 3, 4)
 _MAX_PIXELS = 128_000_000
 
 
@@ -63,17 +63,6 @@ FIGURES = {".png": "png", ".pdf": "pdf", ".svg": "svg"}
 """Endings of figures' names, and what they are."""
 
 
-def figure_bytes(figure: Figure, kind: str) -> bytes:
-    """A figure as a file; the same figure gives the same file, and letters of a PDF stay letters."""
-    from matplotlib import rc_context
-
-    undated = {"pdf": {"CreationDate": None}, "svg": {"Date": None}}
-    buffer = io.BytesIO()
-    with rc_context({"pdf.fonttype": 42, "svg.hashsalt": "captum_m2ib"}):
-        figure.savefig(buffer, format=kind, metadata=undated.get(kind))
-    return buffer.getvalue()
-
-
 def _header(explanation: Explained) -> dict[str, Any]:
     """The fields that are not arrays, and what the file is."""
     return {
@@ -88,6 +77,7 @@ def _header(explanation: Explained) -> dict[str, Any]:
         "check": explanation.check,
         "unit": explanation.unit,
         "region": explanation.region,
+        "timeline": to_plain(explanation.timeline),
     }
 
 
@@ -99,8 +89,9 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
         known = ", ".join(map(str, _READ))
         raise ValueError(f"its version is {header.get('version')!r}; this release reads versions {known}")
     fields = {name: header[name] for name in ("caption", "tokens", "special", "score", "settings", "record")}
-    # Version 1 knew no checks, and version 2 neither other units than bits nor regions.
-    return {**fields, "check": header.get("check"), "unit": header.get("unit", "bits"), "region": header.get("region")}
+    # Version 1 knew no checks, version 2 neither other units than bits nor regions, version 3 no time.
+    later = {name: header.get(name) for name in ("check", "region", "timeline")}
+    return {**fields, **later, "unit": header.get("unit", "bits")}
 
 
 def _without_original(original: PictureLike | None, kind: str) -> None:
@@ -133,7 +124,8 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
         "image_bits": explanation.image_bits.tolist(),
         "patch_bits": None if patch_bits is None else patch_bits.tolist(),
         "token_bits": explanation.token_bits.tolist(),
-        "image_png": encoded_picture(explanation.image, "PNG"),
+        # Frames below one another.
+        "image_png": encoded_picture(explanation.image.reshape(-1, *explanation.image.shape[-2:]), "PNG"),
     }
     return json.dumps(document).encode("ascii")
 
@@ -141,12 +133,17 @@ def _to_json(explanation: Explained, original: PictureLike | None = None) -> byt
 def _from_json(data: bytes) -> dict[str, Any]:
     document = json.loads(data)
     patch_bits = document["patch_bits"]
+    fields = _fields(document)
+    picture = _picture(base64.b64decode(document["image_png"], validate=True))
+    timeline = None if fields["timeline"] is None else ensure_timeline(fields["timeline"])
+    if isinstance(timeline, VideoTimeline):
+        picture = picture.reshape(len(timeline.frames), -1, *picture.shape[1:])
     return {
-        **_fields(document),
+        **fields,
         "image_bits": np.array(document["image_bits"], dtype=np.float32),
         "patch_bits": None if patch_bits is None else np.array(patch_bits, dtype=np.float32),
         "token_bits": np.array(document["token_bits"], dtype=np.float32),
-        "image": _picture(base64.b64decode(document["image_png"], validate=True)),
+        "image": picture,
     }
 
 

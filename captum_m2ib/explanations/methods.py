@@ -22,6 +22,7 @@ from captum_m2ib.encoders.pairs import Pairs
 from captum_m2ib.engine.layouts import Layout, PackedLayout, PatchLayout, packed_grid, per_patch, to_input
 from captum_m2ib.engine.rows import slice_pairs
 from captum_m2ib.explanations.checking import pair_checks
+from captum_m2ib.explanations.timed_maps import over_time
 
 Method: TypeAlias = Any
 """An object with ``attribute(inputs, additional_forward_args=...)``, two of them, or a name."""
@@ -156,6 +157,8 @@ def _picture_in_bits(
     method: MultiModalInfoBottleneck, image_bits: Tensor, units: Tensor | None, pairs: Pairs
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """Pictures' maps per pixel, and per patch where there are patches."""
+    if pairs.timelines:
+        return over_time(method.layouts[0], image_bits, units, pairs)
     if pairs.tiles:
         return _on_page(pairs, image_bits), None
     layout, arguments = method.layouts[0], (*pairs.inputs, *pairs.additional_forward_args)
@@ -169,6 +172,8 @@ def _picture_in_bits(
 
 def _picture_of_any(layout: Layout | None, image_map: Tensor, pairs: Pairs) -> tuple[list[Tensor], list[Tensor] | None]:
     """The same of maps that may be below zero."""
+    if pairs.timelines:
+        return over_time(layout, image_map, None, pairs)
     if pairs.tiles:
         return _on_page(pairs, image_map), None
     if isinstance(layout, PackedLayout):

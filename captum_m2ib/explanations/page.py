@@ -5,6 +5,7 @@ It needs no other file, and lets nothing in but its own script. Without scripts 
 
 from __future__ import annotations
 
+import base64
 import html
 import json
 from pathlib import Path
@@ -13,13 +14,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from captum_m2ib.explanations.embedding import data_text, encoded_picture, ramps, source_of
+from captum_m2ib.explanations.embedding import data_text, encoded_picture, figure_bytes, ramps, source_of
 from captum_m2ib.explanations.shown import Explained
+from captum_m2ib.explanations.timed_figure import panels_figure
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import at_display_size, heat_colors, overlay, token_html
 
 if TYPE_CHECKING:
     from captum_m2ib.encoders.pictures import PictureLike
+    from captum_m2ib.encoders.timelines import Timeline
 
 _HERE = Path(__file__).parent
 # A map without patches is read in at most so many parts along each side.
@@ -42,32 +45,29 @@ def to_html(
         bytes: HTML in UTF-8.
 
     Raises:
-        ValueError: as for :meth:`captum_m2ib.Explanation.bits_over`, or if interactions are not of the tokens, or not
-            finite.
+        ValueError: as for :meth:`captum_m2ib.Explanation.bits_over`, if interactions are not of the tokens, or not
+            finite, or if either is given for a sound or a video.
 
     Examples::
 
         >>> to_html(explain(encoder, images[0], captions[0], method="legrad")[0])[:15]
         b'<!DOCTYPE html>'
     """
-    wording = WORDINGS[explanation.unit]
-    picture, values = explanation.shown(original)
-    heat, scale = wording.per_pixels(values.astype(np.float64))
-    is_signed = wording.is_signed(heat)
-    shown = at_display_size(picture)
-    title = wording.title(heat)
-    first, second = (
-        f"data:image/jpeg;base64,{encoded_picture(panel, 'JPEG', quality=90, subsampling=0)}"
-        for panel in (shown, overlay(shown, heat, signed=is_signed))
-    )
-    colors = heat_colors(24, signed=is_signed)
-    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
-    most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
-    least = f"−{most:.3g}" if is_signed else "0"
+    timeline = explanation.timeline
+    if timeline is None:
+        maps, data = _maps(explanation, original), data_text(_data(explanation, original, interactions))
+    elif original is None and interactions is None:
+        maps, data = _timed(explanation, timeline), None
+    else:
+        raise ValueError(
+            f"original, interactions: these are laid over a picture, and this is a {explanation.kind}; leave them out."
+        )
     caption = html.escape(explanation.caption) or "(empty caption)"
     style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {source_of(script)}"
     tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
+    scripts = data and f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script>\n'
+    how = ' <span class="quiet" id="how" hidden>· click one to see its patches</span>' if data else ""
     page = f"""<!DOCTYPE html>
 <html>
 <head>
@@ -82,7 +82,35 @@ def to_html(
 <body>
 <h1><bdi>{caption}</bdi></h1>
 <p class="totals">{" · ".join(_totals(explanation))}</p>
-{_notes(explanation)}<div class="pictures">
+{_notes(explanation)}{maps}
+<h2>tokens, {WORDINGS[explanation.unit].name} below each{how}</h2>
+<div id="tokens">
+{tokens}
+</div>
+{_details(explanation)}
+{scripts or ""}</body>
+</html>
+"""
+    return page.encode("utf-8", "replace")
+
+
+def _maps(explanation: Explained, original: PictureLike | None) -> str:
+    """A picture, the same under its map, and the map's colours."""
+    wording = WORDINGS[explanation.unit]
+    picture, values = explanation.shown(original)
+    heat, scale = wording.per_pixels(values.astype(np.float64))
+    is_signed = wording.is_signed(heat)
+    shown = at_display_size(picture)
+    title = wording.title(heat)
+    first, second = (
+        f"data:image/jpeg;base64,{encoded_picture(panel, 'JPEG', quality=90, subsampling=0)}"
+        for panel in (shown, overlay(shown, heat, signed=is_signed))
+    )
+    colors = heat_colors(24, signed=is_signed)
+    stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
+    most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
+    least = f"−{most:.3g}" if is_signed else "0"
+    return f"""<div class="pictures">
 <figure><figcaption>picture</figcaption><img id="picture" alt="picture" src="{first}"></figure>
 <figure><figcaption id="title">{title}</figcaption>
 <div class="view" id="view" aria-label="map; arrow keys go through its parts"><img alt="{title}" src="{second}"></div>
@@ -93,25 +121,22 @@ def to_html(
 <output id="read" aria-live="polite">Point at the map to read its numbers.</output>
 </div>
 <div class="bar" id="bar" style="background:linear-gradient(to right,{stops})"></div>
-<div class="scale" id="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>
-<h2>tokens, {wording.name} below each <span class="quiet" id="how" hidden>· click one to see its patches</span></h2>
-<div id="tokens">
-{tokens}
-</div>
-{_details(explanation)}
-<script type="application/json" id="data">{data_text(_data(explanation, original, interactions))}</script>
-<script>{script}</script>
-</body>
-</html>
-"""
-    return page.encode("utf-8", "replace")
+<div class="scale" id="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>"""
+
+
+def _timed(explanation: Explained, timeline: Timeline) -> str:
+    """A sound or the frames of a video with their map, as figures draw them."""
+    drawn = base64.b64encode(figure_bytes(panels_figure(explanation, timeline), "png")).decode("ascii")
+    return (
+        f'<figure class="timed"><img alt="{explanation.kind} and its map" src="data:image/png;base64,{drawn}"></figure>'
+    )
 
 
 def _totals(explanation: Explained) -> list[str]:
     wording = WORDINGS[explanation.unit]
     totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
     if wording.has_totals:
-        both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
+        both = ((explanation.kind, explanation.image_total_bits), ("text", explanation.token_total_bits))
         totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
     return totals
 

@@ -7,7 +7,6 @@ Bits are shown on their own scale from zero; nothing here changes an attribution
 from __future__ import annotations
 
 import html
-import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -21,11 +20,10 @@ from captum_m2ib.explanations.lettering import (
     clean_token,
     elide,
     format_score,
-    text_width,
     visible,
     write,
 )
-from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
+from captum_m2ib.explanations.sheet import ROOM, WIDTH, Sheet, Words
 from captum_m2ib.explanations.units import WORDINGS, format_bits
 
 if TYPE_CHECKING:
@@ -287,9 +285,6 @@ def pair_figure(
     Raises:
         ValueError: for shapes that do not fit, or values with NaN or infinity.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     if style not in STYLES:
         raise ValueError(f"style: expected one of {', '.join(STYLES)}, got {style!r}")
     picture, pixels = _checked_picture(image), _checked_map(image_bits, "image_bits")
@@ -302,39 +297,16 @@ def pair_figure(
         scale = f"{wording.name} per patch\n({heat.shape[0]} × {heat.shape[1]} patches)"
     is_signed = wording.is_signed(heat)
 
-    # All lengths in inches, from the top left, turned into figure fractions by `axes_at`.
-    width, margin, gap, bar_width, bar_room = 9.0, 0.35, 0.3, 0.16, 0.85
-    room = width - 2 * margin
+    gap, bar_width, bar_room = 0.3, 0.16, 0.85
     aspect = picture.shape[0] / picture.shape[1]
-    panel_width = min((room - 2 * gap - bar_width - bar_room) / 2, 4.6 / aspect)
+    panel_width = min((ROOM - 2 * gap - bar_width - bar_room) / 2, 4.6 / aspect)
     panel_height = panel_width * aspect
     bar_height = max(panel_height, 1.5)
-    left = (width - (2 * panel_width + 2 * gap + bar_width + bar_room)) / 2
-    top = 1.12 + (0.06 + 0.22 * len(notes) if notes else 0.0)
-    heading = [] if caption is None else _caption_lines(caption, room)
-    caption_top = top + bar_height + 0.42
-    tokens_top = caption_top + 0.3 + 0.24 * len(heading)
-    numbers = [wording.number(value) for value in values]
-    rows = token_rows([visible(token) for token in tokens], numbers, room)
-    height = tokens_top + ROW_PITCH * len(rows) + 0.2
-
-    figure = Figure(figsize=(width, height), dpi=150, facecolor="white")
-    FigureCanvasAgg(figure)
-
-    def axes_at(x: float, y: float, w: float, h: float) -> Any:
-        return figure.add_axes((x / width, 1 - (y + h) / height, w / width, h / height))
-
-    page = axes_at(0, 0, width, height)
-    page.set(xlim=(0, width), ylim=(height, 0))
-    page.set_axis_off()
-    write(page, margin, 0.36, f"{score_name} {format_score(score)}", size=15, weight="bold")
-    if wording.has_totals:
-        of_image = wording.amount(pixels.sum() if image_total is None else image_total)
-        totals = f"image {of_image}   ·   text {wording.amount(values.sum())}"
-        write(page, width - margin, 0.36, totals, size=11.5, ha="right")
-    page.plot((margin, width - margin), (0.6, 0.6), color=EDGE, linewidth=0.8)
-    for line, note in enumerate(notes):
-        write(page, margin, 0.8 + 0.22 * line, elide(note, room, 9), size=9, color=QUIET)
+    left = (WIDTH - (2 * panel_width + 2 * gap + bar_width + bar_room)) / 2
+    words = Words(tokens, values.tolist(), flags, token_colors(values), wording, caption)
+    total = float(pixels.sum()) if image_total is None else image_total
+    sheet = Sheet(f"{score_name} {format_score(score)}", ("image", total), notes, words, bar_height)
+    page, top = sheet.page, sheet.top
 
     shown = at_display_size(picture)
     first_top = top + (bar_height - panel_height) / 2
@@ -345,7 +317,7 @@ def pair_figure(
     for column, (name, panel) in enumerate(panels):
         x = left + column * (panel_width + gap)
         write(page, x, first_top - 0.16, elide(name, panel_width, 10), size=10, color=QUIET)
-        axes = axes_at(x, first_top, panel_width, panel_height)
+        axes = sheet.axes_at(x, first_top, panel_width, panel_height)
         axes.imshow(panel, aspect="auto")
         axes.set(xticks=[], yticks=[])
         axes.spines[:].set(color=EDGE, linewidth=0.6)
@@ -354,18 +326,9 @@ def pair_figure(
         if column and style == "contour":
             _draw_contour(axes, heat, share, shown.shape)
     if style != "contour":
-        _heat_bar(axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height), heat, scale, is_signed, style)
-
-    count = f"{len(tokens)} token{'' if len(tokens) == 1 else 's'}, {wording.name} below each"
-    write(page, margin, caption_top, f"caption: {count}", size=10, color=QUIET)
-    for line, text in enumerate(heading):
-        write(page, margin, caption_top + 0.27 + 0.24 * line, text, size=11.5)
-    colors = token_colors(values)
-    for line, row in enumerate(rows):
-        y = tokens_top + ROW_PITCH * line
-        for index, x, box_width, text in row:
-            token_box(page, margin + x, y, box_width, text, numbers[index], colors[index], flags[index])
-    return figure
+        bar = sheet.axes_at(left + 2 * (panel_width + gap), top, bar_width, bar_height)
+        heat_bar(bar, heat, scale, is_signed, style)
+    return sheet.figure
 
 
 def top_share(values: ArrayLike, share: float) -> float:
@@ -419,7 +382,8 @@ def _mark_crop(axes: Any, crop: Sequence[float], shape: tuple[int, ...]) -> None
         axes.add_patch(Rectangle(corner, right - left, bottom - top, fill=False, linewidth=1.4, **look))
 
 
-def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool, palette: str) -> None:
+def heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool, palette: str) -> None:
+    """The colours of a map from zero to its greatest value, with numbers and what these are called."""
     from matplotlib.ticker import MaxNLocator
 
     maximum = float(np.abs(heat).max() if is_signed else heat.max())
@@ -436,21 +400,6 @@ def _heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool,
     axes.tick_params(labelsize=9, colors=INK, width=0.6, length=3)
     axes.set_ylabel(scale, fontsize=9.5, color=INK, labelpad=6)
     axes.spines[:].set(color=EDGE, linewidth=0.6)
-
-
-def _caption_lines(caption: str, room: float) -> list[str]:
-    """The caption on at most two lines that fit into room."""
-    size = 11.5
-    text = " ".join(visible(caption).split())
-    if not text:
-        return []
-    text = f"“{text}”"
-    if text_width(text, size) <= room:
-        return [text]
-    columns = max(1, int(len(text) * room / text_width(text, size) * 0.96))
-    lines = textwrap.wrap(text, columns)
-    first, rest = lines[0], " ".join(lines[1:])
-    return [elide(first, room, size), *([elide(rest, room, size)] if rest else [])]
 
 
 def heat_ramp(

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_m2ib.encoders.spans import find_span
-from captum_m2ib.explanations.files import FIGURES, check_output, figure_bytes, one_of, replace_file
+from captum_m2ib.explanations.embedding import figure_bytes
+from captum_m2ib.explanations.files import FIGURES, check_output, one_of, replace_file
 from captum_m2ib.games.figure import interactions_figure
 from captum_m2ib.games.fit import Fit, Floats
 from captum_m2ib.games.page import interactions_page

@@ -68,7 +68,7 @@ def test_round_trip_is_exact(tmp_path, suffix, changes):
     assert_equal(Explanation.load(str(path)), explanation)
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("version", [1, 2, 3])
 @pytest.mark.parametrize("suffix", [".npz", ".json"])
 def test_files_of_earlier_versions_are_read(tmp_path, suffix, version):
     path = make(unit="bits").save(tmp_path / f"pair{suffix}")
@@ -78,16 +78,17 @@ def test_files_of_earlier_versions_are_read(tmp_path, suffix, version):
         with np.load(path) as stored:
             arrays = dict(stored)
         header = json.loads(str(arrays["header"]))
-    assert header["version"] == 3 and header["check"] == CHECK and header.pop("unit") == "bits"
-    assert header.pop("region") == list(REGION)
+    assert header["version"] == 4 and header["check"] == CHECK and header["unit"] == "bits"
+    assert header["region"] == list(REGION) and header.pop("timeline") is None
     header["version"] = version
-    if version == 1:
-        del header["check"]
+    for name in {1: ("check", "unit", "region"), 2: ("unit", "region")}.get(version, ()):
+        del header[name]
     if suffix == ".json":
         path.write_text(json.dumps(header))
     else:
         np.savez(path, **{**arrays, "header": np.array(json.dumps(header))})
-    assert_equal(Explanation.load(path), make(check=None if version == 1 else CHECK, unit="bits", region=None))
+    check, region = None if version == 1 else CHECK, REGION if version == 3 else None
+    assert_equal(Explanation.load(path), make(check=check, unit="bits", region=region))
 
 
 def test_files_hold_no_pickles(tmp_path):
