@@ -11,6 +11,8 @@ import torch
 
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 
+_EMBEDDER = "sentence-transformers:"
+
 
 def load_named(
     model: str | os.PathLike[str], *, revision: str | None = None, device: torch.device | str | None = None
@@ -21,8 +23,9 @@ def load_named(
 
         model (str or PathLike): What :meth:`DualEncoder.from_pretrained` takes; a model of open_clip as
             ``hf-hub:ORG/NAME``, ``local-dir:PATH``, the path itself, or ``open_clip:ARCHITECTURE:WEIGHTS`` with a tag
-            or a file of weights; or ``module:function``, a Python function without arguments that returns a
-            :class:`DualEncoder` with a processor. Its code is run. The module may lie in the working directory.
+            or a file of weights; ``sentence-transformers:`` and a hub id or directory of one of its models; or
+            ``module:function``, a Python function without arguments that returns a :class:`DualEncoder` with a
+            processor. Its code is run. The module may lie in the working directory.
         revision (str, optional): Branch, tag or commit on the hub. Default: None
         device (torch.device or str, optional): Default: None (where it was made)
 
@@ -40,6 +43,8 @@ def load_named(
         if revision is not None:
             raise ValueError(f"revision: {name} is a model of open_clip, which has none; leave it out.")
         return DualEncoder.from_open_clip(*known, device=device)
+    if name.startswith(_EMBEDDER):
+        return DualEncoder.from_sentence_transformers(name.removeprefix(_EMBEDDER), revision=revision, device=device)
     if not is_function(name):
         return DualEncoder.from_pretrained(name, revision=revision, device=device)
     if revision is not None:

@@ -127,6 +127,9 @@ def prepare_pairs(
 
     Returns:
         Pairs: on the CPU.
+
+    Raises:
+        ValueError: if the numbers of pictures and captions differ, or the processor does not prepare what is read.
     """
     reader, tokenizer = parts_of(processor, modality)
     texts, pictures = _align(_captions(captions), load_media(images, modality), modality)
@@ -135,6 +138,12 @@ def prepare_pairs(
     if modality == "image" and reads_pages(processor):
         found, views, tiles = read_pages(processor, pictures)
         found.update(processor.process_queries(texts))
+    elif "page_input_ids" in names:
+        raise ValueError(
+            "processor: this model reads pictures among the tokens of a prompt; expected a processor that writes it "
+            f"(process_images, process_queries), got {type(processor).__name__}; load the model with "
+            "DualEncoder.from_sentence_transformers."
+        )
     else:
         if modality == "image":
             found, views = _read_pictures(processor, reader, pictures, names[0])

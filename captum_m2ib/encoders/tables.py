@@ -111,7 +111,8 @@ def _length(tower: nn.Module) -> int:
     """How many ids a tower takes: all of its context where it takes no fewer."""
     fixed = getattr(tower, "context_length", None)
     longest = getattr(config_of(tower, "text_config"), "max_position_embeddings", None)
-    if isinstance(fixed, int):
+    # Towers of open_clip that take any number say 0.
+    if isinstance(fixed, int) and fixed > 0:
         return fixed
     return max(min(longest, _LENGTH), 2) if isinstance(longest, int) else _LENGTH
 

@@ -11,6 +11,8 @@ import embedders
 import numpy as np
 import pytest
 import torch
+import transformers
+import zoo
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Router
@@ -18,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from torch import nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PatchLayout, TextLayout, explain
+from captum_m2ib.encoders.naming import load_named
 
 TEXTS = ["red circle", "a blue circle"]
 FEW: dict[str, Any] = {"n_steps": 2, "n_samples": 2, "check": False}
@@ -166,3 +169,16 @@ def test_a_module_of_the_chain_runs_once_per_side(checkpoint: Path, tmp_path: Pa
     calls.clear()
     encoder(*pairs.inputs, *pairs.additional_forward_args)
     assert len(calls) == 2
+
+
+def test_a_command_line_names_it(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory):
+    folder = saved("projected", checkpoint, tmp_path_factory.getbasetemp())
+    assert isinstance(load_named(f"sentence-transformers:{folder}").model, SentenceTransformer)
+
+
+def test_a_processor_that_writes_no_prompt_is_refused(tmp_path: Path):
+    embedders.save_embedding_gemma2(tmp_path)
+    processor = transformers.EmbeddingGemma2Processor.from_pretrained(tmp_path)
+    encoder = DualEncoder(zoo.embedding_gemma2(), processor=processor)
+    with pytest.raises(ValueError, match=r"^processor: .* got EmbeddingGemma2Processor; .*from_sentence_transformers"):
+        encoder.prepare(pictures()[0], TEXTS[0])

@@ -339,3 +339,10 @@ def test_placeholders_before_a_caption_are_refused():
     with pytest.raises(ValueError, match=r"^input_ids: expected captions alone, got the placeholder .*\(60\)"):
         encoder(pixels, ids)
     assert encoder(pixels, ids[:, 2:]).shape == (1,)
+
+
+def test_a_text_tower_of_any_length_is_followed():
+    tower = text_tower()
+    # As towers of open_clip say it whose positions are relative.
+    tower.context_length = 0
+    assert DualEncoder(image_tower(), tower).eval().embeddings_of(1) is tower.embed
