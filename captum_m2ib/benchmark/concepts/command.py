@@ -83,7 +83,8 @@ def run(given: argparse.Namespace) -> None:
         photo for split in SPLITS for photo in read_photos(given.data, given.annotations, split, given.limit).photos
     ]
     backbone = load_backbone(given.backbone, weights=given.weights)
-    questions = questions_about(photos, backbone, _classes(given.classes), given.rank)
+    classes = _classes(given.classes)
+    questions = questions_about(photos, backbone, classes, given.rank)
     if not questions:
         raise ValueError(
             f"--rank: the classifier names nothing that has a mask of fitting size among its first {given.rank} "
@@ -96,6 +97,7 @@ def run(given: argparse.Namespace) -> None:
     model = fit_on_decisions(
         backbone,
         named_place(given.layer),
+        len(classes),
         photos,
         crops=given.crops,
         seed=given.seed,

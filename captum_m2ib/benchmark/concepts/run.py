@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from itertools import islice
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from captum_m2ib.benchmark.concepts.questions import Question
 from captum_m2ib.benchmark.photos.coco import Photo
 from captum_m2ib.benchmark.tables import Figure
 from captum_m2ib.benchmark.truth import lists_of, on_truth
-from captum_m2ib.disent import InfoDisent, InfoDisentAttribution
+from captum_m2ib.disent import FeatureSet, InfoDisent, InfoDisentAttribution
 from captum_m2ib.disent.named import NamedBackbone
 
 OURS = "infodisent"
@@ -38,6 +38,7 @@ Maps = Callable[[Tensor, Tensor], Tensor]
 def fit_on_decisions(
     backbone: NamedBackbone,
     place: str | tuple[str, int],
+    n_classes: int,
     photos: Sequence[Photo],
     *,
     crops: int = 16,
@@ -51,6 +52,7 @@ def fit_on_decisions(
 
         backbone (NamedBackbone): The classifier.
         place (str or tuple): Its layer, as :class:`InfoDisent` takes it.
+        n_classes (int): How many outputs it has.
         photos (sequence of Photo): The photographs.
         crops (int, optional): Parts of each, from 40 % of its sides on. Default: 16
         seed (int, optional): Of parts and training. Default: 0
@@ -60,9 +62,9 @@ def fit_on_decisions(
     Returns:
         InfoDisent: with the classifier's classes.
     """
-    batches = list(_decided(backbone, _parts(photos, backbone, crops, seed), len(photos) * crops, show_progress))
-    model = InfoDisent(backbone.module, place, batches[0][1].shape[1], estimator="max", seed=seed)
-    model.fit(batches, epochs=epochs, cuts=1, seed=seed, show_progress=show_progress)
+    model = InfoDisent(backbone.module, place, n_classes, estimator="max", seed=seed)
+    features = _decided(model, _parts(photos, backbone, crops, seed), len(photos) * crops, show_progress)
+    model.fit(features, epochs=epochs, cuts=1, seed=seed, show_progress=show_progress)
     return model
 
 
@@ -170,18 +172,14 @@ def _parts(photos: Sequence[Photo], backbone: NamedBackbone, crops: int, seed: i
             yield backbone.preparation.tensor(backbone.preparation.crop(part))
 
 
-def _decided(
-    backbone: NamedBackbone, parts: Iterator[Tensor], total: int, show_progress: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pictures with the probabilities of the classifier's classes."""
+def _decided(model: InfoDisent, parts: Iterator[Tensor], total: int, show_progress: bool) -> FeatureSet:
+    """Features of pictures with the probabilities of the classifier's classes, from one pass."""
+    features, labels = [], []
     with tqdm(total=total, desc="Decisions", unit="picture", disable=not show_progress) as bar:
-        batch: list[Tensor] = []
-        for number, part in enumerate(parts, 1):
-            batch.append(part)
-            if len(batch) < _BATCH and number < total:
-                continue
-            images, batch = torch.stack(batch), []
+        while batch := list(islice(parts, _BATCH)):
             with torch.no_grad():
-                output: Any = backbone.module(images)
-            yield images, getattr(output, "logits", output).softmax(1)
-            bar.update(len(images))
+                grid, output = model.reader.read(torch.stack(batch))
+            features.append(grid)
+            labels.append(getattr(output, "logits", output).softmax(1))
+            bar.update(len(batch))
+    return FeatureSet(torch.cat(features), torch.cat(labels))
