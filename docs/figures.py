@@ -1,8 +1,8 @@
 """Figures of the pages: ``python docs/figures.py [FOLDER]``, those of photographs with ``--photographs`` before it.
 
 Those of how-it-works.md and guides/sounds-and-videos.md are drawn from the method itself, that of the rivals from the
-table in benchmark.md, that of quality and cost from what two benchmarks wrote. Those of photographs need the extra ``two-parts``; they are what
-``captum-m2ib explain`` writes, as JPEG.
+table in benchmark.md, that of quality and cost from what two benchmarks wrote. Those of photographs need the extra
+``two-parts``; they are what ``captum-m2ib explain`` writes, as JPEG.
 """
 
 from __future__ import annotations
@@ -170,18 +170,13 @@ def descent() -> Figure:
 def sound() -> Figure:
     """Two tones, of which the caption names one."""
     drawn = draw_sound({"low": (0.5, 1.0), "high": (2.5, 3.0)})
-    return _small(explain(listener(), drawn, "a high tone")[0].plot())
+    return explain(listener(), drawn, "a high tone")[0].plot()
 
 
 def video() -> Figure:
     """Two squares in two frames, of which the caption names one."""
     drawn = draw_video({"red": (2, 1, 4), "blue": (4, 5, 0)})
-    return _small(explain(watcher(), drawn, "a red square")[0].plot())
-
-
-def _small(figure: Figure) -> Figure:
-    figure.set_dpi(90)
-    return figure
+    return explain(watcher(), drawn, "a red square")[0].plot()
 
 
 def rivals() -> Figure:
@@ -327,7 +322,9 @@ def _plain(figure: Figure) -> Figure:
 def main(folder: Path) -> None:
     drawn = {"channel": channel, "descent": descent, "rivals": rivals, "cost": cost, "sound": sound, "video": video}
     for name, draw in drawn.items():
-        draw().savefig(folder / f"{name}.png", metadata={"Software": None})
+        # Noise makes large files.
+        dpi = 90 if draw in (sound, video) else "figure"
+        draw().savefig(folder / f"{name}.png", metadata={"Software": None}, dpi=dpi)
 
 
 if __name__ == "__main__":

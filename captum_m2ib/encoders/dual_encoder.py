@@ -286,7 +286,8 @@ class DualEncoder(LateInteraction):
         if isinstance(layout, PatchLayout) and layout.mask_argument is not None:
             arguments = (*pairs.inputs, *pairs.additional_forward_args)
             # Whatever the mask says, a tower that begins with convolutions reads padding at the end of a short sound.
-            return layout.mask_argument < len(arguments) and not bool(arguments[layout.mask_argument].all())
+            mask = arguments[layout.mask_argument] if layout.mask_argument < len(arguments) else None
+            return mask is not None and len(set(mask.sum(1).tolist())) > 1
         if isinstance(layout, PackedLayout) and layout.drops_padding:
             real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
             return real is not None and len(set(real.sum(1).tolist())) > 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ VideoLike: TypeAlias = "Video | Sequence[PictureLike] | np.ndarray | Tensor | st
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MOST_FRAMES = 10_000
+# Of all frames of one file together, about four gigabytes.
+_MOST_PIXELS = 1_500_000_000
 # Frames are shown small, beside each other.
 _SHOWN_SIDE = 256
 
@@ -155,17 +158,25 @@ def _of_file(path: str, name: str) -> Video:
         with Image.open(path, formats=("GIF", "WEBP", "PNG")) as file:
             check_size(file.size, name, path, MAXIMUM_PIXELS)
             count = getattr(file, "n_frames", 1)
+            if count * file.width * file.height > _MOST_PIXELS:
+                raise _too_large(name, path)
             for index in range(min(count, _MOST_FRAMES + 1)):
                 file.seek(index)
                 frames.append(file.convert("RGB"))
                 seconds.append(now)
                 now += float(file.info.get("duration", 0)) / 1000
-    except (UnidentifiedImageError, OSError, EOFError):
+    except Image.DecompressionBombError:
+        raise _too_large(name, path) from None
+    except (UnidentifiedImageError, OSError, EOFError, SyntaxError, IndexError, struct.error):
         raise ValueError(
             f"{name}: cannot read {path} as frames; expected an animated GIF, WebP or PNG. Of other videos write the "
             "frames to a folder first, e.g. ffmpeg -i FILE FOLDER/%05d.png."
         ) from None
     return Video(frames, seconds=seconds if now > 0 or len(frames) == 1 else None)
+
+
+def _too_large(name: str, path: str) -> ValueError:
+    return ValueError(f"{name}: {path} has too many pixels to read whole; take some of its frames, or resize it first.")
 
 
 def read_videos(
@@ -192,6 +203,10 @@ def read_videos(
         [load_picture(video.frames[index], f"frames[{index}]") for index in indices]
         for video, indices in zip(videos, chosen, strict=True)
     ]
+    for index, frames in enumerate(loaded):
+        if len(sizes := {frame.size for frame in frames}) > 1:
+            told = " and ".join(f"{width} x {height}" for width, height in sorted(sizes))
+            raise ValueError(f"videos[{index}]: expected frames of one size, got {told} pixels; resize them first.")
     process = _process_of(reader, name)
     found = process(loaded)
     shown = [

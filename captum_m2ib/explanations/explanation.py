@@ -287,7 +287,8 @@ class Explanation:
             matplotlib.figure.Figure: outside pyplot; save it with ``figure.savefig(path)``.
 
         Raises:
-            ValueError: as for :meth:`bits_over`, or if ``style`` is unknown or ``share`` is out of range.
+            ValueError: as for :meth:`bits_over`, if ``style`` is unknown or ``share`` is out of range, or for a contour
+                or a whole picture where there is no picture but a sound or a video.
         """
         if self.timeline is not None:
             self._refuse(original)

@@ -383,7 +383,16 @@ def _mark_crop(axes: Any, crop: Sequence[float], shape: tuple[int, ...]) -> None
 
 
 def heat_bar(axes: Any, heat: NDArray[np.float64], scale: str, is_signed: bool, palette: str) -> None:
-    """The colours of a map from zero to its greatest value, with numbers and what these are called."""
+    r"""Draw the colours of a map, from zero to its greatest value, with numbers and what these are called.
+
+    Args:
+
+        axes (matplotlib.axes.Axes): Where, upright.
+        heat (numpy.ndarray): The map.
+        scale (str): What its numbers are called.
+        is_signed (bool): Whether it is drawn on both sides of zero.
+        palette (str): As for :func:`overlay`.
+    """
     from matplotlib.ticker import MaxNLocator
 
     maximum = float(np.abs(heat).max() if is_signed else heat.max())

@@ -105,7 +105,7 @@ def listener() -> DualEncoder:
         >>> encoder = listener()
         >>> pairs = encoder.prepare(draw_sound({"high": (1.0, 1.5)}), ["a high tone", "a low tone"])
         >>> [round(score, 1) for score in encoder(*pairs.inputs, *pairs.additional_forward_args).tolist()]
-        [0.9, 0.2]
+        [1.0, 0.1]
     """
     from transformers import ClapFeatureExtractor
 
@@ -138,7 +138,7 @@ def watcher() -> DualEncoder:
         >>> encoder = watcher()
         >>> pairs = encoder.prepare(draw_video({"red": (2, 0, 5)}), ["a red square", "a blue square"])
         >>> [round(score, 1) for score in encoder(*pairs.inputs, *pairs.additional_forward_args).tolist()]
-        [0.9, 0.2]
+        [1.0, 0.1]
     """
     layout = PatchLayout((1, PATCH, PATCH), axes=(1, 3, 4))
     return _encoder("video", _Squares(), torch.eye(len(COLOURS)) * 4.0, layout, _Frames(), tuple(COLOURS))
@@ -152,18 +152,21 @@ def _encoder(
     with torch.no_grad():
         table.weight.zero_()
         table.weight[1 : len(known) + 1] = torch.eye(len(known))
-    towers = _Tower(embed, head), _Tower(table, 4 * torch.eye(len(known)))
+    towers = _Tower(embed, head, least=0.5), _Tower(table, 2 * torch.eye(len(known)), least=None)
     layouts = (layout, TextLayout(pad_token_id=0))
     encoder = DualEncoder(*towers, modalities=(modality, "text"), layouts=layouts, processor=(reader, words))
     return encoder.eval()
 
 
 class _Tower(nn.Module):
-    """What is found at each place, summed over all of them, beside a constant: with nothing found, nothing matches."""
+    """What is found at each place, summed over all of them, beside a constant: with nothing found, nothing matches.
 
-    def __init__(self, embed: nn.Module, head: Tensor) -> None:
+    Of many places, what is below ``least`` does not count, so that noise adds nothing.
+    """
+
+    def __init__(self, embed: nn.Module, head: Tensor, least: float | None) -> None:
         super().__init__()
-        self.embed = embed
+        self.embed, self.least = embed, least
         self.blocks = nn.ModuleList([_Block(head.shape[1])])
         self.register_buffer("head", head)
         self.head: Tensor
@@ -172,8 +175,8 @@ class _Tower(nn.Module):
         found = self.embed(inputs)
         for block in self.blocks:
             found = block(found)
-        # Half of what can be found is the least that counts, so that noise adds nothing.
-        known = torch.tanh(F.relu(found - 0.5).sum(1) @ self.head.T)
+        counted = found if self.least is None else F.relu(found - self.least)
+        known = torch.tanh(counted.sum(1) @ self.head.T)
         return torch.cat([known, known.new_full((len(known), 1), 0.4)], 1)
 
 

@@ -152,6 +152,20 @@ def test_so_many_frames_of_each_second_need_a_rate():
     assert timeline.frames == (0, 2, 4, 6) and timeline.seconds == (0.0, 0.5, 1.0, 1.5)
 
 
+def test_frames_of_two_sizes_are_no_video():
+    mixed = [Image.new("RGB", (40, 30)), Image.new("RGB", (30, 40))] * 2
+    with pytest.raises(ValueError, match=r"videos\[0\]: expected frames of one size, got 30 x 40 and 40 x 30"):
+        xclip().prepare(mixed, "a dog")
+
+
+def test_a_file_of_too_many_pixels_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pictures = [Image.fromarray(frame) for frame in frames(4)]
+    pictures[0].save(tmp_path / "a.gif", save_all=True, append_images=pictures[1:])
+    monkeypatch.setattr("captum_m2ib.encoders.frames._MOST_PIXELS", 4 * 40 * 60 - 1)
+    with pytest.raises(ValueError, match="too many pixels to read whole"):
+        load_video(tmp_path / "a.gif")
+
+
 def test_videos_of_two_sizes_are_explained_one_by_one():
     sizes = {"do_resize": False, "do_center_crop": False}
     encoder = xclip(transformers.CLIPImageProcessor(**sizes))

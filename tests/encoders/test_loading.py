@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, Sound, explain
 
 FEW = {"n_steps": 2, "n_samples": 2}
 LONGEST = 16
@@ -373,13 +373,17 @@ def test_padding_before_the_words(loaded: tuple[Checkpoint, DualEncoder], monkey
     assert all(explanation.token_bits.any() for explanation in explanations)
 
 
-# Towers that read no pictures.
+# Towers that read sounds and videos.
 
 
-def refuses(encoder: DualEncoder, kind: str, names: str) -> None:
-    with pytest.raises(
-        ValueError, match=rf"^prepare: expected an encoder of pictures and captions.* {kind} with text.*{names}"
-    ):
+def prepares(encoder: DualEncoder, media: Any, given: dict[str, Any]) -> None:
+    """The inputs are what the processor makes, which refuses pictures."""
+    pairs = encoder.prepare(media, CAPTIONS)
+    arguments = dict(zip(encoder.argument_names, (*pairs.inputs, *pairs.additional_forward_args), strict=True))
+    for name, values in arguments.items():
+        torch.testing.assert_close(values, given[name], check_dtype=False)
+    assert len(pairs.timelines) == 3 and not any(timeline.taken for timeline in pairs.timelines)
+    with pytest.raises(ValueError, match=r"frames: expected a uint8 array|an array of samples"):
         encoder.prepare(PICTURES[0], CAPTIONS[0])
 
 
@@ -409,11 +413,11 @@ def test_xclip_reads_videos(tmp_path: Path):
         (),
     )
     encoder = DualEncoder.from_pretrained(checkpoint.save(tmp_path))
-    refuses(encoder, "video", "pixel_values, input_ids, attention_mask")
     videos = [[np.roll(picture, 9 * frame, 1) for frame in range(4)] for picture in PICTURES]
     given = dict(encoder.processor.tokenizer(CAPTIONS, padding=True, return_tensors="pt"))
     given["pixel_values"] = encoder.processor.image_processor(videos, return_tensors="pt")["pixel_values"]
     assert given["pixel_values"].shape == (3, 4, 3, 32, 32)
+    prepares(encoder, videos, given)
     agrees(encoder, given, lambda output: output.logits_per_video)
 
 
@@ -433,12 +437,12 @@ def test_clap_reads_sounds(tmp_path: Path):
     }
     checkpoint = Checkpoint("clap", of_zoo("clap"), roberta_tokenizer, settings, ())
     encoder = DualEncoder.from_pretrained(checkpoint.save(tmp_path))
-    refuses(encoder, "audio", "input_features, input_ids, attention_mask, is_longer")
     times = np.linspace(0, 1, 4000)
     sounds = [np.sin(2 * np.pi * pitch * times).astype(np.float32) for pitch in (100, 300, 900)]
     given = dict(encoder.processor.tokenizer(CAPTIONS, padding=True, return_tensors="pt"))
     extracted = encoder.processor.feature_extractor(sounds, sampling_rate=4000, return_tensors="pt")
     given |= {name: torch.as_tensor(value) for name, value in extracted.items()}
+    prepares(encoder, [Sound(sound, 4000) for sound in sounds], given)
     agrees(encoder, given, lambda output: output.logits_per_audio)
 
 
