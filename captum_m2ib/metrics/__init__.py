@@ -3,9 +3,11 @@
 One family per file: :mod:`confidence` and :mod:`curves` ask the model again with units masked, :mod:`localisation`
 compares maps with masks, boxes and word labels, :mod:`retrain` fits models without the units a map calls relevant,
 :mod:`sanity` changes what a map should depend on, :mod:`perturbations` serves Captum's own infidelity and
-sensitivity. Values come per example, (N,); :func:`summarise` makes one figure of them.
+sensitivity. Values come per example, (N,); :func:`summarise` makes one figure of them,
+:class:`Accumulated` of those of many batches.
 """
 
+from captum_m2ib.metrics.accumulation import Accumulated
 from captum_m2ib.metrics.confidence import Confidence, image_confidence, published_token_confidence, token_confidence
 from captum_m2ib.metrics.curves import (
     PerturbationCurve,
@@ -41,6 +43,7 @@ from captum_m2ib.metrics.similarity import pearson, spearman, ssim
 from captum_m2ib.metrics.summary import Summary, summarise
 
 __all__ = [
+    "Accumulated",
     "BestIoU",
     "Confidence",
     "PerturbationCurve",
