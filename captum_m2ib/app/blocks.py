@@ -182,15 +182,16 @@ def _shower(gr: Any, folder: Path) -> Callable[[Answer | None, str], Iterator[li
         notes = f'<div id="notes">{"<br>".join(map(html.escape, lines))}</div>'
         shown = [_frame(page.decode("utf-8"), caption), gr.update(value=notes, visible=True)]
         yield [*shown, *hidden]
-        # Each answer has files of its own, for two people may ask the same.
-        stem = os.path.join(tempfile.mkdtemp(dir=folder), _file_name(caption, answer.method))
-        paths = [Path(f"{stem}.{kind}") for kind in _KINDS]
-        for path in paths:
-            if path.suffix == ".html":
-                path.write_bytes(page)
-            else:
-                explanation.save(path)
-        yield [gr.skip(), gr.skip(), *(gr.update(value=str(path), visible=True) for path in paths)]
+        # Gradio copies them, and each answer's lie apart, for two people may ask the same.
+        with tempfile.TemporaryDirectory(dir=folder) as made:
+            stem = os.path.join(made, _file_name(caption, answer.method))
+            paths = [Path(f"{stem}.{kind}") for kind in _KINDS]
+            for path in paths:
+                if path.suffix == ".html":
+                    path.write_bytes(page)
+                else:
+                    explanation.save(path)
+            yield [gr.skip(), gr.skip(), *(gr.update(value=str(path), visible=True) for path in paths)]
 
     return show
 

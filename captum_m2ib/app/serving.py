@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -52,7 +53,7 @@ class Guarded:
         await self.app(scope, receive, send_with_policy)
 
     def _is_called(self, scope: Message) -> bool:
-        named = dict(scope["headers"]).get(b"host", b"").decode("latin-1").rpartition(":")[0]
+        named = re.sub(r":\d+$", "", dict(scope["headers"]).get(b"host", b"").decode("latin-1"))
         return self.hosts is None or named in self.hosts
 
 
@@ -74,14 +75,15 @@ def serve(encoder: DualEncoder, name: str, host: str, port: int) -> None:
         # What is handed in and made lies there alone, and goes with the server.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
         # Gradio calls its own server once, and a proxy must not hear of it.
-        os.environ["NO_PROXY"] = os.environ["no_proxy"] = f"127.0.0.1,localhost,{host}"
+        for name in ("NO_PROXY", "no_proxy"):
+            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost", host)))
         gr = import_gradio()
         from starlette.middleware import Middleware
 
         made = Path(folder, "made")
         made.mkdir()
         blocks = make_blocks(encoder, name, _drawn_examples(Path(folder)), made)
-        hosts = ("127.0.0.1", "localhost", "[::1]", host) if is_local else None
+        hosts = ("127.0.0.1", "localhost", "[::1]", host, f"[{host}]") if is_local else None
         blocks.launch(
             server_name=host,
             server_port=port,
@@ -102,7 +104,8 @@ def serve(encoder: DualEncoder, name: str, host: str, port: int) -> None:
             css=(_HERE / "page.css").read_text(encoding="utf-8"),
             head=f"<script>{(_HERE / 'page.js').read_text(encoding='utf-8')}</script>",
         )
-        print(f"page     http://{host}:{port}/ (Ctrl-C ends it)", flush=True)
+        shown = f"[{host}]" if ":" in host else host
+        print(f"page     http://{shown}:{port}/ (Ctrl-C ends it)", flush=True)
         if not is_local:
             print("         whoever reaches this address can use the page: there is no password", flush=True)
         try:

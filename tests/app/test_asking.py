@@ -142,7 +142,9 @@ def test_ports(monkeypatch: pytest.MonkeyPatch):
         free_port("192.0.2.1", 7860)
 
 
-@pytest.mark.parametrize(("host", "status"), [("127.0.0.1:7860", 200), ("evil.example:7860", 421), ("", 421)])
+@pytest.mark.parametrize(
+    ("host", "status"), [("127.0.0.1:7860", 200), ("127.0.0.1", 200), ("evil.example:7860", 421), ("", 421)]
+)
 def test_only_who_calls_the_server_by_its_name_is_heard(host: str, status: int):
     async def app(scope, receive, send):
         await send({"type": "http.response.start", "status": 200, "headers": []})
