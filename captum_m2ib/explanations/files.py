@@ -23,7 +23,6 @@ from captum_m2ib.explanations.page import to_html
 from captum_m2ib.explanations.shown import Explained
 
 if TYPE_CHECKING:
-
     from captum_m2ib.encoders.pictures import PictureLike
 
 _FORMAT, _VERSION = "captum_m2ib.explanation", 4

@@ -73,7 +73,7 @@ def interactions(
 
         >>> found = interactions(encoder, images[0], "a white square", cell=(16, 16), budget=(64, 8))
         >>> found
-        Interactions('a white square', score=..., 3 words x 16 patches, explained: ...)
+        Interactions('a white square', score=0.1837, 3 words x 16 patches, explained: 0.74)
     """
     if not 0 < p < 1:
         raise ValueError(f"p: expected a probability between 0 and 1, got {p!r}.")

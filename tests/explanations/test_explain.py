@@ -115,7 +115,7 @@ def test_settings_say_how_it_was_made(encoder: DualEncoder):
     assert plain.settings["method"] == "MultiModalInfoBottleneck"
     assert plain.settings["layers"] == ["inputs[0]", "text_model.embeddings"]
     assert plain.settings["priors"] == ["pair", "standardised"]
-    assert plain.settings["internal_batch_size"] == 80
+    assert plain.settings["internal_batch_size"] is None
     method = MultiModalInfoBottleneck.published(encoder)
     given = {"beta": (0.1, 0.2), "variance": 2.0, "lr": 0.5, "seed": 9, "joint": True, **QUICK}
     (one,) = explain(encoder, picture(), CAPTIONS[0], method=method, internal_batch_size=7, **given)

@@ -185,7 +185,7 @@ def test_refused(heard: list[Explanation], call: Any, says: str):
 
 
 def test_a_page_is_not_laid_over_a_picture(seen: list[Explanation], tmp_path: Path):
-    with pytest.raises(ValueError, match=r"original: .*this is a video"):
+    with pytest.raises(ValueError, match=r"original, interactions: .*this is a video"):
         seen[0].save(tmp_path / "one.html", np.zeros((4, 4, 3), np.uint8))
     with pytest.raises(ValueError, match="compare: lays pictures side by side, this encoder reads video"):
         compare(watcher(), draw_video(SQUARES), "a red square")
