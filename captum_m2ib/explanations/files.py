@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ from captum_m2ib.encoders.regions import Region
 from captum_m2ib.explanations.shown import Shown
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import (
+    PALETTES,
     at_display_size,
     heat_colors,
     overlay,
@@ -58,7 +59,7 @@ class Explained(Shown, Protocol):
     @property
     def region(self) -> Region | None: ...
     def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
-    def plot(self, original: PictureLike | None = None) -> Figure: ...
+    def plot(self, original: PictureLike | None = None, *, style: str = "heat", share: float = 0.5) -> Figure: ...
 
 
 def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None = None) -> Path:
@@ -77,16 +78,32 @@ def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None =
     return path
 
 
-def to_png(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "png")
+class Drawing(NamedTuple):
+    """How a figure or a page is drawn: over which picture, and in which style."""
+
+    original: PictureLike | None = None
+    style: str = "heat"
+    share: float = 0.5
 
 
-def _to_pdf(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "pdf")
+_AS_USUAL = Drawing()
 
 
-def _to_svg(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "svg")
+def to_png(explanation: Explained, drawing: Drawing = _AS_USUAL) -> bytes:
+    return _drawn(explanation, drawing, "png")
+
+
+def _to_pdf(explanation: Explained, drawing: Drawing) -> bytes:
+    return _drawn(explanation, drawing, "pdf")
+
+
+def _to_svg(explanation: Explained, drawing: Drawing) -> bytes:
+    return _drawn(explanation, drawing, "svg")
+
+
+def _drawn(explanation: Explained, drawing: Drawing, kind: str) -> bytes:
+    figure = explanation.plot(drawing.original, style=drawing.style, share=drawing.share)
+    return figure_bytes(figure, kind)
 
 
 FIGURES = {".png": "png", ".pdf": "pdf", ".svg": "svg"}
@@ -133,13 +150,15 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "check": header.get("check"), "unit": header.get("unit", "bits"), "region": header.get("region")}
 
 
-def _without_original(original: PictureLike | None, kind: str) -> None:
-    if original is not None:
+def _undrawn(drawing: Drawing, kind: str) -> None:
+    if drawing.original is not None:
         raise ValueError(f"original: {kind} holds what the model saw and where; leave it out, or give it to plot().")
+    if drawing.style != "heat":
+        raise ValueError(f"style: {kind} holds numbers, which are drawn when they are looked at; leave it out.")
 
 
-def _to_npz(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    _without_original(original, ".npz")
+def _to_npz(explanation: Explained, drawing: Drawing) -> bytes:
+    _undrawn(drawing, ".npz")
     arrays: dict[str, Any] = {name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")}
     if explanation.patch_bits is not None:
         arrays["patch_bits"] = explanation.patch_bits
@@ -155,8 +174,8 @@ def _from_npz(data: bytes) -> dict[str, Any]:
         return {**_fields(json.loads(str(stored["header"]))), **arrays}
 
 
-def _to_json(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    _without_original(original, ".json")
+def _to_json(explanation: Explained, drawing: Drawing) -> bytes:
+    _undrawn(drawing, ".json")
     patch_bits = explanation.patch_bits
     document = {
         **_header(explanation),
@@ -219,19 +238,23 @@ pre{background:#f4f4f6;padding:.75rem;border-radius:5px;overflow-x:auto;font-siz
 """.strip()
 
 
-def _to_html(explanation: Explained, original: PictureLike | None = None) -> bytes:
+def _to_html(explanation: Explained, drawing: Drawing) -> bytes:
+    if drawing.style not in PALETTES:
+        known = ", ".join(PALETTES)
+        raise ValueError(f"style: a page is drawn as one of {known}, got {drawing.style!r}; save a figure.")
     wording = WORDINGS[explanation.unit]
-    picture, values = explanation.shown(original)
+    picture, values = explanation.shown(drawing.original)
     heat, scale = wording.per_pixels(values.astype(np.float64))
     is_signed = wording.is_signed(heat)
     shown = at_display_size(picture)
-    pictures = (("picture", shown), (wording.title(heat), overlay(shown, heat, signed=is_signed)))
+    heated = overlay(shown, heat, signed=is_signed, palette=drawing.style)
+    pictures = (("picture", shown), (wording.title(heat), heated))
     figures = "\n".join(
         f'<figure><figcaption>{name}</figcaption><img alt="{name}" src="data:image/jpeg;base64,'
         f'{encoded_picture(panel, "JPEG", quality=90, subsampling=0)}"></figure>'
         for name, panel in pictures
     )
-    colors = heat_colors(24, signed=is_signed)
+    colors = heat_colors(24, signed=is_signed, palette=drawing.style)
     stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
     most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
     least = f"−{most:.3g}" if is_signed else "0"
@@ -252,20 +275,7 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
     if wording.has_totals:
         both = (("image", explanation.image_total_bits), ("text", explanation.token_total_bits))
         totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
-    page = f"""<!DOCTYPE html>
-<html>
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<meta name="color-scheme" content="light">
-<title>{caption}</title>
-<style>
-{_STYLE}
-</style>
-</head>
-<body>
-<h1><bdi>{caption}</bdi></h1>
+    body = f"""<h1><bdi>{caption}</bdi></h1>
 <p class="totals">{" · ".join(totals)}</p>
 {check}<div class="pictures">
 {figures}
@@ -276,14 +286,33 @@ def _to_html(explanation: Explained, original: PictureLike | None = None) -> byt
 <div>
 {tokens}
 </div>
-{details_html}
+{details_html}"""
+    return html_page(caption, body)
+
+
+def html_page(title: str, body: str) -> bytes:
+    """A page that asks for nothing but its own pictures and styles; both texts are HTML."""
+    page = f"""<!DOCTYPE html>
+<html>
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
+<meta name="color-scheme" content="light">
+<title>{title}</title>
+<style>
+{_STYLE}
+</style>
+</head>
+<body>
+{body}
 </body>
 </html>
 """
     return page.encode("utf-8", "replace")
 
 
-WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
+WRITERS: dict[str, Callable[[Explained, Drawing], bytes]] = {
     ".png": to_png,
     ".pdf": _to_pdf,
     ".svg": _to_svg,
