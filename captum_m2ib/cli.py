@@ -109,7 +109,7 @@ def _add_explain(commands: Any) -> None:
         "--output",
         metavar="FILE",
         default="explanation.png",
-        help=".png, .pdf, .svg, .html, .npz or .json; of several methods or captions a figure (default: %(default)s)",
+        help=".png, .pdf, .svg, .html, .npz or .json; of several methods or captions no data (default: %(default)s)",
     )
     parser.add_argument(
         "--layers",
@@ -122,6 +122,13 @@ def _add_explain(commands: Any) -> None:
     parser.add_argument("--published", action="store_true", help="--method m2ib-published")
     parser.add_argument(
         "--whole", action="store_true", help="lay the map over the whole picture, of which the model may see a part"
+    )
+    parser.add_argument(
+        "--style",
+        choices=("heat", "safe", "contour"),
+        default="heat",
+        help="of one explanation: safe survives a grey print and colour blindness; contour, for figures, is a line "
+        "round the top half of the map (default: %(default)s)",
     )
     parser.add_argument("--beta", type=float, help="weight of information (default: as measured for the prior)")
     parser.add_argument("--steps", type=int, help="optimisation steps (default: the method's)")
@@ -214,6 +221,7 @@ def _explain(given: argparse.Namespace) -> None:
     if given.instead_of is not None and (given.method != ["m2ib"] or given.published or given.layers):
         raise ValueError("--instead-of: is for the method m2ib at its own layers; leave out the other or this.")
     from captum_m2ib.attr.registry import METHODS
+    from captum_m2ib.explanations.compare import COMPARED
     from captum_m2ib.explanations.files import FIGURES, check_output
 
     for name in given.method:
@@ -223,7 +231,11 @@ def _explain(given: argparse.Namespace) -> None:
     several = len(given.method) > 1 or len(given.text) > 1
     if timed is not None and (several or given.whole):
         raise ValueError(f"{timed}: one caption, one method and no --whole; explain others one by one.")
-    output = check_output(given.output, FIGURES if several else None)
+    output = check_output(given.output, COMPARED if several else None)
+    if given.style != "heat" and several:
+        raise ValueError("--style: is for the figure or page of one explanation; leave it out.")
+    if given.style == "contour" and output.suffix.lower() not in FIGURES:
+        raise ValueError(f"--style contour: is for a figure, .png, .pdf or .svg, got {given.output}.")
     if given.whole and (several or output.suffix.lower() not in (*FIGURES, ".html")):
         raise ValueError(
             f"--whole: is for the figure or page of one explanation, .png, .pdf, .svg or .html, got {given.output}; "
@@ -300,7 +312,7 @@ def _explain_one(encoder: DualEncoder, image: Any, text: str, given: argparse.Na
         show_progress=sys.stderr.isatty(),
         **_settings(name, given),
     )[0]
-    explanation.save(output, image if given.whole else None)
+    explanation.save(output, image if given.whole else None, style=given.style)
     print(_summary(explanation))
     print(_written(output))
 

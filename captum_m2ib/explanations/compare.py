@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import PictureLike, load_picture
 from captum_m2ib.explanations.comparison_figure import comparison_figure
+from captum_m2ib.explanations.comparison_page import comparison_page
 from captum_m2ib.explanations.embedding import figure_bytes
 from captum_m2ib.explanations.explain import explain
 from captum_m2ib.explanations.explanation import Explanation
@@ -21,7 +22,10 @@ from captum_m2ib.explanations.methods import Method
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Comparison", "MethodRow", "compare"]
+COMPARED = {**FIGURES, ".html": "html"}
+"""Endings of a comparison's files, and what they are."""
+
+__all__ = ["COMPARED", "Comparison", "MethodRow", "compare"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +64,11 @@ class Comparison:
         return comparison_figure([(row.name, row.seconds, row.explanations) for row in self.rows])
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        r"""Write the figure; it appears complete or not at all.
+        r"""Write the figure, or a page with the same; it appears complete or not at all.
 
         Args:
 
-            path (str or PathLike): Ends in ``.png``, ``.pdf`` or ``.svg``.
+            path (str or PathLike): Ends in ``.png``, ``.pdf``, ``.svg`` or ``.html``.
 
         Returns:
             Path: the path that was written.
@@ -73,8 +77,10 @@ class Comparison:
             ValueError: if the name ends in anything else.
             FileNotFoundError: if the directory does not exist.
         """
-        path = check_output(path, FIGURES)
-        replace_file(path, figure_bytes(self.plot(), one_of(FIGURES, path)))
+        path = check_output(path, COMPARED)
+        kind = one_of(COMPARED, path)
+        rows = [(row.name, row.seconds, row.explanations) for row in self.rows]
+        replace_file(path, comparison_page(rows) if kind == "html" else figure_bytes(self.plot(), kind))
         return path
 
 

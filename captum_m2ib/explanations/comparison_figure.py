@@ -79,7 +79,7 @@ def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> Fig
     y = _MARGIN + 0.35
     for (name, seconds, _), line, taken in zip(rows, cells, heights, strict=True):
         page.plot((_MARGIN, width - _MARGIN), (y, y), color=EDGE, linewidth=0.8)
-        write(page, _MARGIN, y + 0.2, _title(name, seconds, line[0].shown.unit), size=10.5)
+        write(page, _MARGIN, y + 0.2, row_title(name, seconds, line[0].shown.unit), size=10.5)
         for column, cell in enumerate(line):
             x, top = _MARGIN + column * pitch, y + 0.45
             _draw_map(figure, cell.shown, (x, top, wide, high), (width, height))
@@ -91,7 +91,7 @@ def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> Fig
     return figure
 
 
-def _title(name: str, seconds: float, unit: str) -> str:
+def row_title(name: str, seconds: float, unit: str) -> str:
     took = f"{seconds:.2g} s" if seconds < 10 else f"{seconds:.0f} s"
     return f"{name}   ·   {WORDINGS[unit].name}   ·   {took}"
 

@@ -64,9 +64,9 @@ def figure_bytes(figure: Figure, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def ramps() -> dict[str, list[list[int]]]:
+def ramps(palette: str = "heat") -> dict[str, list[list[int]]]:
     """256 colours of heat as red, green, blue and opacity, and as many for values below zero."""
-    sides = {"heat": heat_ramp(0.85), "cold": heat_ramp(0.85, below=True)}
+    sides = {"heat": heat_ramp(0.85, palette=palette), "cold": heat_ramp(0.85, below=True, palette=palette)}
     return {
         name: np.rint(255 * np.concatenate([colors, opacity[:, None]], axis=1)).astype(int).tolist()
         for name, (colors, opacity) in sides.items()

@@ -22,6 +22,7 @@ from captum_m2ib.encoders.timelines import Timeline, VideoTimeline, ensure_timel
 from captum_m2ib.explanations.checking import ensure_check, told
 from captum_m2ib.explanations.files import READERS, WRITERS, check_output, one_of, replace_file, to_png
 from captum_m2ib.explanations.lettering import format_score
+from captum_m2ib.explanations.shown import Drawing
 from captum_m2ib.explanations.timed_figure import timed_figure
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import pair_figure
@@ -316,7 +317,14 @@ class Explanation:
             crop=crop,
         )
 
-    def save(self, path: str | os.PathLike[str], original: PictureLike | None = None) -> Path:
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        original: PictureLike | None = None,
+        *,
+        style: str = "heat",
+        share: float = 0.5,
+    ) -> Path:
         r"""Write the explanation to a file; the name's ending says how.
 
         ``.png``, ``.pdf`` and ``.svg``: the figure. ``.html``: one page that needs no other file. ``.npz`` and
@@ -327,17 +335,20 @@ class Explanation:
 
             path (str or PathLike): The file, in a directory that exists.
             original (picture, optional): For a figure or a page the whole picture, as for :meth:`plot`. Default: None
+            style (str, optional): For a figure as for :meth:`plot`; a page is drawn as ``"heat"`` or ``"safe"``.
+                Default: "heat"
+            share (float, optional): As for :meth:`plot`. Default: 0.5
 
         Returns:
             Path: the path that was written.
 
         Raises:
-            ValueError: if the name ends in anything else, or as for :meth:`bits_over`.
+            ValueError: if the name ends in anything else, such a file has no such style, or as for :meth:`plot`.
             FileNotFoundError: if the directory does not exist.
         """
         path = check_output(path)
         write = one_of(WRITERS, path)
-        replace_file(path, write(self, original))
+        replace_file(path, write(self, Drawing(original, style, share)))
         return path
 
     def _refuse(self, original: PictureLike | None) -> None:

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from captum_m2ib.encoders.timelines import VideoTimeline, ensure_timeline, to_plain
 from captum_m2ib.explanations.embedding import encoded_picture, figure_bytes
 from captum_m2ib.explanations.page import to_html
-from captum_m2ib.explanations.shown import Explained
+from captum_m2ib.explanations.shown import Drawing, Explained
 
 if TYPE_CHECKING:
-    from captum_m2ib.encoders.pictures import PictureLike
+    pass
 
 _FORMAT, _VERSION = "captum_m2ib.explanation", 4
 _READ = (1, 2, 3, 4)
@@ -46,16 +46,28 @@ def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None =
     return path
 
 
-def to_png(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "png")
+_AS_USUAL = Drawing()
 
 
-def _to_pdf(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "pdf")
+def to_png(explanation: Explained, drawing: Drawing = _AS_USUAL) -> bytes:
+    return _drawn(explanation, drawing, "png")
 
 
-def _to_svg(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    return figure_bytes(explanation.plot(original), "svg")
+def _to_pdf(explanation: Explained, drawing: Drawing) -> bytes:
+    return _drawn(explanation, drawing, "pdf")
+
+
+def _to_svg(explanation: Explained, drawing: Drawing) -> bytes:
+    return _drawn(explanation, drawing, "svg")
+
+
+def _drawn(explanation: Explained, drawing: Drawing, kind: str) -> bytes:
+    figure = explanation.plot(drawing.original, style=drawing.style, share=drawing.share)
+    return figure_bytes(figure, kind)
+
+
+def _to_page(explanation: Explained, drawing: Drawing) -> bytes:
+    return to_html(explanation, drawing.original, style=drawing.style)
 
 
 FIGURES = {".png": "png", ".pdf": "pdf", ".svg": "svg"}
@@ -93,13 +105,15 @@ def _fields(header: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **later, "unit": header.get("unit", "bits")}
 
 
-def _without_original(original: PictureLike | None, kind: str) -> None:
-    if original is not None:
+def _undrawn(drawing: Drawing, kind: str) -> None:
+    if drawing.original is not None:
         raise ValueError(f"original: {kind} holds what the model saw and where; leave it out, or give it to plot().")
+    if drawing.style != "heat":
+        raise ValueError(f"style: {kind} holds numbers, which are drawn when they are looked at; leave it out.")
 
 
-def _to_npz(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    _without_original(original, ".npz")
+def _to_npz(explanation: Explained, drawing: Drawing) -> bytes:
+    _undrawn(drawing, ".npz")
     arrays: dict[str, Any] = {name: getattr(explanation, name) for name in ("image", "image_bits", "token_bits")}
     if explanation.patch_bits is not None:
         arrays["patch_bits"] = explanation.patch_bits
@@ -115,8 +129,8 @@ def _from_npz(data: bytes) -> dict[str, Any]:
         return {**_fields(json.loads(str(stored["header"]))), **arrays}
 
 
-def _to_json(explanation: Explained, original: PictureLike | None = None) -> bytes:
-    _without_original(original, ".json")
+def _to_json(explanation: Explained, drawing: Drawing) -> bytes:
+    _undrawn(drawing, ".json")
     patch_bits = explanation.patch_bits
     document = {
         **_header(explanation),
@@ -155,11 +169,11 @@ def _picture(png: bytes) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("RGB"))
 
 
-WRITERS: dict[str, Callable[[Explained, PictureLike | None], bytes]] = {
+WRITERS: dict[str, Callable[[Explained, Drawing], bytes]] = {
     ".png": to_png,
     ".pdf": _to_pdf,
     ".svg": _to_svg,
-    ".html": to_html,
+    ".html": _to_page,
     ".npz": _to_npz,
     ".json": _to_json,
 }

@@ -18,7 +18,7 @@ from captum_m2ib.explanations.embedding import data_text, encoded_picture, figur
 from captum_m2ib.explanations.shown import Explained
 from captum_m2ib.explanations.timed_figure import panels_figure
 from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import at_display_size, heat_colors, overlay, token_html
+from captum_m2ib.explanations.visualization import PALETTES, at_display_size, heat_colors, overlay, token_html
 
 if TYPE_CHECKING:
     from captum_m2ib.encoders.pictures import PictureLike
@@ -30,7 +30,11 @@ _PARTS = 16
 
 
 def to_html(
-    explanation: Explained, original: PictureLike | None = None, *, interactions: ArrayLike | None = None
+    explanation: Explained,
+    original: PictureLike | None = None,
+    *,
+    style: str = "heat",
+    interactions: ArrayLike | None = None,
 ) -> bytes:
     r"""An explanation as a page.
 
@@ -38,6 +42,7 @@ def to_html(
 
         explanation (Explanation): What is shown.
         original (picture, optional): The whole picture, as for :meth:`captum_m2ib.Explanation.plot`. Default: None
+        style (str, optional): ``"heat"``, or ``"safe"`` for grey prints and colour blindness. Default: "heat"
         interactions (array, optional): Per token, how each patch acts together with it, (tokens, rows, columns), in
             units of the score: a click on a token then shows its patches. Default: None (tokens are not clickable)
 
@@ -46,28 +51,56 @@ def to_html(
 
     Raises:
         ValueError: as for :meth:`captum_m2ib.Explanation.bits_over`, if interactions are not of the tokens, or not
-            finite, or if either is given for a sound or a video.
+            finite, if either is given for a sound or a video, or for another style.
 
     Examples::
 
         >>> to_html(explain(encoder, images[0], captions[0], method="legrad")[0])[:15]
         b'<!DOCTYPE html>'
     """
+    if style not in PALETTES:
+        raise ValueError(f"style: a page is drawn as one of {', '.join(PALETTES)}, got {style!r}; save a figure.")
     timeline = explanation.timeline
     if timeline is None:
-        maps, data = _maps(explanation, original), data_text(_data(explanation, original, interactions))
+        maps = _maps(explanation, original, style)
+        data = data_text({**_data(explanation, original, interactions), "colours": ramps(style)})
     elif original is None and interactions is None:
-        maps, data = _timed(explanation, timeline), None
+        maps, data = _timed(explanation, timeline, style), None
     else:
         raise ValueError(
             f"original, interactions: these are laid over a picture, and this is a {explanation.kind}; leave them out."
         )
     caption = html.escape(explanation.caption) or "(empty caption)"
-    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src {source_of(script)}"
     tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
-    scripts = data and f'<script type="application/json" id="data">{data}</script>\n<script>{script}</script>\n'
     how = ' <span class="quiet" id="how" hidden>· click one to see its patches</span>' if data else ""
+    body = f"""<h1><bdi>{caption}</bdi></h1>
+<p class="totals">{" · ".join(_totals(explanation))}</p>
+{_notes(explanation)}{maps}
+<h2>tokens, {WORDINGS[explanation.unit].name} below each{how}</h2>
+<div id="tokens">
+{tokens}
+</div>
+{_details(explanation)}"""
+    return html_page(caption, body, data)
+
+
+def html_page(title: str, body: str, data: str | None = None) -> bytes:
+    r"""A page that asks for nothing but its own pictures, style and script.
+
+    Args:
+
+        title (str): HTML without elements.
+        body (str): HTML.
+        data (str, optional): What the script of a map reads, as :func:`data_text` writes it. Default: None (no script)
+
+    Returns:
+        bytes: HTML in UTF-8.
+    """
+    style, script = ((_HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    policy, scripts = "default-src 'none'; img-src data:; style-src 'unsafe-inline'", ""
+    if data is not None:
+        policy += f"; script-src {source_of(script)}"
+        scripts = f'\n<script type="application/json" id="data">{data}</script>\n<script>{script}</script>'
     page = f"""<!DOCTYPE html>
 <html>
 <head>
@@ -75,26 +108,19 @@ def to_html(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="color-scheme" content="light">
-<title>{caption}</title>
+<title>{title}</title>
 <style>
 {style}</style>
 </head>
 <body>
-<h1><bdi>{caption}</bdi></h1>
-<p class="totals">{" · ".join(_totals(explanation))}</p>
-{_notes(explanation)}{maps}
-<h2>tokens, {WORDINGS[explanation.unit].name} below each{how}</h2>
-<div id="tokens">
-{tokens}
-</div>
-{_details(explanation)}
-{scripts or ""}</body>
+{body}{scripts}
+</body>
 </html>
 """
     return page.encode("utf-8", "replace")
 
 
-def _maps(explanation: Explained, original: PictureLike | None) -> str:
+def _maps(explanation: Explained, original: PictureLike | None, style: str) -> str:
     """A picture, the same under its map, and the map's colours."""
     wording = WORDINGS[explanation.unit]
     picture, values = explanation.shown(original)
@@ -104,16 +130,17 @@ def _maps(explanation: Explained, original: PictureLike | None) -> str:
     title = wording.title(heat)
     first, second = (
         f"data:image/jpeg;base64,{encoded_picture(panel, 'JPEG', quality=90, subsampling=0)}"
-        for panel in (shown, overlay(shown, heat, signed=is_signed))
+        for panel in (shown, overlay(shown, heat, signed=is_signed, palette=style))
     )
-    colors = heat_colors(24, signed=is_signed)
+    colors = heat_colors(24, signed=is_signed, palette=style)
     stops = ",".join("rgb({:.0f} {:.0f} {:.0f})".format(*(255 * color)) for color in colors)
     most = float(np.abs(heat).max() if is_signed else max(heat.max(), 0.0))
     least = f"−{most:.3g}" if is_signed else "0"
     return f"""<div class="pictures">
 <figure><figcaption>picture</figcaption><img id="picture" alt="picture" src="{first}"></figure>
 <figure><figcaption id="title">{title}</figcaption>
-<div class="view" id="view" aria-label="map; arrow keys go through its parts"><img alt="{title}" src="{second}"></div>
+<div class="view {style}" id="view" aria-label="map; arrow keys go through its parts">
+<img alt="{title}" src="{second}"></div>
 </figure>
 </div>
 <div class="tools" id="tools" hidden>
@@ -124,9 +151,9 @@ def _maps(explanation: Explained, original: PictureLike | None) -> str:
 <div class="scale" id="scale"><span>{least}</span><span>{scale}</span><span>{most:.3g}</span></div>"""
 
 
-def _timed(explanation: Explained, timeline: Timeline) -> str:
+def _timed(explanation: Explained, timeline: Timeline, style: str) -> str:
     """A sound or the frames of a video with their map, as figures draw them."""
-    drawn = base64.b64encode(figure_bytes(panels_figure(explanation, timeline), "png")).decode("ascii")
+    drawn = base64.b64encode(figure_bytes(panels_figure(explanation, timeline, style), "png")).decode("ascii")
     return (
         f'<figure class="timed"><img alt="{explanation.kind} and its map" src="data:image/png;base64,{drawn}"></figure>'
     )
@@ -172,7 +199,6 @@ def _data(explanation: Explained, original: PictureLike | None, interactions: Ar
         "part": "part" if patches is None else "patch",
         "box": box,
         "interactions": None if interactions is None else _checked(interactions, len(explanation.tokens), cells.shape),
-        "colours": ramps(),
     }
 
 

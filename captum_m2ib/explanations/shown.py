@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,4 +62,12 @@ class Explained(Shown, Protocol):
     @property
     def timeline(self) -> Timeline | None: ...
     def shown(self, original: PictureLike | None = None) -> tuple[NDArray[np.uint8], NDArray[np.float32]]: ...
-    def plot(self, original: PictureLike | None = None) -> Figure: ...
+    def plot(self, original: PictureLike | None = None, *, style: str = "heat", share: float = 0.5) -> Figure: ...
+
+
+class Drawing(NamedTuple):
+    """How a figure or a page is drawn: over which picture, and in which style."""
+
+    original: PictureLike | None = None
+    style: str = "heat"
+    share: float = 0.5

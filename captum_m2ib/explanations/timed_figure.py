@@ -47,9 +47,9 @@ def timed_figure(shown: Shown, timeline: Timeline, score_name: str, style: str =
     return sheet.figure
 
 
-def panels_figure(shown: Shown, timeline: Timeline) -> Figure:
+def panels_figure(shown: Shown, timeline: Timeline, style: str = "heat") -> Figure:
     """The panels alone, as pages show them beside text of their own."""
-    panels = _panels(shown, timeline, "heat")
+    panels = _panels(shown, timeline, style)
     page = Page(panels.height + 0.45)
     panels.draw(page, 0.4)
     return page.figure

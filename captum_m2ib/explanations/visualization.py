@@ -45,7 +45,7 @@ STYLES = ("heat", "safe", "contour")
 """How a map is drawn: heat, heat that survives a grey print and colour blindness, or a line round its top share."""
 
 # Per palette, above and below zero, a colour map and where it starts.
-_PALETTES = {
+PALETTES = {
     "heat": (("inferno", 0.38), ("BuGn_r", 0.1)),
     "safe": (("cividis", 0.4), ("Blues_r", 0.1)),
 }
@@ -433,7 +433,7 @@ def heat_ramp(
     if not 0 < strength <= 1:
         raise ValueError(f"strength must be in (0, 1], got {strength}")
     level = np.linspace(0, 1, 256)
-    name, start = _PALETTES[palette][below]
+    name, start = PALETTES[palette][below]
     colors = colormaps[name](start + 0.6 * level)[:, :3]
     return colors.astype(np.float32), (strength * level**0.6).astype(np.float32)
 

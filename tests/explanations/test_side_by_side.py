@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,19 @@ def test_figures_for_papers(ending: str, encoder: DualEncoder, tmp_path: Path):
     assert first.startswith(start) and found.save(tmp_path / f"b.{ending}").read_bytes() == first
     one = found.rows[0].explanations[0]
     assert one.save(tmp_path / f"one.{ending}").read_bytes().startswith(start)
-    with pytest.raises(ValueError, match=r"must end in one of \.png, \.pdf, \.svg, got 'a\.npz'"):
+    with pytest.raises(ValueError, match=r"must end in one of \.png, \.pdf, \.svg, \.html, got 'a\.npz'"):
         found.save(tmp_path / "a.npz")
+
+
+def test_a_page_has_every_map_and_takes_no_caption_for_markup(encoder: DualEncoder, tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # words that the model does not know
+        found = compare(
+            encoder, PROBE.image, [PROBE.caption, "<b>a & b</b>"], ["nib", "legrad"], settings={"nib": {"n_steps": 2}}
+        )
+    page = found.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<img ") == 4 and "<b>" not in page and "&lt;b&gt;a &amp; b&lt;/b&gt;" in page
+    assert "nib   ·   units of the score" in page and "check: image map" in page and "default-src 'none'" in page
 
 
 def test_what_cannot_be_compared(encoder: DualEncoder):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 from captum.attr import visualization
 from matplotlib.patches import Rectangle
+from PIL import Image
 
 from captum_m2ib import DualEncoder, Explanation, explain
+from captum_m2ib.cli import main
 from captum_m2ib.explanations.visualization import heat_colors, top_share
 from captum_m2ib.scenes import CHECKPOINT, image_probes
 
@@ -70,3 +76,47 @@ def test_captum_draws_the_same_map(explanation: Explanation):
     )
     drawn = np.asarray(axes.images[0].get_array())
     np.testing.assert_allclose(drawn, bits / bits.max(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("style", "ending"), [("safe", "svg"), ("contour", "svg"), ("safe", "html")])
+def test_styles_are_saved(explanation: Explanation, style: str, ending: str, tmp_path: Path):
+    usual = explanation.save(tmp_path / f"usual.{ending}").read_text()
+    found = explanation.save(tmp_path / f"styled.{ending}", style=style).read_text()
+    assert found != usual
+    assert ("lie inside the line" in figure_texts(explanation.plot(style=style))) == (style == "contour")
+
+
+def figure_texts(figure: Any) -> str:
+    return " ".join(text.get_text() for axes in figure.axes for text in axes.texts)
+
+
+def test_what_has_no_such_style_is_refused(explanation: Explanation, tmp_path: Path):
+    for name, style, says in (
+        ("a.html", "contour", "style: a page is drawn as one of heat, safe, got 'contour'; save a figure"),
+        ("a.npz", "safe", "style: .npz holds numbers"),
+        ("a.json", "safe", "style: .json holds numbers"),
+        ("a.png", "red", "style: expected one of heat, safe, contour, got 'red'"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(says)):
+            explanation.save(tmp_path / name, style=style)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command_draws_in_a_style(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (64, 64), (200, 30, 30)).save(picture)
+    quick = ["--model", str(checkpoint), "--method", "legrad", "--no-check"]
+    for style in ("heat", "safe", "contour"):
+        given = ["explain", str(picture), "a red cross", *quick, "--style", style]
+        assert main([*given, "--output", str(tmp_path / f"{style}.svg")]) == 0
+    assert len({(tmp_path / f"{style}.svg").read_bytes() for style in ("heat", "safe", "contour")}) == 3
+    capsys.readouterr()
+    for arguments, says in (
+        (
+            ["a red cross", "--output", str(tmp_path / "a.html"), "--style", "contour"],
+            "--style contour: is for a figure",
+        ),
+        (["a red cross", "a star", "--style", "safe"], "--style: is for the figure or page of one explanation"),
+    ):
+        assert main(["explain", str(picture), *arguments, *quick]) == 2
+        assert says in capsys.readouterr().err
