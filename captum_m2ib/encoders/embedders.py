@@ -41,6 +41,10 @@ _LANGUAGE = ("language_model", "text_model", "text_encoder")
 # What a network may read of a picture beside its pixels, by the names of its arguments; of a prompt around it, too.
 _BESIDE = ("image_grid_thw", "spatial_shapes", "pixel_attention_mask")
 _OF_PROMPT = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_KNOWN = {
+    "image": {"pixel_values", "image_position_ids", *_BESIDE, *_OF_PROMPT},
+    "text": {"input_ids", "attention_mask", "prompt_length"},
+}
 
 
 class Reader(NamedTuple):
@@ -63,9 +67,13 @@ class Reader(NamedTuple):
         return set(inspect.signature(getattr(self.module.model, method)).parameters)
 
     def towers(self, names: Sequence[str]) -> tuple[str, ...]:
-        """Where its network may keep a tower of one of these names; the network itself comes last."""
-        inside = [f"{self.path}.model.{within}{name}" for within in ("", "model.") for name in names]
-        return (*inside, f"{self.path}.model")
+        """Where its network may keep a tower of one of these names."""
+        return tuple(f"{self.path}.model.{within}{name}" for within in ("", "model.") for name in names)
+
+    @property
+    def network(self) -> str:
+        """Where its network lies."""
+        return f"{self.path}.model"
 
 
 def is_embedder(model: Any) -> bool:
@@ -103,10 +111,15 @@ def family_of_embedder(model: Any) -> Family | None:
         beside = ["pixel_attention_mask", "spatial_shapes"]
     around = [f"page_{name}" for name in _OF_PROMPT if name in taken] if is_prompted else []
     reads = ("input_ids", "attention_mask", *(("prompt_length",) if _excludes_prompts(model) else ()))
+    # A network that reads pictures among tokens has a tower for them, or their patches have no place in it.
+    visual = (*image.towers(_VISUAL), *(() if is_prompted else (image.network,)))
+    language = (*text.towers(_LANGUAGE), text.network)
     sides = (
-        Side("image", _encode("image", image), ("pixel_values", *around, *beside), image.towers(_VISUAL)),
-        Side("text", _encode("text", text), reads, text.towers(_LANGUAGE), is_filled=True),
+        Side("image", _encode("image", image), ("pixel_values", *around, *beside), visual),
+        Side("text", _encode("text", text), reads, language, is_filled=True),
     )
+    if not all(side.is_offered(model) for side in sides):
+        return None
     return Family(sides, score=_SCORES[similarity], is_shared=is_prompted and image.module is text.module)
 
 
@@ -217,11 +230,23 @@ class PromptedProcessor:
     def _features(self, kind: str, given: list[Any]) -> Iterator[tuple[str, Tensor]]:
         task = _TASKS[kind]
         read: Mapping[str, Any] = self._model.preprocess(given, prompt=self._prompt(task), task=task)
+        self._check(kind, read)
         for name, value in read.items():
             if name == "prompt_length":
                 yield name, torch.full((len(given),), int(value))
             elif isinstance(value, Tensor):
                 yield name, value
+
+    def _check(self, kind: str, read: Mapping[str, Any]) -> None:
+        """Raise where the network would be left without something that was prepared for it."""
+        reader = _reader(self._model, kind)
+        taken = reader.takes() - _KNOWN[kind] if reader is not None else set()
+        lost = [name for name in read if name in taken and isinstance(read[name], Tensor) and bool(read[name].any())]
+        if lost:
+            raise ValueError(
+                f"processor: the model's own preparation of one {kind} makes {', '.join(lost)}, which its network "
+                "reads and DualEncoder does not know; explain a function of your own that passes it."
+            )
 
     def _stacked(self, rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         """Inputs that were read one by one, as one batch with padding behind them."""

@@ -60,8 +60,8 @@ def no_towers(model: Any) -> str:
         return generating(type(model).__name__)
     if is_embedder(model) and _held_encoder(model) is None:
         return (
-            "expected a SentenceTransformer of version 5.4 or newer that embeds both pictures and texts, got one of "
-            f"{', '.join(map(str, getattr(model, 'modalities', ['texts'])))}; load one that reads both."
+            "expected a SentenceTransformer of version 5.4 or newer that embeds both pictures and texts in towers that "
+            f"are known, got one of {', '.join(map(str, getattr(model, 'modalities', ['texts'])))}; load another one."
         )
     held = _held_encoder(model)
     advice = f"pass its attribute {held}" if held else "pass DualEncoder(image_tower, text_tower)"

@@ -147,7 +147,7 @@ def test_a_text_that_is_cut_is_told(checkpoint: Path, tmp_path: Path):
 def test_a_model_of_texts_alone_is_refused(tmp_path: Path):
     embedders.save_bert(tmp_path)
     made = SentenceTransformer(modules=[Transformer(str(tmp_path)), Pooling(32, "mean")], device="cpu")
-    with pytest.raises(TypeError, match=r"^model: .*SentenceTransformer .*both pictures and texts, got one of text;"):
+    with pytest.raises(TypeError, match=r"^model: .*SentenceTransformer .* got one of text; load another"):
         DualEncoder.from_sentence_transformers(made)
 
 
@@ -182,3 +182,15 @@ def test_a_processor_that_writes_no_prompt_is_refused(tmp_path: Path):
     encoder = DualEncoder(zoo.embedding_gemma2(), processor=processor)
     with pytest.raises(ValueError, match=r"^processor: .* got EmbeddingGemma2Processor; .*from_sentence_transformers"):
         encoder.prepare(pictures()[0], TEXTS[0])
+
+
+def test_what_a_network_reads_and_is_not_known_is_refused(checkpoint: Path, tmp_path: Path):
+    made = plain(checkpoint, tmp_path)
+    preprocess = made.preprocess
+
+    def with_positions(inputs: Any, **options: Any) -> dict[str, Any]:
+        return {**preprocess(inputs, **options), "position_ids": torch.arange(3)}
+
+    made.preprocess = with_positions
+    with pytest.raises(ValueError, match=r"^processor: .* of one text makes position_ids, which its network reads"):
+        DualEncoder.from_sentence_transformers(made).prepare(pictures()[0], TEXTS[0])
