@@ -241,7 +241,7 @@ def test_folders_without_what_is_needed_are_refused(run: Run, tmp_path: Path):
 
 
 def test_settings_are_chosen_on_pictures_held_back_from_training(fitted: Path, tmp_path: Path, run: Run):
-    result = run(*arguments(fitted / "data", tmp_path / "study"), "--choose")
+    result = run(*arguments(fitted / "data", tmp_path / "study"), "--choose", "--epochs", 4)
     assert result.status == 0, result.err
     for name in ("infodisent", "no-bottleneck", "linear-probe"):
         told = json.loads((tmp_path / "study" / "chosen" / f"{name}.json").read_text())
