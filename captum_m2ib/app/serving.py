@@ -75,8 +75,8 @@ def serve(encoder: DualEncoder, name: str, host: str, port: int) -> None:
         # What is handed in and made lies there alone, and goes with the server.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
         # Gradio calls its own server once, and a proxy must not hear of it.
-        for name in ("NO_PROXY", "no_proxy"):
-            os.environ[name] = ",".join(filter(None, (os.environ.get(name), "127.0.0.1", "localhost", host)))
+        for variable in ("NO_PROXY", "no_proxy"):
+            os.environ[variable] = ",".join(filter(None, (os.environ.get(variable), "127.0.0.1", "localhost", host)))
         gr = import_gradio()
         from starlette.middleware import Middleware
 
