@@ -5,7 +5,6 @@ Nothing here knows of Gradio.
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 import warnings
@@ -112,9 +111,7 @@ def ask(
         ValueError: picture: there is none; drop a picture, or choose an example.
     """
     lines = check_captions(captions)
-    settings: dict[str, Any] = dict(_settings(method, quality))
-    if "show_progress" in inspect.signature(entry_named(method).kind.attribute).parameters:  # type: ignore[attr-defined]
-        settings["show_progress"] = show_progress
+    settings = _settings(method, quality)
     if words is not None and words not in WORDS:
         raise ValueError(f"words: expected one of {', '.join(WORDS)}, got {words!r}.")
     image = check_picture(picture)
@@ -123,7 +120,7 @@ def ask(
         warnings.simplefilter("always")
         # The check says so.
         warnings.simplefilter("ignore", NothingToExplainWarning)
-        found = explain(encoder, image, lines, method=method, **settings)
+        found = explain(encoder, image, lines, method=method, show_progress=show_progress, **settings)
         together, notes = ((), []) if words is None else _interactions(encoder, image, found, words, show_progress)
     told = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
     seconds = time.perf_counter() - began
@@ -210,7 +207,7 @@ def check_picture(picture: str | os.PathLike[str] | None) -> Image:
         raise ValueError(str(error).replace(os.fspath(picture), Path(picture).name)) from error
 
 
-def _settings(method: str, quality: str) -> Mapping[str, int]:
+def _settings(method: str, quality: str) -> Mapping[str, Any]:
     entry_named(method)
     if quality not in QUALITIES:
         raise ValueError(f"quality: expected one of {', '.join(QUALITIES)}, got {quality!r}.")
