@@ -5,7 +5,6 @@ Nothing here knows of Gradio.
 
 from __future__ import annotations
 
-import inspect
 import os
 import time
 import warnings
@@ -15,6 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from captum_m2ib.attr.pair_interaction import PairInteraction
 from captum_m2ib.attr.registry import METHODS, entry_named, method_named
 from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -22,6 +23,7 @@ from captum_m2ib.encoders.pictures import load_picture
 from captum_m2ib.engine.stakes import NothingToExplainWarning
 from captum_m2ib.explanations.explain import explain
 from captum_m2ib.explanations.explanation import Explanation
+from captum_m2ib.games import interactions
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -112,9 +114,7 @@ def ask(
         ValueError: picture: there is none; drop a picture, or choose an example.
     """
     lines = check_captions(captions)
-    settings: dict[str, Any] = dict(_settings(method, quality))
-    if "show_progress" in inspect.signature(entry_named(method).kind.attribute).parameters:  # type: ignore[attr-defined]
-        settings["show_progress"] = show_progress
+    settings = _settings(method, quality)
     if words is not None and words not in WORDS:
         raise ValueError(f"words: expected one of {', '.join(WORDS)}, got {words!r}.")
     image = check_picture(picture)
@@ -123,7 +123,7 @@ def ask(
         warnings.simplefilter("always")
         # The check says so.
         warnings.simplefilter("ignore", NothingToExplainWarning)
-        found = explain(encoder, image, lines, method=method, **settings)
+        found = explain(encoder, image, lines, method=method, show_progress=show_progress, **settings)
         together, notes = ((), []) if words is None else _interactions(encoder, image, found, words, show_progress)
     told = dict.fromkeys(str(one.message) for one in caught if issubclass(one.category, UserWarning))
     seconds = time.perf_counter() - began
@@ -210,7 +210,7 @@ def check_picture(picture: str | os.PathLike[str] | None) -> Image:
         raise ValueError(str(error).replace(os.fspath(picture), Path(picture).name)) from error
 
 
-def _settings(method: str, quality: str) -> Mapping[str, int]:
+def _settings(method: str, quality: str) -> Mapping[str, Any]:
     entry_named(method)
     if quality not in QUALITIES:
         raise ValueError(f"quality: expected one of {', '.join(QUALITIES)}, got {quality!r}.")
@@ -247,7 +247,19 @@ def _by_gradients(encoder: DualEncoder, image: Image, explanation: Explanation, 
     return kept
 
 
+def _by_masks(encoder: DualEncoder, image: Image, explanation: Explanation, show_progress: bool) -> NDArray[Any]:
+    game = interactions(encoder, image, explanation.caption, show_progress=show_progress)
+    found = np.zeros((len(explanation.tokens), *game.places.shape))
+    # The model's own tokens take no part.
+    players = [place for place, token in enumerate(explanation.tokens) if token in game.tokens]
+    if [explanation.tokens[place] for place in players] != list(game.tokens):
+        raise ValueError(f"the words that take part are {' '.join(game.tokens)}")
+    for number, place in enumerate(players):
+        found[place] = game.map_of(number)
+    return found
+
+
 WORDS: Mapping[str, Callable[[DualEncoder, Image, Explanation, bool], NDArray[Any]]] = MappingProxyType(
-    {"gradients": _by_gradients}
+    {"gradients": _by_gradients, "masks": _by_masks}
 )
 """The ways to tell which patches each word goes with; what is found is in units of the score."""

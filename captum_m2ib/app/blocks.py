@@ -58,9 +58,12 @@ def make_blocks(encoder: DualEncoder, name: str, examples: Sequence[tuple[Path, 
 
     Raises:
         ImportError: if Gradio is not installed.
+        ValueError: if no method can be made of the encoder.
     """
     gr = import_gradio()
     methods = fitting(encoder)
+    if not methods:
+        raise ValueError("model: no method can be made of it; captum-m2ib explain says of each why.")
     with gr.Blocks(
         title="captum_m2ib", analytics_enabled=False, delete_cache=(600, _KEPT_SECONDS), fill_width=True
     ) as blocks:

@@ -75,8 +75,8 @@ def serve(encoder: DualEncoder, name: str, host: str, port: int) -> None:
         # What is handed in and made lies there alone, and goes with the server.
         os.environ["GRADIO_TEMP_DIR"] = os.path.join(folder, "uploads")
         # Gradio calls its own server once, and a proxy must not hear of it.
-        for variable in ("NO_PROXY", "no_proxy"):
-            os.environ[variable] = ",".join(filter(None, (os.environ.get(variable), "127.0.0.1", "localhost", host)))
+        for direct in ("NO_PROXY", "no_proxy"):
+            os.environ[direct] = ",".join(filter(None, (os.environ.get(direct), "127.0.0.1", "localhost", host)))
         gr = import_gradio()
         from starlette.middleware import Middleware
 
@@ -169,7 +169,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _drawn_examples(folder: Path) -> list[tuple[Path, str]]:
-    """Drawn scenes with captions: what is named, and the same question about something else in the picture."""
+    """Drawn scenes, each with a caption of something in it."""
     from PIL import Image
 
     found = []

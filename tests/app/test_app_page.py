@@ -130,7 +130,7 @@ def hand_in(opened: Visit, path: Path) -> None:
 
 def test_one_run_through_the_page(opened: Visit, tmp_path: Path):
     page = opened.page
-    assert page.get_by_text("the model of drawn scenes that is shipped").is_visible()
+    assert page.locator("#head p").inner_text() == "the model of drawn scenes that is shipped"
     page.locator("tbody tr", has_text="there is a white ring").click()
     page.locator("#picture img").wait_for()
     opened.expect("document.querySelector('#captions textarea').value", "there is a white ring")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import late
@@ -11,9 +12,11 @@ import zoo
 from PIL import Image
 
 from captum_m2ib import DualEncoder, PairInteraction, explain
+from captum_m2ib.app import asking
 from captum_m2ib.app.asking import MOST_PIXELS, QUALITIES, ask, check_captions, check_picture, fitting
 from captum_m2ib.app.serving import Guarded, free_port
 from captum_m2ib.attr.registry import METHODS, settings_of
+from captum_m2ib.games import interactions
 from captum_m2ib.scenes import CHECKPOINT, image_probes
 
 PROBE = image_probes(9, 0, 64)[8]
@@ -50,6 +53,20 @@ def test_interactions_are_those_of_the_real_tokens(encoder: DualEncoder, picture
     )
     assert [len(one) for one in found.interactions] == [len(one.tokens) for one in found.explanations]
     np.testing.assert_allclose(found.interactions[1], expected[0].numpy(), atol=1e-6)
+
+
+def test_interactions_by_masks_are_those_of_the_game(
+    encoder: DualEncoder, picture: Path, monkeypatch: pytest.MonkeyPatch
+):
+    few = partial(interactions, budget=(256, 32))
+    monkeypatch.setattr(asking, "interactions", few)
+    found = ask(encoder, picture, PROBE.caption, "legrad", words="masks")
+    tokens, (values,) = found.explanations[0].tokens, found.interactions
+    game = few(encoder, PROBE.image, PROBE.caption)
+    assert set(game.tokens) < set(tokens) and found.notes == ()
+    for place, token in enumerate(tokens):
+        expected = game.map_of(game.tokens.index(token)) if token in game.tokens else np.zeros((8, 8))
+        np.testing.assert_allclose(values[place], expected, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore::captum_m2ib.NothingToExplainWarning")
