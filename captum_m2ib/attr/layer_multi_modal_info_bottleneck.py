@@ -74,6 +74,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
         score_range: ScoreRange | None = None,
         noiseless: PerModality | None = None,
         memory_budget: int = MEMORY_BUDGET,
+        precision: str | None = None,
     ) -> Tensor | list[Tensor]:
         r"""Bits per element of the layer's hidden state.
 
@@ -83,7 +84,8 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             beta, variance, lr, initial_gate, antithetic: As for :meth:`MultiModalInfoBottleneck.attribute`, per layer.
             n_steps, n_samples, seed, joint: As for :meth:`MultiModalInfoBottleneck.attribute`.
             internal_batch_size, attribute_to_layer_input: As for :meth:`MultiModalInfoBottleneck.attribute`.
-            show_progress, score_range, noiseless, memory_budget: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            show_progress, score_range, noiseless: As for :meth:`MultiModalInfoBottleneck.attribute`.
+            memory_budget, precision: As for :meth:`MultiModalInfoBottleneck.attribute`.
 
         Returns:
             *Tensor* or *list[Tensor]* of **attributions**:
@@ -104,6 +106,7 @@ class LayerMultiModalInfoBottleneck(_captum.LayerAttribution):
             joint=joint,
             internal_batch_size=internal_batch_size,
             memory_budget=memory_budget,
+            precision=precision,
             show_progress=show_progress,
         )
         given = Explained.ensure(self.forward_func, inputs, target, additional_forward_args)

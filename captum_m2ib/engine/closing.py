@@ -22,13 +22,17 @@ _CLOSED, _HALVES, _FIELD, _CHECK, _ORDERS = (2**32 + purpose for purpose in rang
 
 
 def through(
-    suffix: Suffix, gates: Sequence[Gates], drawn: Sequence[Tensor], logits: Sequence[Tensor | None] = ()
+    suffix: Suffix,
+    gates: Sequence[Gates],
+    drawn: Sequence[Tensor],
+    logits: Sequence[Tensor | None] = (),
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Scores for some draws, (N, draws): through the gates, or through gates of given logits, (N or 1, draws, ...)."""
     draws = len(drawn[0])
     given = logits or [None] * len(gates)
     values = {gate.index: gate.sample(part, fixed) for gate, part, fixed in zip(gates, drawn, given, strict=True)}
-    return suffix.run(values, draws).unflatten(0, (-1, draws))
+    return suffix.run(values, draws, dtype).unflatten(0, (-1, draws))
 
 
 def stakes_of(suffix: Suffix, gates: Sequence[Gates], settings: LayerSettings, start: int) -> Stakes:

@@ -204,7 +204,7 @@ def _descend(
         for gate in gates:
             gate.alpha.grad = torch.zeros_like(gate.alpha)
         for part in parts_of(settings, course.n_samples):
-            score = through(suffix, gates, [noise_[part] for noise_ in drawn])
+            score = through(suffix, gates, [noise_[part] for noise_ in drawn], dtype=settings.dtype)
             _accumulate(gates, score * shares[part], weight)
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]

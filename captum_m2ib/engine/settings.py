@@ -18,6 +18,10 @@ MEMORY_BUDGET = 3 * 2**29
 """Bytes of tensors that the rows of one pass may make, unless something else is asked for."""
 
 
+PRECISIONS = {"bf16": torch.bfloat16}
+"""What the passes of a descent may run in, by its name."""
+
+
 def check_count(name: str, number: Any, least: int = 1) -> int:
     """A whole number of at least ``least``, or an error that names the argument."""
     if isinstance(number, bool) or not isinstance(number, Integral) or number < least:
@@ -87,6 +91,7 @@ class Settings:
     score_range: ScoreRange | None = None
     internal_batch_size: int | None = None
     memory_budget: int = MEMORY_BUDGET
+    precision: str | None = None
     show_progress: bool = False
 
     def __post_init__(self) -> None:
@@ -97,6 +102,7 @@ class Settings:
             "noiseless": _check_noiseless(self.noiseless),
             "internal_batch_size": None if rows is None else check_count("internal_batch_size", rows),
             "memory_budget": check_count("memory_budget", self.memory_budget),
+            "precision": _check_precision(self.precision),
             "seed": check_count("seed", self.seed, 0),
             "smoothing": _check_share("smoothing", self.smoothing),
             "score_range": _check_range(self.score_range),
@@ -150,6 +156,11 @@ class LayerSettings(Settings):
     def __post_init__(self) -> None:
         """What was asked for is checked already."""
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The type in which the descent's passes run where torch allows it; None for the model's own."""
+        return None if self.precision is None else PRECISIONS[self.precision]
+
     def course(self, layer: int) -> Course:
         """What holds for a layer, and for all that descend together with it."""
         return Course(self.n_steps[layer], self.n_samples[layer], self.noiseless[layer])
@@ -184,6 +195,12 @@ def _check_gates(name: str, value: PerModality | None) -> float | tuple[float, .
     if gates is not None and max(gates if isinstance(gates, tuple) else (gates,), default=0.0) >= 1:
         raise ValueError(f"{name}: expected a number between 0 and 1, got {value!r}.")
     return gates
+
+
+def _check_precision(value: str | None) -> str | None:
+    if value is not None and value not in PRECISIONS:
+        raise ValueError(f"precision: expected {' or '.join(map(repr, PRECISIONS))} or None, got {value!r}.")
+    return value
 
 
 def _check_share(name: str, value: float) -> float:

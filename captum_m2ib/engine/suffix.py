@@ -10,6 +10,7 @@ architecture.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ class Suffix:
         self.hidden = list(self._recording.hidden)
         self.axes = list(self._recording.axes)
 
-    def run(self, values: dict[int, Tensor], draws: int) -> Tensor:
+    def run(self, values: dict[int, Tensor], draws: int, dtype: torch.dtype | None = None) -> Tensor:
         r"""Rerun the pass with given hidden states at some taps.
 
         Args:
@@ -83,6 +84,8 @@ class Suffix:
             values (dict): Per tap index the hidden state, pairs first and the draws of a pair next to each other,
                 (N * draws, ...). Taps that are not named keep what the pass computes there.
             draws (int): Rows per pair.
+            dtype (torch.dtype, optional): A lower precision in which operations run that ``torch.autocast`` allows it.
+                Default: None (none does)
 
         Returns:
             Tensor: Scores, (N * draws,), differentiable with respect to ``values``.
@@ -96,14 +99,17 @@ class Suffix:
         arguments = repeat_pairs(self._arguments, pairs, draws)
         is_differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values.values())
         try:
-            with intercept(Replayer(self._recording, self._reuse, values, draws, merged=self._merged)):
-                score = check_score(self._forward(arguments), pairs * draws, pairs)
-            self._check(kind, values, draws, None if draws == 1 else score, is_differentiable)
+            replayer = Replayer(self._recording, self._reuse, values, draws, merged=self._merged)
+            lowered = nullcontext() if dtype is None else torch.autocast(self.score.device.type, dtype)
+            with intercept(replayer), lowered:
+                score = check_score(self._forward(arguments), pairs * draws, pairs).to(self.score.dtype)
+            # Rounded scores say nothing of whether a rerun is what the model makes of the values.
+            self._check(kind, values, draws, None if draws == 1 or dtype else score, is_differentiable)
         except FAILURES as error:
             if self._merged is not None and kind not in self._checked:
                 # What rows have in common may be no matter of each row by itself.
                 self._merged = None
-                return self.run(values, draws)
+                return self.run(values, draws, dtype)
             if kind not in self._checked:
                 with unobserved(self._modes):
                     self._consistency.explain_failure(values, draws, error)
