@@ -30,11 +30,6 @@ class BatchAxis:
         """The part of the tensor that belongs to the first ``pairs`` pairs, as a copy."""
         return tensor.narrow(self.dim, 0, pairs * self.per_pair).clone()
 
-    def take(self, tensor: Tensor, rows: Tensor) -> Tensor:
-        """The parts of the tensor that belong to some pairs, in the given order, as a copy."""
-        unflat = tensor.unflatten(self.dim, (-1, self.per_pair))
-        return unflat.index_select(self.dim, rows).flatten(self.dim, self.dim + 1)
-
     def repeat(self, tensor: Tensor, draws: int) -> Tensor:
         """Repeat every pair ``draws`` times, the draws of one pair next to each other, as a copy."""
         unflat = tensor.unflatten(self.dim, (-1, self.per_pair))

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from captum_m2ib.engine.dependence import NOTHING, Reach
 from captum_m2ib.engine.interception import Handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
-from captum_m2ib.engine.merging import Merged, is_row_wise
 from captum_m2ib.engine.recording import Call, Kept, Output, Recording
 
 
@@ -24,8 +22,6 @@ class Replayer:
         values (dict): Per tap index the hidden state that replaces it, (N * draws, ...).
         draws (int): Rows per pair.
         run_all (bool, optional): Run every module, whether it depends on the replaced taps or not. Default: False
-        merged (Merged, optional): Which pairs have an argument in common. Without a graph, rows that are the same for
-            them run once. Default: None (all rows run)
         behind (frozenset[int], optional): With ``run_all``, taps: what comes behind one of these and is done before
             the first replaced tap opens is reused all the same. Default: none
 
@@ -42,7 +38,6 @@ class Replayer:
         draws: int,
         run_all: bool = False,
         behind: Reach = NOTHING,
-        merged: Merged | None = None,
     ) -> None:
         self._recording = recording
         self._reuse = reuse
@@ -51,9 +46,6 @@ class Replayer:
         self._draws = draws
         self._run_all = run_all
         self._behind = behind
-        self._merged = merged
-        # How many rows run at present.
-        self._rows = recording.pairs * draws
         self._first = next((place for place, call in enumerate(recording.calls) if call.tap in values), 0)
         self.place = 0
 
@@ -70,40 +62,13 @@ class Replayer:
             self.place = call.end
             return self._replace(tap, reuse.hand_out(self._recording.structures[tap], self._draws))
         if call.output is None or call.reach & self._replaced:
-            return self._run(call, proceed, module, args, kwargs)
+            return proceed(module, *args, **kwargs)
         if reuse.fits_any_rows(call.output):
             self.place = call.end
             return reuse.hand_out(call.output.structure, self._draws)
         made = proceed(module, *args, **kwargs)
-        reuse.learn(call.output, made, self._rows)
+        reuse.learn(call.output, made, self._recording.pairs * self._draws)
         return made
-
-    def _run(self, call: Call, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
-        """Run a module, where rows are the same on one of them."""
-        merged, rows = self._merged, self._rows
-        inner = self._recording.calls[self.place : call.end]
-        if (
-            merged is None
-            or rows != self._recording.pairs * self._draws
-            or torch.is_grad_enabled()
-            or call.output is None
-            or not is_row_wise(call.output.structure)
-            or not all(self._is_free_of_rows(one) for one in inner)
-        ):
-            return proceed(module, *args, **kwargs)
-        found = merged.rows_of((args, kwargs), self._draws)
-        if found is None:
-            return proceed(module, *args, **kwargs)
-        self._rows = len(found.kept)
-        made = proceed(module, *found.narrow(args), **found.narrow(kwargs))
-        self._rows = rows
-        return found.widen(made, call.output.structure)
-
-    def _is_free_of_rows(self, call: Call) -> bool:
-        """Whether a call is run on what it is given, or returns what fits any number of rows."""
-        if call.output is None or call.reach & self._replaced:
-            return call.tap not in self._replaced
-        return call.output.is_constant
 
     def _replace(self, tap: int, structure: Any) -> Any:
         # A copy, so that a model that works in place leaves the caller's values alone.

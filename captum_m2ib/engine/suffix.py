@@ -20,7 +20,6 @@ from captum_m2ib.engine.consistency import Consistency, explain_recording
 from captum_m2ib.engine.derivatives import Derivatives
 from captum_m2ib.engine.interception import intercept, unobserved
 from captum_m2ib.engine.layers import entering
-from captum_m2ib.engine.merging import Merged
 from captum_m2ib.engine.recording import Tap, record
 from captum_m2ib.engine.replaying import Replayer, Reuse
 from captum_m2ib.engine.rows import FAILURES, check_score, repeat_pairs
@@ -65,7 +64,6 @@ class Suffix:
             explain_recording(self._forward, arguments, pairs, error)
             raise
         self._reuse = Reuse(self._recording.rows)
-        self._merged = Merged.of(arguments, pairs)
         self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
         self._derivatives = Derivatives(self._forward, arguments, self._recording, self._reuse)
         self._checked: set[frozenset[int]] = set()
@@ -97,23 +95,18 @@ class Suffix:
         """
         pairs, kind = self._recording.pairs, frozenset(values)
         arguments = repeat_pairs(self._arguments, pairs, draws)
-        is_differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values.values())
         try:
-            replayer = Replayer(self._recording, self._reuse, values, draws, merged=self._merged)
             lowered = nullcontext() if dtype is None else torch.autocast(self.score.device.type, dtype)
-            with intercept(replayer), lowered:
+            with intercept(Replayer(self._recording, self._reuse, values, draws)), lowered:
                 score = check_score(self._forward(arguments), pairs * draws, pairs).to(self.score.dtype)
-            # Rounded scores say nothing of whether a rerun is what the model makes of the values.
-            self._check(kind, values, draws, None if draws == 1 or dtype else score, is_differentiable)
         except FAILURES as error:
-            if self._merged is not None and kind not in self._checked:
-                # What rows have in common may be no matter of each row by itself.
-                self._merged = None
-                return self.run(values, draws, dtype)
             if kind not in self._checked:
                 with unobserved(self._modes):
                     self._consistency.explain_failure(values, draws, error)
             raise
+        is_differentiable = torch.is_grad_enabled() and any(value.requires_grad for value in values.values())
+        # Rounded scores say nothing of whether a rerun is what the model makes of the values.
+        self._check(kind, values, draws, None if draws == 1 or dtype else score, is_differentiable)
         if is_differentiable and not score.requires_grad:
             names = ", ".join(repr(self.taps[index].layer.name) for index in values)
             raise RuntimeError(

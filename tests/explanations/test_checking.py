@@ -166,8 +166,8 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> Callable[[], list[tuple[bool, int]]
     seen: list[tuple[bool, int]] = []
     run = Suffix.run
 
-    def counted(self: Suffix, values: dict[int, Tensor], draws: int) -> Tensor:
-        score = run(self, values, draws)
+    def counted(self: Suffix, values: dict[int, Tensor], draws: int, *precision: Any) -> Tensor:
+        score = run(self, values, draws, *precision)
         seen.append((score.requires_grad, draws))
         return score
 
