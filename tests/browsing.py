@@ -92,7 +92,10 @@ class Visit:
 @contextmanager
 def visit(browser: Browser, address: str, phone: bool = False) -> Iterator[Visit]:
     """A page in a window of its own, with no memory of others, as on a desk or on a phone."""
-    context = browser.new_context(viewport=_PHONE if phone else _DESK, is_mobile=phone, has_touch=phone)
+    # Without motion nothing is still on its way when it is looked at.
+    context = browser.new_context(
+        viewport=_PHONE if phone else _DESK, is_mobile=phone, has_touch=phone, reduced_motion="reduce"
+    )
     try:
         found = Visit(context.new_page())
         found.page.goto(address)

@@ -193,7 +193,7 @@ class TestExplain:
         assert out.endswith(f"picture  {target}\n") and target.read_bytes().startswith(b"<?xml")
         assert run("explain", *options, "--method", "legrad", picture, CAPTION).status == 0
         refused = run("explain", picture, CAPTION, "a red star", "--output", tmp_path / "both.npz")
-        assert refused.status == 2 and "must end in one of .png, .pdf, .svg, got 'both.npz'" in refused.err
+        assert refused.status == 2 and "must end in one of .png, .pdf, .svg, .html, got 'both.npz'" in refused.err
 
     def test_why_this_caption_rather_than_that(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path):
         target = tmp_path / "result.json"

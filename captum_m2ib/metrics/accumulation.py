@@ -25,7 +25,7 @@ class Accumulated:
         >>> from captum_m2ib.metrics import auroc
         >>> found = Accumulated(auroc)
         >>> for part in (image_bits[:1], image_bits[1:]):
-        ...     found.update(part, part > part.mean())
+        ...     values = found.update(part, part > part.mean())
         >>> found.compute().mean, found.compute().count
         (1.0, 2)
     """
