@@ -49,7 +49,7 @@ class PairGame:
         feature_mask (array, optional): Which player each pixel of the model's input belongs to, integers, (H, W), such
             as superpixels. Default: None (see ``cell``)
         substrate (str, float or Tensor, optional): What missing patches show: ``"ground"``, what fills most of the
-            picture; or as for :func:`captum_m2ib.metrics.deletion`. Default: "ground"
+            picture; or as for :func:`captum_m2ib.metrics.curves.deletion`. Default: "ground"
         absent (str or int, optional): What stands for a missing word: ``"blank"``, the unknown token or padding; the id
             of another token; or ``"mask"``: it is hidden from attention, where the model reads a mask. Default: "blank"
         internal_batch_size (int, optional): Most pictures or captions in one pass; None for all at once. Default: 80

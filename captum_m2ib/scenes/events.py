@@ -46,7 +46,7 @@ def draw_sound(events: Mapping[str, tuple[float, float]], *, seconds: float = SE
 
     Args:
 
-        events (mapping): From a name of :data:`PITCHES` to when the tone starts and ends, in seconds.
+        events (mapping): From a name of ``PITCHES`` to when the tone starts and ends, in seconds.
         seconds (float, optional): How long the sound is. Default: 4
         seed (int, optional): Of the noise. Default: 0
 
