@@ -34,7 +34,10 @@ pytestmark = [
 
 # The command, which tells of every machine but this one that it looks up or calls.
 COMMAND = """
-import sys
+import signal, sys
+
+# What is started in the background of a shell inherits that Ctrl-C is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def heard(event, details):
     if event == "socket.getaddrinfo":
