@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from captum_m2ib.benchmark.photos.command import add_coco
+
 
 def add_concepts(benchmarks: Any) -> None:
     r"""Add ``captum-m2ib benchmark concepts`` to the command line.
@@ -23,15 +25,7 @@ def add_concepts(benchmarks: Any) -> None:
         "classifier. The head learns the classifier's own decisions on parts of the photographs, without labels. "
         "--output receives figures.csv, summary.csv and table.md.",
     )
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="where the pictures lie, or the folder above their folder images"
-    )
-    parser.add_argument(
-        "--annotations",
-        metavar="FILE",
-        default="instances.json",
-        help="in COCO's format: a path, or a name in DIR (default: %(default)s)",
-    )
+    add_coco(parser)
     parser.add_argument(
         "--backbone",
         required=True,

@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
 
 
+def add_coco(parser: argparse.ArgumentParser) -> None:
+    """Add what names a data set in COCO's format: ``--data`` and ``--annotations``."""
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="where the pictures lie, or the folder above their folder images"
+    )
+    parser.add_argument(
+        "--annotations",
+        metavar="FILE",
+        default="instances.json",
+        help="in COCO's format: a path, or a name in DIR (default: %(default)s)",
+    )
+
+
 def add_photos(benchmarks: Any, load: Load) -> None:
     r"""Add ``captum-m2ib benchmark photos`` to the command line.
 
@@ -27,15 +40,7 @@ def add_photos(benchmarks: Any, load: Load) -> None:
         "photographs, and faithfulness of every method. The same command again goes on where an interrupted one "
         "stopped. --output receives figures.csv, summary.csv, table.md, names.csv and examples.png.",
     )
-    parser.add_argument(
-        "--data", required=True, metavar="DIR", help="where the pictures lie, or the folder above their folder images"
-    )
-    parser.add_argument(
-        "--annotations",
-        metavar="FILE",
-        default="instances.json",
-        help="in COCO's format: a path, or a name in DIR (default: %(default)s)",
-    )
+    add_coco(parser)
     parser.add_argument(
         "--model",
         metavar="NAME",
