@@ -1,30 +1,49 @@
-"""What every test shares: one thread, a quiet transformers, and helpers that run one family's case."""
+"""What every test shares: one thread, a quiet transformers, and helpers that run one family's case.
+
+Nothing heavy is imported here: the process that only hands out the tests would import it too, before any test runs.
+"""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import environment  # noqa: F401 - comes first
-import families
 import pytest
-import torch
 
-from captum_m2ib.scenes import build_model, save_checkpoint
+if TYPE_CHECKING:
+    from families import Case, Family
 
 # Models that differ most in how they hold their units; tests/contracts/test_models.py covers every other one as well.
 REPRESENTATIVE = ("siglip2_naflex", "xclip", "clap", "swin_bert", "open_clip_resnet", "open_clip_coca")
 
 
-def _parameter(family: families.Family) -> Any:
+def _parameter(family: Family) -> Any:
     is_common = "model" in family.features and family.name not in REPRESENTATIVE
     return pytest.param(family, id=family.name, marks=[pytest.mark.slow] if is_common else [])
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "family" in metafunc.fixturenames:
+        from families import FAMILIES
+
+        metafunc.parametrize("family", [_parameter(family) for family in FAMILIES])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """What the imports left stays: the garbage collector need not walk a million objects again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread() -> Iterator[None]:
     """Tiny models are slower on several threads than on one."""
+    import torch
+
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -34,17 +53,14 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small untrained model of the shipped kind, as a checkpoint directory."""
+    from captum_m2ib.scenes import build_model, save_checkpoint
+
     folder = tmp_path_factory.mktemp("model") / "checkpoint"
     sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
     save_checkpoint(build_model(**sizes), folder)
     return folder
 
 
-@pytest.fixture(params=[_parameter(family) for family in families.FAMILIES])
-def family(request: pytest.FixtureRequest) -> families.Family:
-    return request.param
-
-
 @pytest.fixture
-def case(family: families.Family) -> families.Case:
+def case(family: Family) -> Case:
     return family.build()
