@@ -16,7 +16,7 @@ class MortalWorker(Worker):
         self.marker = Path(marker)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-        if "scene-17" in batch["id"] and not self.marker.exists():
+        if "scene-1" in batch["id"] and not self.marker.exists():
             self.marker.touch()
             os._exit(1)
         return super().__call__(batch)

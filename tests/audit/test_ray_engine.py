@@ -30,8 +30,8 @@ def run_with_ray(folder: Path, code: str, patience: float) -> None:
 
 
 def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, checkpoint: Path):
-    manifest = write_scenes(tmp_path, 30)
-    settings = {"model": str(checkpoint), "shard_size": 5, **QUICK}
+    manifest = write_scenes(tmp_path, 6)
+    settings = {"model": str(checkpoint), "shard_size": 2, **QUICK}
     run_audit(manifest, tmp_path / "embedded", **settings)
     settings |= {"engine": "ray", "workers": 2, "marker": str(tmp_path / "died")}
     code = (
@@ -40,7 +40,7 @@ def test_the_table_is_the_embedded_one_even_if_a_worker_dies(tmp_path: Path, che
     )
     run_with_ray(tmp_path, code, 240)
     assert (tmp_path / "died").exists()
-    assert [row["row"] for row in rows_of(tmp_path / "ray")] == list(range(30))
+    assert [row["row"] for row in rows_of(tmp_path / "ray")] == list(range(6))
     assert_tables_close(tmp_path / "embedded", tmp_path / "ray")
     assert read_run(tmp_path / "ray")["complete"]
 
