@@ -79,10 +79,11 @@ def resolve_layer(layer: LayerLike, root: nn.Module | None) -> Layer:
         raise ValueError(
             f"layers: cannot look up the name {layer!r} because forward_func is not a module; pass the module itself."
         )
-    modules = dict(root.named_modules(remove_duplicate=False))
-    if layer in modules and layer:
-        return Layer(modules[layer], layer)
-    near = difflib.get_close_matches(layer, [name for name in modules if name], n=5, cutoff=0.5)
+    found = _below(root, layer)
+    if found is not None:
+        return Layer(found, layer)
+    names = [name for name, _ in root.named_modules(remove_duplicate=False) if name]
+    near = difflib.get_close_matches(layer, names, n=5, cutoff=0.5)
     hint = f"near matches: {', '.join(near)}" if near else f"it has: {', '.join(n for n, _ in root.named_children())}"
     raise ValueError(f"layers: no layer named {layer!r} in {type(root).__name__}; {hint}.")
 
@@ -93,7 +94,7 @@ def resolve_for(forward_func: Any, layer: LayerLike) -> Layer:
         return resolve_layer(layer, forward_func if isinstance(forward_func, nn.Module) else None)
     roots = forward_func.roots()
     name = layer[0] if isinstance(layer, tuple) else layer
-    knowing = (root for root in roots if name in dict(root.named_modules(remove_duplicate=False)))
+    knowing = (root for root in roots if isinstance(name, str) and _below(root, name) is not None)
     return resolve_layer(layer, next(knowing, roots[0]))
 
 
@@ -101,6 +102,16 @@ def resolve_at(forward_func: Any, index: int, layer: LayerLike | None) -> Layer:
     """Resolve where an input is explained: a layer, or the input itself, which is None or ``inputs[index]``."""
     entry = input_layer(index)
     return entry if layer is None or layer == entry.name else resolve_for(forward_func, layer)
+
+
+def _below(root: nn.Module, name: str) -> nn.Module | None:
+    """The module at a dotted name, found without a walk through all the others."""
+    module: nn.Module | None = root
+    for part in name.split("."):
+        if module is None or part not in module._modules:
+            return None
+        module = module._modules[part]
+    return module
 
 
 def _name_of(module: nn.Module, root: nn.Module | None) -> str:
