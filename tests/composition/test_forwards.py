@@ -23,9 +23,9 @@ NAMES = """
 ENCODERS = [family_named(name) for name in NAMES.split()]
 
 
-@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
-def test_embeddings_in_place_of_ids(family: Family):
-    case = family.build()
+@pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.name)
+def test_embeddings_in_place_of_ids(kind: Family):
+    case = kind.build()
     forward = EmbeddingForward(case.forward)
     inputs, additional = forward.embedded(case.inputs, case.additional)
     assert torch.equal(inputs[0], case.inputs[0]) and torch.equal(additional[0], case.inputs[1])
@@ -40,9 +40,9 @@ def test_embeddings_in_place_of_ids(family: Family):
 
 
 @pytest.mark.parametrize("modality", [0, 1])
-@pytest.mark.parametrize("family", ENCODERS, ids=lambda family: family.name)
-def test_the_grid_changes_no_score(family: Family, modality: int):
-    case = family.build()
+@pytest.mark.parametrize("kind", ENCODERS, ids=lambda kind: kind.name)
+def test_the_grid_changes_no_score(kind: Family, modality: int):
+    case = kind.build()
     layer = case.forward.embeddings_of(1) if modality else case.layers[0][0]
     view = GridForward(case.forward, layer)
     expected = case.forward(*case.inputs, *case.additional).detach()
