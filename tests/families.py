@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import zoo
+from copies import copier
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, LayerMultiModalInfoBottleneck, MultiModalInfoBottleneck, PatchLayout, TextLayout
@@ -261,6 +263,13 @@ def captions(end: int = 63, pairs: int = PAIRS) -> tuple[Tensor, Tensor]:
 
 
 def tiny_clip(end: int = 63, seed: int = 0) -> nn.Module:
+    make = _tiny_clip(end, seed)
+    torch.manual_seed(seed)
+    return make()
+
+
+@functools.cache
+def _tiny_clip(end: int, seed: int) -> Callable[[], nn.Module]:
     from transformers import CLIPConfig, CLIPModel
 
     torch.manual_seed(seed)
@@ -280,7 +289,7 @@ def tiny_clip(end: int = 63, seed: int = 0) -> nn.Module:
         "eos_token_id": end,
         "pad_token_id": 1,
     }
-    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval()
+    return copier(CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16)).eval())
 
 
 def clip_case(end: int = 63) -> Case:

@@ -5,6 +5,7 @@ One entry of ``ZOO`` is enough for a model to join every contract, and the table
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import open_clip_zoo
 import torch
 import transformers
 import wrapped
+from copies import copier
 from torch import Tensor, nn
 from transformers.modeling_attn_mask_utils import AttentionMaskConverter
 
@@ -470,10 +472,18 @@ def model_named(name: str) -> Model:
 
 
 def encoder_of(model: Model, seed: int = 0, **options: Any) -> DualEncoder:
+    make = _stirred(model, seed)
+    torch.manual_seed(seed)
+    return DualEncoder(make(), modalities=model.modalities, **options)
+
+
+@functools.cache
+def _stirred(model: Model, seed: int) -> Callable[[], nn.Module]:
+    """Built once, to be copied: no test sees what another did to its own."""
     torch.manual_seed(seed)
     built = model.build().eval()
     stir(built)
-    return DualEncoder(built, modalities=model.modalities, **options)
+    return copier(built)
 
 
 @torch.no_grad()
