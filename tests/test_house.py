@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -37,9 +38,10 @@ def name_of(path: Path) -> str:
 MODULES = {name_of(path): path for path in sorted(PACKAGE.rglob("*.py")) if path != PACKAGE / "__init__.py"}
 
 
-def imports_of(path: Path) -> set[str]:
-    """The package's modules that a file imports anywhere, functions and type checking included."""
-    found = set()
+@functools.cache
+def imports_of(name: str) -> frozenset[str]:
+    """The package's modules that one of them imports anywhere, functions and type checking included."""
+    found, path = set(), MODULES[name]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             named = [(alias.name, "") for alias in node.names]
@@ -54,10 +56,7 @@ def imports_of(path: Path) -> set[str]:
                 longer = f"{inside}.{name}".strip(".")
                 found.add(longer if longer in MODULES else inside)
     # ``from captum_m2ib import X`` of a public name reaches every room.
-    return found
-
-
-IMPORTS = {name: imports_of(path) for name, path in MODULES.items()}
+    return frozenset(found)
 
 
 def test_every_module_has_a_room():
@@ -67,10 +66,10 @@ def test_every_module_has_a_room():
 @pytest.mark.parametrize("name", MODULES)
 def test_rooms_import_downwards(name: str):
     room = name.split(".")[0]
-    for imported in IMPORTS[name] - {""}:
+    for imported in imports_of(name) - {""}:
         other = imported.split(".")[0]
         assert other == room or FLOOR[other] < FLOOR[room], f"{name} imports {imported}"
-    assert "" not in IMPORTS[name] or room in {"cli", "__main__"}, f"{name} imports the package's public names"
+    assert "" not in imports_of(name) or room in {"cli", "__main__"}, f"{name} imports the package's public names"
 
 
 def test_no_two_modules_import_each_other():
@@ -81,7 +80,7 @@ def test_no_two_modules_import_each_other():
         if name in done:
             return
         # A package's __init__ names what its modules define; only what those import counts.
-        for imported in sorted(IMPORTS[name] & set(MODULES)):
+        for imported in sorted(imports_of(name) & set(MODULES)):
             visit(imported, (*path, name))
         done.add(name)
 
