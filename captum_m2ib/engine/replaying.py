@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_m2ib.engine import windows
 from captum_m2ib.engine.dependence import NOTHING, Reach
 from captum_m2ib.engine.interception import Handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
@@ -62,7 +63,7 @@ class Replayer:
             self.place = call.end
             return self._replace(tap, reuse.hand_out(self._recording.structures[tap], self._draws))
         if call.output is None or call.reach & self._replaced:
-            return proceed(module, *args, **kwargs)
+            return windows.call(proceed, module, args, kwargs)
         if reuse.fits_any_rows(call.output):
             self.place = call.end
             return reuse.hand_out(call.output.structure, self._draws)
