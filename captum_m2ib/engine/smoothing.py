@@ -45,7 +45,7 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
 
 
 def _mixing(maps: Tensor, axis: int, sigma: float) -> Tensor:
-    """What each cell of an axis takes of each, (cells, cells): on a CPU far quicker than convolutions of one channel."""
+    """What each cell of an axis takes of each, (cells, cells); a CPU is far slower at convolutions of one channel."""
     last = maps.shape[axis] - 1
     reach = min(round(2 * sigma), last)
     offsets = torch.arange(-reach, reach + 1, device=maps.device)
