@@ -63,7 +63,8 @@ class Suffix:
         except FAILURES as error:
             explain_recording(self._forward, arguments, pairs, error)
             raise
-        self._reuse = Reuse(self._recording.rows)
+        has_needed = any(call.needed is not None for call in self._recording.calls)
+        self._reuse = Reuse(self._recording.rows, has_needed)
         self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
         self._derivatives = Derivatives(self._forward, arguments, self._recording, self._reuse)
         self._checked: set[frozenset[int]] = set()
@@ -93,6 +94,15 @@ class Suffix:
                 model itself makes of the values (:mod:`captum_m2ib.engine.consistency`).
             ValueError: if an argument that the pairs share was taken for one row per pair.
         """
+        try:
+            return self._run(values, draws, dtype)
+        except FAILURES:
+            # A model may look at positions that its score does not read, as where it checks itself.
+            if not self._reuse.stop_narrowing():
+                raise
+            return self._run(values, draws, dtype)
+
+    def _run(self, values: dict[int, Tensor], draws: int, dtype: torch.dtype | None) -> Tensor:
         pairs, kind = self._recording.pairs, frozenset(values)
         arguments = repeat_pairs(self._arguments, pairs, draws)
         try:

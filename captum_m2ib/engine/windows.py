@@ -13,9 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from captum_m2ib.engine.interception import Handler
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from captum_m2ib.engine.interception import Handler, is_untouched
 
 
 def call(proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -27,8 +25,9 @@ def call(proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 def _cuts(module: nn.Module, args: Any, kwargs: Any) -> bool:
-    # A subclass may do anything, and a hook may read what autograd keeps.
-    if type(module) is not nn.Conv2d or kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
+    if not isinstance(module, nn.Conv2d) or not is_untouched(module, nn.Conv2d):
+        return False
+    if kwargs or len(args) != 1 or not isinstance(args[0], Tensor):
         return False
     given = args[0]
     return (
@@ -44,8 +43,6 @@ def _cuts(module: nn.Module, args: Any, kwargs: Any) -> bool:
         and module.padding in (0, (0, 0), "valid")
         and tuple(module.dilation) == (1, 1)
         and module.groups == 1
-        and "forward" not in vars(module)
-        and not any(getattr(module, name) for name in _HOOKS)
     )
 
 
