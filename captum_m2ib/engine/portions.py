@@ -70,7 +70,7 @@ def portions_of(
     while start < pairs:
         some = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
         count = some[0].shape[0]
-        suffix = Suffix(forward, some, count, taps)
+        suffix = Suffix(forward, some, count, taps, for_score=True)
         if fitting is None:
             fitting = [max(1, settings.memory_budget // max(1, suffix.bytes_per_row(one))) for one in objectives]
             at_once = max(1, min(fitting) // draws)

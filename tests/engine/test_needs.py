@@ -76,7 +76,7 @@ LAYERS = {"query", "wide", "narrow"}
 
 def recorded(model: nn.Module, pairs: int = 2) -> Suffix:
     hidden = torch.randn(pairs, POSITIONS, WIDTH, generator=torch.Generator().manual_seed(1)).double()
-    return Suffix(lambda given: model(*given), (hidden,), pairs, [Tap(input_layer(0))])
+    return Suffix(lambda given: model(*given), (hidden,), pairs, [Tap(input_layer(0))], for_score=True)
 
 
 def needed(suffix: Suffix, model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -124,6 +124,23 @@ def test_a_layer_with_a_hook_or_of_another_class_runs_at_all_positions():
         assert needed(suffix, model) == {"query": (0,)}
         suffix.run({0: suffix.hidden[0]}, 1)
     assert {shape[1] for shape in seen} == {POSITIONS}
+
+
+@pytest.mark.parametrize("for_score", [False, True])
+def test_a_rerun_that_is_looked_into_runs_at_all_positions(for_score: bool):
+    model, seen = Score(POOLS["first"][0]).double().eval(), []
+
+    def forward(given: tuple[Any, ...]) -> Tensor:
+        made = model.block(given[0])
+        seen.append(made.detach())
+        return model.pool(made).square().sum(1)
+
+    hidden = torch.randn(2, POSITIONS, WIDTH, dtype=torch.float64)
+    with borrowing(model):
+        suffix = Suffix(forward, (hidden,), 2, [Tap(input_layer(0))], for_score)
+        seen.clear()
+        suffix.run({0: hidden + 1}, 1)
+    assert torch.allclose(seen[0], model.block(hidden + 1)) != for_score
 
 
 def test_a_model_that_looks_at_positions_that_it_does_not_read_is_run_as_it_is():
