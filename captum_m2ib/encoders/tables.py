@@ -25,7 +25,7 @@ _LENGTH = 8
 # What rounding may change of a row, as a share of what the changed token changes of its own.
 _ROUNDING = 1e-6
 # How many tokens of a vocabulary are embedded together.
-_AT_ONCE = 4096
+_AT_ONCE = 512
 
 
 class TokenModules(NamedTuple):
