@@ -182,8 +182,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             seed (int, optional): Seed of the noise; the global random state is neither read nor changed. Default: 0
             joint (bool, optional): Optimise the gates of all modalities against one score, each modality seeing the
                         other's noise, instead of one modality at a time. Default: False
-            internal_batch_size (int, optional): Most rows (pairs times draws) in one pass of the optimisation; bounds
-                        memory and changes no result. Default: None (as many as ``memory_budget`` has room for)
+            internal_batch_size (int, optional): Most rows (pairs times draws) in one pass, with gradients or without;
+                        bounds memory and changes no result. Only the recorded pass has a row more than pairs, and what
+                        checks it up to 5 rows to a pair. Default: None (as many as ``memory_budget`` has room for)
             attribute_to_layer_input (bool, optional): Gate what the layers receive instead of what they return.
                         Default: False
             show_progress (bool, optional): Show a progress bar. Default: False

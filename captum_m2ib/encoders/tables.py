@@ -8,7 +8,7 @@ rows of which only that token's differ embeds them. Of several, one inside the o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +24,8 @@ _ID, _OTHER, _PLACE = 2, 3, 1
 _LENGTH = 8
 # What rounding may change of a row, as a share of what the changed token changes of its own.
 _ROUNDING = 1e-6
+# How many tokens of a vocabulary are embedded together.
+_AT_ONCE = 512
 
 
 class TokenModules(NamedTuple):
@@ -78,10 +80,19 @@ def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
             else positions.num_embeddings - 1 - (positions.padding_idx or -1)
         )
         by_name = "input_ids" in inspect.signature(embeddings.forward).parameters
-        for ids in torch.arange(tokens.num_embeddings, device=device_of(embeddings)).split(length):
-            output = embeddings(input_ids=ids[None]) if by_name else embeddings(ids[None])
+        for ids in _lines(torch.arange(tokens.num_embeddings, device=device_of(embeddings)), length):
+            output = embeddings(input_ids=ids) if by_name else embeddings(ids)
             running.update(tensors_in(output)[0].flatten(0, -2))
     return running.result()
+
+
+def _lines(ids: Tensor, length: int) -> Iterator[Tensor]:
+    """Ids in lines of a length, (lines, length), many lines at a time, and the rest in a line of its own."""
+    whole = len(ids) // length * length
+    if whole:
+        yield from ids[:whole].view(-1, length).split(max(1, _AT_ONCE // length))
+    if whole < len(ids):
+        yield ids[None, whole:]
 
 
 def _positions(embeddings: nn.Module) -> int:

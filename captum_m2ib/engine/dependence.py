@@ -41,6 +41,8 @@ class Dependence(TorchDispatchMode):
             descends from a source. Default: None
         numbered (Callable, optional): Told the sources of each tensor that becomes a Python number, or a list of them.
             Default: None
+        note (Callable, optional): Told each operation on what descends from sources: these, its function, its
+            arguments, by position and by name, and the tensors that it made. Default: None
 
     Attributes:
 
@@ -60,12 +62,14 @@ class Dependence(TorchDispatchMode):
         before_change: Callable[[list[Tensor]], Any] | None = None,
         foreign: Callable[[str], Any] | None = None,
         numbered: Callable[[Reach], Any] | None = None,
+        note: Callable[[Reach, Any, Any, Sequence[Tensor]], Any] | None = None,
     ) -> None:
         super().__init__()
         self._of_unseen = of_unseen
         self._before_change = before_change
         self._foreign = foreign
         self._numbered = numbered
+        self._note = note
         self.sizes: Counter[Reach] = Counter()
         self._reach: dict[int, Reach] = {}
         # While one of these is held, no other storage gets the address, although the memory itself is released.
@@ -89,6 +93,8 @@ class Dependence(TorchDispatchMode):
         self.mark(made, reach)
         if is_mutable and not made:
             self.mark(came, reach)
+        if reach and self._note is not None:
+            self._note(reach, func, (args, kwargs), made)
         return output
 
     @contextlib.contextmanager

@@ -21,6 +21,7 @@ from torch import nn
 
 Handler = Callable[..., Any]
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _state = threading.local()
 _lock = threading.RLock()
 _interceptors = 0
@@ -147,6 +148,11 @@ def _refuse_compiled(module: nn.Module) -> None:
 def is_stateless(module: nn.Module) -> bool:
     """Whether a module holds nothing: no parameters, no buffers, no other modules."""
     return not (module._parameters or module._buffers or module._modules)
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module does what its kind does and nobody looks on: no subclass, hook or ``forward`` of its own."""
+    return type(module) is kind and "forward" not in vars(module) and not any(map(vars(module).get, _HOOKS))
 
 
 @dataclass

@@ -70,19 +70,21 @@ def portions_of(
     while start < pairs:
         some = tuple(slice_pairs(argument, pairs, start, at_once) for argument in arguments)
         count = some[0].shape[0]
-        suffix = Suffix(forward, some, count, taps)
+        suffix = Suffix(forward, some, count, taps, for_score=True)
         if fitting is None:
             fitting = [max(1, settings.memory_budget // max(1, suffix.bytes_per_row(one))) for one in objectives]
             at_once = max(1, min(fitting) // draws)
             if at_once < count:
                 continue
-        limits = tuple(replace(settings, internal_batch_size=rows if rows < draws else given) for rows in fitting)
+        # What was asked for bounds the rows without a graph, too; the budget allows more of these.
+        most = None if given is None else given // count
+        limits = tuple(replace(settings, internal_batch_size=rows if rows < draws else most) for rows in fitting)
         yield Portion(start, some, suffix, limits, 1 + -(-(pairs - start - count) // at_once))
         start += count
 
 
 def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
-    """So many draws, cut into those that go through the model together."""
+    """So many draws, cut into those that go through the model together; a portion's settings count draws of a pair."""
     most = max(settings.n_samples)
     if not torch.is_grad_enabled():
         # Without a graph a row holds one layer's activations instead of all, and cores are busier with more rows.

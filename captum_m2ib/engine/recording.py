@@ -23,6 +23,7 @@ from captum_m2ib.engine.layers import (
     replace_at,
     tensors_in,
 )
+from captum_m2ib.engine.needs import Needed, Trace, can_narrow
 from captum_m2ib.engine.rows import append_first, check_score
 
 
@@ -135,6 +136,8 @@ class Call:
         unseen (tuple[Kept, ...]): Tensors that it used, in their order, which no operation made within sight.
         operators (tuple[str, ...]): Operators on what depends on the pairs that are not torch's own.
         numbers (frozenset[int]): The taps of which it made a Python number.
+        needed (Needed or None): The positions at which its output is read, where these are few and it can be run at
+            them alone.
     """
 
     module: nn.Module
@@ -145,6 +148,7 @@ class Call:
     unseen: tuple[Kept, ...] = ()
     operators: tuple[str, ...] = ()
     numbers: Reach = NOTHING
+    needed: Needed | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,8 +188,13 @@ class _Recorder:
 
     def __init__(self, taps: Sequence[Tap], pairs: int) -> None:
         self._frames = Frames(self._keep_unseen)
+        self._trace = Trace(lambda tensors: self.dependence.of(tensors), _FROM_DATA)
         self.dependence = Dependence(
-            self._frames.of_unseen, self._before_change, self._frames.note_operator, self._frames.note_number
+            self._frames.of_unseen,
+            self._before_change,
+            self._frames.note_operator,
+            self._frames.note_number,
+            self._trace.note,
         )
         self._taps = tuple(taps)
         self._pairs = pairs
@@ -214,6 +223,8 @@ class _Recorder:
         if tap is not None and not self._taps[tap].at_input:
             output = self._open(tap, output)
             self._structures[tap] = self._keep(output)
+        if can_narrow(module, args, kwargs) and tap is None:
+            self._trace.note_layer(start, output)
         is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
         reach = self._close(start, received, output, is_changed)
         self._calls[start] = Call(
@@ -235,10 +246,11 @@ class _Recorder:
         opened = [self._opened[index] for index in range(len(self._taps))]
         for place in list(self._loose):
             self._fix(place)
+        needed = self._needed(score)
         return Recording(
             taps=self._taps,
             calls=tuple(
-                replace(call, output=self._kept[place]) if place in self._kept else call
+                replace(call, output=self._kept.get(place), needed=needed.get(place))
                 for place, call in enumerate(self._calls)
             ),
             structures=tuple(self._structures.get(index) for index in range(len(self._taps))),
@@ -250,6 +262,12 @@ class _Recorder:
             numbers=self._frames.numbers - _FROM_DATA,
             sizes=self.dependence.sizes,
         )
+
+    def _needed(self, score: Tensor) -> dict[int, Needed]:
+        """Where linear layers are read, by call; nothing where values went out of sight."""
+        if self._frames.numbers or any(call.numbers or call.unseen or call.operators for call in self._calls):
+            return {}
+        return self._trace.needed(score)
 
     def _tap_of(self, module: nn.Module) -> int | None:
         chosen = None

@@ -6,9 +6,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from captum_m2ib.engine import windows
 from captum_m2ib.engine.dependence import NOTHING, Reach
 from captum_m2ib.engine.interception import Handler, is_stateless
 from captum_m2ib.engine.layers import map_leaves, replace_at, tensors_in
+from captum_m2ib.engine.needs import narrowed
 from captum_m2ib.engine.recording import Call, Kept, Output, Recording
 
 
@@ -62,7 +64,9 @@ class Replayer:
             self.place = call.end
             return self._replace(tap, reuse.hand_out(self._recording.structures[tap], self._draws))
         if call.output is None or call.reach & self._replaced:
-            return proceed(module, *args, **kwargs)
+            if call.needed is not None and reuse.is_narrowing:
+                return narrowed(proceed, module, args, kwargs, call.needed)
+            return windows.call(proceed, module, args, kwargs)
         if reuse.fits_any_rows(call.output):
             self.place = call.end
             return reuse.hand_out(call.output.structure, self._draws)
@@ -94,9 +98,12 @@ class Reuse:
     Args:
 
         recorded_rows (int): On how many rows the recorded pass ran.
+        is_narrowing (bool, optional): Whether linear layers run only at the positions that are read, where these are
+            known. Default: False
     """
 
-    def __init__(self, recorded_rows: int) -> None:
+    def __init__(self, recorded_rows: int, is_narrowing: bool = False) -> None:
+        self.is_narrowing = is_narrowing
         self._recorded_rows = recorded_rows
         self._copies: dict[tuple[Kept, int], tuple[Tensor, int]] = {}
         self._fits: dict[Output, bool] = {}
@@ -104,6 +111,11 @@ class Reuse:
     def hand_out(self, structure: Any, draws: int) -> Any:
         """The structure as a pass on so many draws per pair makes it."""
         return map_leaves(structure, lambda kept: self._copy(kept, draws), Kept)
+
+    def stop_narrowing(self) -> bool:
+        """Run layers at all positions from now on; returns whether that changes anything."""
+        was_narrowing, self.is_narrowing = self.is_narrowing, False
+        return was_narrowing
 
     def fits_any_rows(self, output: Output) -> bool:
         """Whether the output is known to be right for any number of rows; a constant is not before it was learnt."""

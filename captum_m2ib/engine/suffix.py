@@ -34,6 +34,8 @@ class Suffix:
         arguments (tuple): The arguments; every tensor whose first dimension is N is a batch of pairs.
         pairs (int): N.
         taps (sequence of Tap): The layers to take over.
+        for_score (bool, optional): Whether nothing but the score of a rerun and its gradient is looked at, so that
+            linear layers need not run at positions that it does not read. Default: False
 
     Attributes:
 
@@ -55,6 +57,7 @@ class Suffix:
         arguments: tuple[Any, ...],
         pairs: int,
         taps: Sequence[Tap],
+        for_score: bool = False,
     ) -> None:
         self._forward = entering(forward, [tap.layer for tap in taps])
         self._arguments = arguments
@@ -63,7 +66,8 @@ class Suffix:
         except FAILURES as error:
             explain_recording(self._forward, arguments, pairs, error)
             raise
-        self._reuse = Reuse(self._recording.rows)
+        has_needed = any(call.needed is not None for call in self._recording.calls)
+        self._reuse = Reuse(self._recording.rows, for_score and has_needed)
         self._consistency = Consistency(self._forward, arguments, self._recording, self._reuse)
         self._derivatives = Derivatives(self._forward, arguments, self._recording, self._reuse)
         self._checked: set[frozenset[int]] = set()
@@ -93,6 +97,15 @@ class Suffix:
                 model itself makes of the values (:mod:`captum_m2ib.engine.consistency`).
             ValueError: if an argument that the pairs share was taken for one row per pair.
         """
+        try:
+            return self._run(values, draws, dtype)
+        except FAILURES:
+            # A model may look at positions that its score does not read, as where it checks itself.
+            if not self._reuse.stop_narrowing():
+                raise
+            return self._run(values, draws, dtype)
+
+    def _run(self, values: dict[int, Tensor], draws: int, dtype: torch.dtype | None) -> Tensor:
         pairs, kind = self._recording.pairs, frozenset(values)
         arguments = repeat_pairs(self._arguments, pairs, draws)
         try:

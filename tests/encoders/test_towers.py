@@ -148,6 +148,19 @@ def test_vocabulary_statistics_of_a_bare_table_are_its_rows():
     assert vocabulary_statistics(nn.Linear(2, 2)) is None
 
 
+@pytest.mark.parametrize("vocabulary", [3, 8, 21, 9000])
+def test_vocabulary_statistics_are_of_every_token_at_cycling_positions(vocabulary: int):
+    torch.manual_seed(0)
+    embeddings = nn.Module()
+    embeddings.token, embeddings.position = nn.Embedding(vocabulary, 4), nn.Embedding(8, 4)
+    embeddings.forward = lambda ids: embeddings.token(ids) + embeddings.position(torch.arange(ids.shape[1]))
+    rows = (embeddings.token.weight + embeddings.position.weight[torch.arange(vocabulary) % 8]).double()
+    found = vocabulary_statistics(embeddings)
+    assert found.count == vocabulary
+    torch.testing.assert_close(found.mean.double(), rows.mean(0), rtol=0, atol=1e-6)
+    torch.testing.assert_close(found.std.double(), rows.std(0), rtol=0, atol=1e-6)
+
+
 def test_vocabulary_statistics_cover_positions_that_start_late():
     encoder = zoo.encoder_of(zoo.model_named("registers_roberta"))
     embeddings = encoder.embeddings_of(1)

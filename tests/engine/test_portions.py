@@ -87,6 +87,15 @@ def test_rows_without_a_graph_are_more():
     assert max(seen[False]) <= 4 * ROWS_WITHOUT_GRAPH and max(seen[False]) > max(seen[True])
 
 
+@pytest.mark.parametrize("most", [3, 4, 8, 9])
+def test_rows_that_are_asked_for_bound_every_pass(most: int):
+    found, seen = attribute(5, internal_batch_size=most)
+    # Where draws fill a pass, the recorded pass's copy of the first pair has room as well.
+    assert max(seen[True]) <= most and max(seen[False]) <= most
+    expected, _ = attribute(5)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=0)
+
+
 def test_many_pairs_are_not_recorded_all_at_once():
     pairs = FIRST_ROWS // 4 + 3
     _, seen = attribute(pairs, memory_budget=10**9)

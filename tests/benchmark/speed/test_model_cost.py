@@ -12,9 +12,10 @@ def test_costs_of_a_small_model(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(models.MODELS, "tiny", (tiny_clip, 12, 63, True))
     monkeypatch.setattr(models, "random_pair", small_pair)
     found = models.measure("tiny", repeats=2)
-    # More of the towers has to run again for the default, but 12 passes instead of 100.
+    # All of the towers has to run again for the default, and behind the paper's layer one block of four, at a position
+    # of its own; but in 12 passes instead of 100.
     ratio = found["default"]["gflop"] / found["published"]["gflop"]
-    assert 12 / 100 < ratio < 1
+    assert 12 / 100 < ratio < 3
     assert len(found["default"]["seconds"]) == 2 and found["published"]["peak"] >= found["default"]["peak"] >= 0
     lines = models.table({"tiny": found}).splitlines()
     assert len(lines) == 4 and all(line.count("|") == 7 for line in lines)
