@@ -56,8 +56,8 @@ def interactions(
         budget (tuple[int, int], optional): How many masked pictures, and how many masked captions: so many passes of a
             tower. Where that is as many as there are, all are taken, and the fit is exact. Default: None (16 pictures
             per patch, 512 at least; 256 captions)
-        within (bool, optional): Fit interactions of two patches, and of two words, as well; there must be as many
-            masked pictures as pairs of patches. Default: False
+        within (bool, optional): Fit interactions of two patches, and of two words, as well; there must be more masked
+            pictures than pairs of patches, better half as many again. Default: False
         cell, feature_mask, substrate, absent, internal_batch_size: As for :class:`captum_m2ib.games.PairGame`.
         seed (int, optional): Of the draws. Default: 0
         show_progress (bool, optional): Show progress bars. Default: False
@@ -87,7 +87,8 @@ def interactions(
     sizes = (game.picture_players, game.caption_players)
     counts = (max(_LEAST, _PER_PLAYER * sizes[0]), _CAPTIONS) if budget is None else _counts(budget)
     pictures, captions = (
-        draw(size, count, p, seed + place) for place, (size, count) in enumerate(zip(sizes, counts, strict=True))
+        draw(size, count, p, seed + place, is_paired=not within)
+        for place, (size, count) in enumerate(zip(sizes, counts, strict=True))
     )
     found = fit(game.scores(pictures.masks, captions.masks, show_progress), pictures, captions, p, within)
     shares = _judge(game, found, pictures, captions, seed)
