@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import environment  # noqa: F401 - comes first
 import families
 import pytest
 import torch
+from browsing import chromium
 
 from captum_m2ib.scenes import build_model, save_checkpoint
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser
 
 # Models that differ most in how they hold their units; tests/contracts/test_models.py covers every other one as well.
 REPRESENTATIVE = ("siglip2_naflex", "xclip", "clap", "swin_bert", "open_clip_resnet", "open_clip_coca")
@@ -38,6 +42,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
     save_checkpoint(build_model(**sizes), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium for the pages of one file."""
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture(params=[_parameter(family) for family in families.FAMILIES])
