@@ -251,6 +251,8 @@ def _by_gradients(encoder: DualEncoder, image: Image, explanation: Explanation, 
 def _by_matches(encoder: DualEncoder, image: Image, explanation: Explanation, show_progress: bool) -> NDArray[Any]:
     pairs = encoder.prepare(image, explanation.caption)
     (values,) = SimilarityMap(encoder).of_tokens(pairs.inputs, pairs.additional_forward_args)
+    # The score gains by how much the best of them stands out; what all have in common hides it.
+    values = values - values.mean((1, 2), keepdim=True)
     kept: NDArray[Any] = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
     return kept
 

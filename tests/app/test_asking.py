@@ -95,7 +95,8 @@ def test_words_of_late_interaction_are_told_by_its_matches(name: str, processor:
     with torch.no_grad():
         matches = model.interaction(*pairs.inputs, *pairs.additional_forward_args)
     real = model.real_tokens(pairs)[0]
-    best = matches.matches[0, :, matches.patches[0]].amax(1)[real]
+    of_patches = matches.matches[0, :, matches.patches[0]][real]
+    best = of_patches.amax(1) - of_patches.mean(1)
     counted = matches.counted[0][real].numpy()
     np.testing.assert_allclose(values.max((1, 2))[counted], best.numpy()[counted], atol=1e-5)
     assert (values[~counted] == 0).all() and counted[explanation.tokens.index("red")]
