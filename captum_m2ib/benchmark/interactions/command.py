@@ -56,6 +56,8 @@ def _run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.scenes import CHECKPOINT
 
     check_least(given, probes=1, seed=0)
+    if given.shapiq and min(given.shapiq) < 2:
+        raise ValueError(f"--shapiq: expected at least 2 coalitions, got {min(given.shapiq)}.")
     given.model = given.model or os.fspath(CHECKPOINT)
     values = measure(
         load(given),

@@ -114,3 +114,5 @@ def test_every_method_has_every_figure(checkpoint: Path, tmp_path: Path, capsys:
     assert all(figure.short in table for figure in FIGURES)
     assert main([*given, "--probes", "0"]) == 2
     assert "--probes: expected at least 1, got 0" in capsys.readouterr().err
+    assert main([*given, "--shapiq", "64", "1"]) == 2
+    assert "--shapiq: expected at least 2 coalitions, got 1" in capsys.readouterr().err
