@@ -62,7 +62,7 @@ def centred(constant: float, alone: np.ndarray, together: np.ndarray, pictures: 
 
         >>> found = centred(1.0, np.array([2.0, 0.0]), np.array([[0.0, 4.0], [4.0, 0.0]]), 1)
         >>> found.mean, found.picture, found.caption, found.across
-        (np.float64(3.0), array([4.]), array([2.]), array([[4.]]))
+        (3.0, array([4.]), array([2.]), array([[4.]]))
     """
     values = alone + _P * together.sum(1)
     mean = constant + _P * alone.sum() + _P**2 * together.sum() / 2

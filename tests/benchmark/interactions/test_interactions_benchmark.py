@@ -98,11 +98,10 @@ def test_pairs_of_a_map_of_words_and_patches_add_up(checkpoint: Path):
 
 def test_every_method_has_every_figure(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     given = ["benchmark", "interactions", "--model", str(checkpoint), "--output", str(tmp_path)]
-    assert main([*given, "--probes", "1", "--within", "2100"]) == 0
+    assert main([*given, "--probes", "1"]) == 0
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     for name in (
         OURS,
-        "interactions-within",
         "interactions-alone",
         "pair-interaction",
         "m2ib",
@@ -116,3 +115,10 @@ def test_every_method_has_every_figure(checkpoint: Path, tmp_path: Path, capsys:
     assert "--probes: expected at least 1, got 0" in capsys.readouterr().err
     assert main([*given, "--shapiq", "64", "1"]) == 2
     assert "--shapiq: expected at least 2 coalitions, got 1" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_pairs_within_each_side_are_a_row(checkpoint: Path, tmp_path: Path):
+    given = ["benchmark", "interactions", "--model", str(checkpoint), "--output", str(tmp_path), "--probes", "1"]
+    assert main([*given, "--within", "2100"]) == 0
+    assert "| `interactions-within` |" in (tmp_path / "table.md").read_text(encoding="utf-8")
