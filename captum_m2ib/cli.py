@@ -181,6 +181,11 @@ def _add_interactions(commands: Any) -> None:
         help="so many masked ones (default: 16 pictures per patch, 512 at least; 256 captions)",
     )
     parser.add_argument(
+        "--within",
+        action="store_true",
+        help="fit pairs of patches and pairs of words, too: explains more, from more masked pictures than pairs",
+    )
+    parser.add_argument(
         "--cell", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"), help="what is masked at once (default: a patch)"
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the masks (default: %(default)s)")
@@ -352,6 +357,7 @@ def _interactions(given: argparse.Namespace) -> None:
         text,
         p=given.p,
         budget=None if given.budget is None else tuple(given.budget),
+        within=given.within,
         cell=None if given.cell is None else tuple(given.cell),
         seed=given.seed,
         show_progress=sys.stderr.isatty(),

@@ -1,8 +1,8 @@
 """Figures of the pages: ``python docs/figures.py [FOLDER]``, those of photographs with ``--photographs`` before it.
 
-Those of how-it-works.md and guides/sounds-and-videos.md are drawn from the method itself, that of the rivals from the
-table in benchmark.md, that of quality and cost from what two benchmarks wrote. Those of photographs need the extra
-``two-parts``; they are what ``captum-m2ib explain`` writes, as JPEG.
+Those of how-it-works.md, guides/sounds-and-videos.md and interactions.md are drawn from the methods themselves, that of
+the rivals from the table in benchmark.md, that of quality and cost from what two benchmarks wrote. Those of photographs
+need the extra ``two-parts``; they are what ``captum-m2ib explain`` writes, as JPEG.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain, interactions
 from captum_m2ib.benchmark.methods import methods as known_methods
 from captum_m2ib.benchmark.photos.two_parts import classifier, two_parts
 from captum_m2ib.disent import InfoDisent, class_figure, explain_class, find_prototypes
@@ -27,7 +27,7 @@ from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
 from captum_m2ib.metrics import relevance_mass
-from captum_m2ib.scenes import CHECKPOINT, image_probes
+from captum_m2ib.scenes import CHECKPOINT, image_probes, pair_probes
 from captum_m2ib.scenes.events import draw_sound, draw_video, listener, watcher
 
 PHOTOS = Path(__file__).parent / "images" / "photos"
@@ -179,6 +179,13 @@ def video() -> Figure:
     return explain(watcher(), drawn, "a red square")[0].plot()
 
 
+def together() -> Figure:
+    """Which patches act together with which words of a caption that names two objects."""
+    (scene,) = pair_probes(1, seed=0, size=384)
+    found = interactions(DualEncoder.from_pretrained(CHECKPOINT), scene.image, scene.caption)
+    return found.plot()
+
+
 def rivals() -> Figure:
     """M2IB beside its rivals on scenes: a row per method, a panel per figure, mean and 95 % interval."""
     with FIGURES.open(encoding="utf-8", newline="") as lines:
@@ -320,7 +327,15 @@ def _plain(figure: Figure) -> Figure:
 
 
 def main(folder: Path) -> None:
-    drawn = {"channel": channel, "descent": descent, "rivals": rivals, "cost": cost, "sound": sound, "video": video}
+    drawn = {
+        "channel": channel,
+        "descent": descent,
+        "interactions": together,
+        "rivals": rivals,
+        "cost": cost,
+        "sound": sound,
+        "video": video,
+    }
     for name, draw in drawn.items():
         # Noise makes large files.
         dpi = 90 if draw in (sound, video) else "figure"

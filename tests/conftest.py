@@ -15,6 +15,7 @@ import pytest
 
 if TYPE_CHECKING:
     from families import Case, Family
+    from playwright.sync_api import Browser
 
 # Models that differ most in how they hold their units; tests/contracts/test_models.py covers every other one as well.
 REPRESENTATIVE = ("siglip2_naflex", "xclip", "clap", "swin_bert", "open_clip_resnet", "open_clip_coca")
@@ -59,6 +60,15 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
     save_checkpoint(build_model(**sizes), folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A Chromium for the pages of one file."""
+    from browsing import chromium
+
+    with chromium() as opened:
+        yield opened
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import numpy as np
 
 from captum_m2ib.attr.pair_interaction import PairInteraction
 from captum_m2ib.attr.registry import METHODS, entry_named, method_named
+from captum_m2ib.attr.similarity_map import SimilarityMap
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pictures import load_picture
 from captum_m2ib.engine.stakes import NothingToExplainWarning
@@ -247,6 +248,15 @@ def _by_gradients(encoder: DualEncoder, image: Image, explanation: Explanation, 
     return kept
 
 
+def _by_matches(encoder: DualEncoder, image: Image, explanation: Explanation, show_progress: bool) -> NDArray[Any]:
+    pairs = encoder.prepare(image, explanation.caption)
+    (values,) = SimilarityMap(encoder).of_tokens(pairs.inputs, pairs.additional_forward_args)
+    # The score gains by how much the best of them stands out; what all have in common hides it.
+    values = values - values.mean((1, 2), keepdim=True)
+    kept: NDArray[Any] = values[encoder.real_tokens(pairs)[0]].float().cpu().numpy()
+    return kept
+
+
 def _by_masks(encoder: DualEncoder, image: Image, explanation: Explanation, show_progress: bool) -> NDArray[Any]:
     game = interactions(encoder, image, explanation.caption, show_progress=show_progress)
     found = np.zeros((len(explanation.tokens), *game.places.shape))
@@ -260,6 +270,25 @@ def _by_masks(encoder: DualEncoder, image: Image, explanation: Explanation, show
 
 
 WORDS: Mapping[str, Callable[[DualEncoder, Image, Explanation, bool], NDArray[Any]]] = MappingProxyType(
-    {"gradients": _by_gradients, "masks": _by_masks}
+    {"gradients": _by_gradients, "matches": _by_matches, "masks": _by_masks}
 )
 """The ways to tell which patches each word goes with; what is found is in units of the score."""
+
+
+def ways(encoder: DualEncoder) -> list[str]:
+    r"""Those of :data:`WORDS` that fit a model, the quickest first.
+
+    Args:
+
+        encoder (DualEncoder): Any.
+
+    Returns:
+        list[str]: in late interaction matches take the place of gradients, for its score is made of them.
+
+    Examples::
+
+        >>> ways(encoder)
+        ['gradients', 'masks']
+    """
+    left_out = "gradients" if encoder.has_terms else "matches"
+    return [name for name in WORDS if name != left_out]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from captum_m2ib.app.asking import MOST_CAPTIONS, QUALITIES, WORDS, Answer, ask, fitting
+from captum_m2ib.app.asking import MOST_CAPTIONS, QUALITIES, Answer, ask, fitting, ways
 from captum_m2ib.attr.registry import METHODS
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.explanations.page import to_html
@@ -101,8 +101,8 @@ def make_blocks(encoder: DualEncoder, name: str, examples: Sequence[tuple[Path, 
                 )
                 quality = gr.Radio(list(QUALITIES), value="default", label="quality", elem_id="quality")
                 words = gr.Radio(
-                    [_OFF, *WORDS],
-                    value=next(iter(WORDS)),
+                    [_OFF, *ways(encoder)],
+                    value=ways(encoder)[0],
                     label="words",
                     info="which patches each one goes with, by",
                     elem_id="words",

@@ -32,6 +32,8 @@ class NamedMethod:
         name (str): The name.
         make (Callable): ``make(forward_func)``, and ``layers=`` unless they are fixed.
         about (str): What it is, in a few words.
+        needs (tuple[str, ...]): What it asks of a model beside its score: ``"gradients"``, ``"attention"``.
+        is_signed (bool): Whether its maps have values below zero.
         seeded (bool): Whether ``attribute`` takes a seed.
         has_layers (bool): Whether ``make`` takes ``layers``.
         late_only (bool): Whether it is for models of late interaction alone.
@@ -40,6 +42,8 @@ class NamedMethod:
     name: str
     make: Callable[..., Any]
     about: str
+    needs: tuple[str, ...] = ("gradients",)
+    is_signed: bool = False
     seeded: bool = False
     has_layers: bool = True
     late_only: bool = False
@@ -57,6 +61,8 @@ class NamedMethod:
         return _unit_of_kind(self.kind)
 
 
+_ATTENTION = ("gradients", "attention")
+
 METHODS: Mapping[str, NamedMethod] = MappingProxyType(
     {
         method.name: method
@@ -69,18 +75,20 @@ METHODS: Mapping[str, NamedMethod] = MappingProxyType(
                 seeded=True,
                 has_layers=False,
             ),
-            NamedMethod("nib", NarrowingInfoBottleneck, "gradients while the hidden state narrows"),
-            NamedMethod("grad-eclip", GradECLIP, "values of attention, weighted by gradients"),
-            NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block"),
-            NamedMethod("legrad", LeGrad, "gradients of attention"),
+            NamedMethod("nib", NarrowingInfoBottleneck, "gradients while the hidden state narrows", is_signed=True),
+            NamedMethod("grad-eclip", GradECLIP, "values of attention, weighted by gradients", _ATTENTION),
+            NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block", _ATTENTION),
+            NamedMethod("legrad", LeGrad, "gradients of attention", _ATTENTION),
             NamedMethod(
                 "similarity-map",
                 SimilarityMap,
                 "matches of late interaction, as ColPali's tools draw them",
+                needs=(),
+                is_signed=True,
                 has_layers=False,
                 late_only=True,
             ),
-            NamedMethod("rise", RISE, "mean score under 4000 random masks", seeded=True),
+            NamedMethod("rise", RISE, "mean score under 4000 random masks", needs=(), is_signed=True, seeded=True),
         )
     }
 )

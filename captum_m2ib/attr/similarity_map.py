@@ -25,7 +25,7 @@ from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.late_interaction import Interaction
 from captum_m2ib.engine.gates import check_finite
-from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, real_tokens, to_input
+from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, packed_grid, real_tokens, to_input
 
 
 class SimilarityMap(_captum.Attribution):
@@ -95,6 +95,39 @@ class SimilarityMap(_captum.Attribution):
             queries.append(torch.where(found.counted, found.matches.amax(-1), 0.0))
         maps = (torch.cat(pages).contiguous(), torch.cat(queries).contiguous())
         return _captum.format_output(_captum.is_tuple(inputs), maps[: len(given.inputs)])
+
+    @torch.no_grad()
+    def of_tokens(self, inputs: tuple[Tensor, Tensor], additional_forward_args: Any = None) -> list[Tensor]:
+        r"""How well each token of a query matches each patch of its page: what the score takes the best of.
+
+        Args:
+
+            inputs (tuple[Tensor, Tensor]): Pages and queries, as for :meth:`attribute`.
+            additional_forward_args (Any, optional): What else the model reads. Default: None
+
+        Returns:
+            list[Tensor]: per pair (tokens, rows, columns); 0 for tokens that do not count.
+
+        Raises:
+            ValueError: if a page is cut into tiles, which have no grid of their own.
+        """
+        chunk = Explained.ensure(self.forward_func, inputs, None, additional_forward_args, 2).arguments
+        found, layout = self.forward_func.interaction(*chunk), self.forward_func.layouts[0]
+        matches = torch.where(found.counted.unsqueeze(-1), found.matches, 0.0)
+        if isinstance(layout, PackedLayout):
+            real = real_tokens(layout, inputs[0], chunk)
+            units = inputs[0].new_zeros(matches.shape[1], *inputs[0].shape[:2])
+            for index, (row, place) in enumerate(zip(matches, found.patches, strict=True)):
+                kept = slice(None) if real is None else real[index]
+                units[:, index, kept] = row[:, place].repeat_interleave(layout.merge**2, dim=1)
+            grids = range(len(inputs[0]))
+            return [torch.stack([packed_grid(layout, one, chunk, index) for one in units]) for index in grids]
+        coarse, grid = _merged(layout, inputs[0], int(found.patches[0].sum()))
+        if len(grid) != 2:
+            raise ValueError("inputs: expected pages in one piece, got tiles, whose patches lie in no one grid.")
+        factors = [large // small for large, small in zip(coarse.patch_size, layout.patch_size, strict=True)]
+        maps = [row[:, place].unflatten(1, grid) for row, place in zip(matches, found.patches, strict=True)]
+        return [one.repeat_interleave(factors[0], 1).repeat_interleave(factors[1], 2) for one in maps]
 
     def _on_page(self, found: Interaction, chunk: tuple[Any, ...]) -> Tensor:
         """The mean over counted tokens, at the places of the page's patches, spread over its pixels."""

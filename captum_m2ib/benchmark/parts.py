@@ -17,6 +17,9 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 Found: TypeAlias = dict[str, list[float]]
 """Figure to one value per probe."""
 
+TABLES = ("figures.csv", "summary.csv", "table.md")
+"""Every value, the means, and the tables of a page."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -78,7 +81,7 @@ def spans_of(probes: int, block: int) -> list[slice]:
 def write_comparison(
     folder: Path, models: Sequence[str], methods: Sequence[Method], values: Values, figures: Sequence[Figure]
 ) -> Comparison:
-    r"""Write ``figures.csv``, ``summary.csv`` and ``table.md``.
+    r"""Write :data:`TABLES` of ours beside every other method.
 
     Args:
 
@@ -93,7 +96,21 @@ def write_comparison(
     """
     rivals = [method.name for method in methods if not method.is_floor and not method.family.name.startswith(OURS)]
     compared = compare(values, figures, OURS, rivals)
-    write_atomically(folder / "figures.csv", figures_csv(values, models, figures))
-    write_atomically(folder / "summary.csv", summary_csv(compared))
-    write_atomically(folder / "table.md", markdown(compared))
+    write_tables(folder, models, values, compared)
     return compared
+
+
+def write_tables(folder: Path, models: Sequence[str], values: Values, compared: Comparison) -> None:
+    r"""Write :data:`TABLES`.
+
+    Args:
+
+        folder (Path): Where; made if it is not there.
+        models (sequence of str): The models' names, in the order of the rows.
+        values (mapping): What was measured.
+        compared (Comparison): What came of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    texts = (figures_csv(values, models, compared.figures), summary_csv(compared), markdown(compared))
+    for name, text in zip(TABLES, texts, strict=True):
+        write_atomically(folder / name, text)

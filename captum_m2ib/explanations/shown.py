@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from captum_m2ib.encoders.timelines import Timeline
 
 
-class Shown(Protocol):
-    """The parts of an :class:`captum_m2ib.Explanation` that are drawn."""
+class ShownPair(Protocol):
+    """What is drawn of a pair, whatever is told of it."""
 
     @property
     def image(self) -> NDArray[np.uint8]: ...
@@ -25,9 +25,14 @@ class Shown(Protocol):
     @property
     def tokens(self) -> tuple[str, ...]: ...
     @property
-    def special(self) -> tuple[bool, ...]: ...
-    @property
     def score(self) -> float: ...
+
+
+class Shown(ShownPair, Protocol):
+    """The parts of an :class:`captum_m2ib.Explanation` that are drawn."""
+
+    @property
+    def special(self) -> tuple[bool, ...]: ...
     @property
     def image_bits(self) -> NDArray[np.float32]: ...
     @property

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from captum_m2ib.explanations.lettering import EDGE, INK, QUIET, elide, format_score, visible, write
+from captum_m2ib.explanations.shown import ShownPair
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import at_display_size, heat_colors, overlay
 from captum_m2ib.games.fit import Fit, Floats
@@ -21,17 +22,9 @@ _MARGIN, _GAP, _PICTURE, _COLUMNS = 0.35, 0.3, 1.75, 4
 _HEAD, _TITLE, _BAR = 1.0, 0.3, 0.6
 
 
-class Shown(Protocol):
+class Played(ShownPair, Protocol):
     """The parts of :class:`captum_m2ib.games.Interactions` that are drawn."""
 
-    @property
-    def image(self) -> NDArray[np.uint8]: ...
-    @property
-    def caption(self) -> str: ...
-    @property
-    def tokens(self) -> tuple[str, ...]: ...
-    @property
-    def score(self) -> float: ...
     @property
     def score_name(self) -> str: ...
     @property
@@ -49,7 +42,7 @@ class Shown(Protocol):
     def map_of(self, words: str | int | Sequence[int]) -> Floats: ...
 
 
-def told(shown: Shown) -> str:
+def told(shown: Played) -> str:
     """How much of the score a fit explains, in a line."""
     return (
         f"values and interactions explain {shown.explained:.0%} of the score's variance over coalitions, values alone "
@@ -57,7 +50,7 @@ def told(shown: Shown) -> str:
     )
 
 
-def signed_overlay(shown: Shown, values: Floats, top: float) -> NDArray[np.uint8]:
+def signed_overlay(shown: Played, values: Floats, top: float) -> NDArray[np.uint8]:
     """The picture under a map whose places keep their edges, up to a common maximum."""
     picture = at_display_size(shown.image)
     rows, columns = (
@@ -66,7 +59,7 @@ def signed_overlay(shown: Shown, values: Floats, top: float) -> NDArray[np.uint8
     return overlay(picture, values[np.ix_(rows, columns)], maximum=top, signed=True)
 
 
-def interactions_figure(shown: Shown, tokens: Sequence[int]) -> Figure:
+def interactions_figure(shown: Played, tokens: Sequence[int]) -> Figure:
     r"""Draw interactions.
 
     Args:

@@ -85,11 +85,11 @@ class Fit:
         return found
 
 
-def draw(players: int, count: int, p: float, seed: int) -> Draws:
+def draw(players: int, count: int, p: float, seed: int, is_paired: bool = True) -> Draws:
     r"""Coalitions in which each player takes part with a probability; all of them where there are no more.
 
     Where that is one half, each drawn coalition is followed by its complement, so that what players do alone is not
-    mixed up with what two of them do together.
+    mixed up with what two of them do together. Of what two do together the complement says nothing new.
 
     Args:
 
@@ -97,6 +97,7 @@ def draw(players: int, count: int, p: float, seed: int) -> Draws:
         count (int): How many coalitions, at most.
         p (float): With which probability a player takes part, between 0 and 1.
         seed (int): Of the draws.
+        is_paired (bool, optional): Let complements follow. Default: True
 
     Returns:
         Draws: the coalitions.
@@ -107,7 +108,7 @@ def draw(players: int, count: int, p: float, seed: int) -> Draws:
         return Draws(masks, p**sizes * (1 - p) ** (players - sizes), True)
     generator = np.random.default_rng(seed)
     masks = generator.random((count, players)) < p
-    if p == 0.5:
+    if p == 0.5 and is_paired:
         masks[1::2] = ~masks[: 2 * (count // 2) : 2]
     return Draws(masks, np.full(count, 1 / count), False)
 

@@ -24,6 +24,24 @@ if TYPE_CHECKING:
 __all__ = ["Interactions"]
 
 
+def import_shapiq() -> Any:
+    r"""shapiq, which is an extra.
+
+    Returns:
+        module: shapiq.
+
+    Raises:
+        ImportError: if it is not installed.
+    """
+    try:
+        import shapiq
+    except ImportError as error:
+        raise ImportError(
+            "shapiq is not installed; pip install 'captum_m2ib[interactions]', or shapiq itself."
+        ) from error
+    return shapiq
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Interactions:
     r"""Which words act together with which patches, in units of the score.
@@ -169,12 +187,7 @@ class Interactions:
         Raises:
             ImportError: if shapiq is not installed.
         """
-        try:
-            import shapiq
-        except ImportError as error:
-            raise ImportError(
-                "shapiq is not installed; pip install 'captum_m2ib[interactions]', or shapiq itself."
-            ) from error
+        shapiq = import_shapiq()
         fit, start = self.fit, len(self.fit.picture)
         values: dict[tuple[int, ...], float] = {(): fit.mean}
         values |= {(i,): value for i, value in enumerate([*fit.picture.tolist(), *fit.caption.tolist()])}

@@ -13,13 +13,13 @@ from captum_m2ib.explanations.embedding import data_text, encoded_picture
 from captum_m2ib.explanations.lettering import format_score, visible
 from captum_m2ib.explanations.reports import page_policy
 from captum_m2ib.explanations.visualization import at_display_size, heat_colors
-from captum_m2ib.games.figure import Shown, told
+from captum_m2ib.games.figure import Played, told
 
 _HERE = Path(__file__).parent
 _COLOURS = 201
 
 
-def interactions_page(shown: Shown) -> bytes:
+def interactions_page(shown: Played) -> bytes:
     r"""Write the page.
 
     Args:
@@ -51,7 +51,7 @@ def interactions_page(shown: Shown) -> bytes:
     return page.encode("utf-8", "replace")
 
 
-def _data(shown: Shown) -> dict[str, Any]:
+def _data(shown: Played) -> dict[str, Any]:
     """What the page's script shows."""
     fit = shown.fit
     return {

@@ -55,9 +55,9 @@ def interactions(
         p (float, optional): With which probability a patch or a word takes part. Default: 0.5
         budget (tuple[int, int], optional): How many masked pictures, and how many masked captions: so many passes of a
             tower. Where that is as many as there are, all are taken, and the fit is exact. Default: None (16 pictures
-            per patch, 512 at least; 256 captions)
-        within (bool, optional): Fit interactions of two patches, and of two words, as well; there must be as many
-            masked pictures as pairs of patches. Default: False
+            per patch, 512 at least; 256 captions; with ``within`` at least half as many again as coefficients)
+        within (bool, optional): Fit interactions of two patches, and of two words, as well, which explains more of the
+            score; it takes more masked pictures than there are pairs of patches. Default: False
         cell, feature_mask, substrate, absent, internal_batch_size: As for :class:`captum_m2ib.games.PairGame`.
         seed (int, optional): Of the draws. Default: 0
         show_progress (bool, optional): Show progress bars. Default: False
@@ -85,9 +85,10 @@ def interactions(
     options: dict[str, Any] = {"cell": cell, "feature_mask": feature_mask, "substrate": substrate, "absent": absent}
     game = PairGame(encoder, pairs, **options, internal_batch_size=internal_batch_size)
     sizes = (game.picture_players, game.caption_players)
-    counts = (max(_LEAST, _PER_PLAYER * sizes[0]), _CAPTIONS) if budget is None else _counts(budget)
+    counts = _usual(sizes, within) if budget is None else _counts(budget)
     pictures, captions = (
-        draw(size, count, p, seed + place) for place, (size, count) in enumerate(zip(sizes, counts, strict=True))
+        draw(size, count, p, seed + place, is_paired=not within)
+        for place, (size, count) in enumerate(zip(sizes, counts, strict=True))
     )
     found = fit(game.scores(pictures.masks, captions.masks, show_progress), pictures, captions, p, within)
     shares = _judge(game, found, pictures, captions, seed)
@@ -114,6 +115,13 @@ def interactions(
             "seed": seed,
         },
     )
+
+
+def _usual(sizes: tuple[int, int], within: bool) -> tuple[int, int]:
+    """Masked pictures and masked captions, where nothing is said."""
+    # Half as many again as there are coefficients: with hardly more than those, a fit follows what it has seen.
+    least = [3 * (1 + size + size * (size - 1) // 2) // 2 if within else 0 for size in sizes]
+    return max(_LEAST, _PER_PLAYER * sizes[0], least[0]), max(_CAPTIONS, least[1])
 
 
 def _counts(budget: tuple[int, int]) -> tuple[int, int]:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import late
 import numpy as np
 import pytest
+import torch
 import zoo
 from PIL import Image
 
 from captum_m2ib import DualEncoder, PairInteraction, explain
 from captum_m2ib.app import asking
-from captum_m2ib.app.asking import MOST_PIXELS, QUALITIES, ask, check_captions, check_picture, fitting
+from captum_m2ib.app.asking import MOST_PIXELS, QUALITIES, ask, check_captions, check_picture, fitting, ways
 from captum_m2ib.app.serving import Guarded, free_port
 from captum_m2ib.attr.registry import METHODS, settings_of
 from captum_m2ib.games import interactions
@@ -78,6 +81,38 @@ def test_what_a_model_cannot_tell_is_said(picture: Path):
         note.startswith("Which patches each word goes with is not known of this model by gradients: ")
         for note in found.notes
     )
+
+
+@pytest.mark.filterwarnings("ignore::captum_m2ib.NothingToExplainWarning")
+@pytest.mark.parametrize(("name", "processor"), [("colpali", late.colpali), ("colqwen2", late.colqwen2)])
+def test_words_of_late_interaction_are_told_by_its_matches(name: str, processor: Callable[[], Any], picture: Path):
+    model = zoo.encoder_of(zoo.model_named(name), processor=processor())
+    assert ways(model) == ["matches", "masks"]
+    found = ask(model, picture, "a red circle", "similarity-map", words="matches")
+    (explanation,), (values,) = found.explanations, found.interactions
+    assert found.notes == () and values is not None and values.shape[1:] == explanation.patch_bits.shape
+    pairs = model.prepare(PROBE.image, "a red circle")
+    with torch.no_grad():
+        matches = model.interaction(*pairs.inputs, *pairs.additional_forward_args)
+    real = model.real_tokens(pairs)[0]
+    of_patches = matches.matches[0, :, matches.patches[0]][real]
+    best = of_patches.amax(1) - of_patches.mean(1)
+    counted = matches.counted[0][real].numpy()
+    np.testing.assert_allclose(values.max((1, 2))[counted], best.numpy()[counted], atol=1e-5)
+    assert (values[~counted] == 0).all() and counted[explanation.tokens.index("red")]
+
+
+def test_words_of_late_interaction_by_masks_are_those_of_its_own_score(picture: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(asking, "interactions", partial(interactions, budget=(64, 32)))
+    model = zoo.encoder_of(zoo.model_named("colpali"), processor=late.colpali())
+    found = ask(model, picture, "red circle", "similarity-map", words="masks")
+    assert found.notes == () and found.interactions[0] is not None and found.interactions[0].any()
+
+
+def test_a_score_of_two_embeddings_has_no_matches(encoder: DualEncoder, picture: Path):
+    assert ways(encoder) == ["gradients", "masks"]
+    found = ask(encoder, picture, "a ring", "legrad", words="matches")
+    assert found.interactions == (None,) and "not known of this model by matches" in found.notes[0]
 
 
 def test_warnings_are_notes(encoder: DualEncoder, picture: Path):

@@ -46,6 +46,22 @@ def test_of_a_page_in_one_piece():
     torch.testing.assert_close(text.sum(1), score)
 
 
+@pytest.mark.parametrize(("name", "merged"), [("colpali", 1), ("colqwen2", 2)])
+def test_of_each_token(name: str, merged: int):
+    encoder = encoder_of(name)
+    pairs = encoder.prepare(PAGE, QUERY)
+    (found,) = SimilarityMap(encoder).of_tokens(pairs.inputs, pairs.additional_forward_args)
+    expected = matches(encoder, QUERY)
+    tokens = found[:, ::merged, ::merged]
+    torch.testing.assert_close(tokens.flatten(1), expected)
+    torch.testing.assert_close(found[:, merged - 1 :: merged, merged - 1 :: merged], tokens)
+    some = encoder.count_tokens(pairs, "revenue")
+    (found,) = SimilarityMap(encoder).of_tokens(some.inputs, some.additional_forward_args)
+    place = pairs.tokens[0].index("revenue")
+    torch.testing.assert_close(found[place], tokens[place].repeat_interleave(merged, 0).repeat_interleave(merged, 1))
+    assert not found[torch.arange(len(found)) != place].any()
+
+
 def test_of_some_words():
     encoder = encoder_of("colpali")
     pairs = encoder.count_tokens(encoder.prepare(PAGE, QUERY), "revenue 2024")
@@ -75,6 +91,8 @@ def test_of_tiles():
     image, _ = SimilarityMap(encoder).attribute(pairs.inputs, additional_forward_args=pairs.additional_forward_args)
     expected = matches(encoder, QUERY).mean(0).view(5, 4)
     torch.testing.assert_close(image[0].sum((1, 2, 3)), expected.sum(1), rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match=r"^inputs: expected pages in one piece, got tiles"):
+        SimilarityMap(encoder).of_tokens(pairs.inputs, pairs.additional_forward_args)
 
 
 def test_pairs_are_independent_and_the_batch_may_be_cut():

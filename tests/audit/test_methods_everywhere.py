@@ -1,22 +1,19 @@
-"""Every named method through every door: explain, command, audit and page, benchmark; and what it refuses.
+"""Every named method through every door: explain, command, audit and report, benchmark, app; and what it refuses.
 
 Where a method cannot explain a model it says so in one sentence, whichever door it was asked through.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import late
 import numpy as np
 import pytest
-import zoo
 from audit_cases import rows_of, write_scenes
-from families import conv_case
+from methods_table import answer, told
 
 from captum_m2ib import DualEncoder, Explanation, compare
+from captum_m2ib.app.asking import ask, fitting
 from captum_m2ib.attr.registry import METHODS
 from captum_m2ib.benchmark.methods import METHODS as MEASURED
 from captum_m2ib.cli import main
@@ -38,15 +35,6 @@ def encoder(checkpoint: Path) -> DualEncoder:
     return DualEncoder.from_pretrained(checkpoint)
 
 
-def told(run: Callable[[], Any]) -> str | None:
-    """The sentence in which something is refused; None where it is not."""
-    try:
-        run()
-    except ValueError as error:
-        return str(error)
-    return None
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_a_method_goes_through_every_door_or_is_refused_at_each(
     name: str,
@@ -65,12 +53,14 @@ def test_a_method_goes_through_every_door_or_is_refused_at_each(
     audited = main(["audit", str(scenes), *chosen, "--output", str(tmp_path / "audit")])
     audit_said = capsys.readouterr().err
     measured = told(lambda: MEASURED[name](encoder)) if name in MEASURED else sentence
+    on_page = told(lambda: ask(encoder, picture, caption, name, "quick"))
+    assert (name in fitting(encoder)) == (on_page is None)
     if METHODS[name].late_only:
         assert sentence is not None and "expected a model of late interaction" in sentence
-        assert status == audited == 2 and measured == sentence
+        assert status == audited == 2 and measured == on_page == sentence
         assert sentence in said and sentence in audit_said and said.count("\n") == audit_said.count("\n") == 1
         return
-    assert (sentence, measured, status, audited) == (None, None, 0, 0), (said, audit_said)
+    assert (sentence, measured, on_page, status, audited) == (None, None, None, 0, 0), (said, audit_said)
     unit = METHODS[name].unit
     found = Explanation.load(tmp_path / "one.npz")
     assert found.unit == unit and np.isfinite(found.image_bits).all()
@@ -84,32 +74,18 @@ def test_a_method_goes_through_every_door_or_is_refused_at_each(
 NO_BLOCKS = "found no list of blocks in the image tower ConvTower; name the layers"
 LEFT = "needs attention over the 16 tokens of layer"
 REFUSED: dict[str, dict[str, str]] = {
-    "convolutional": {
+    "convolutional towers": {
         **dict.fromkeys(("m2ib-published", "nib", "grad-eclip", "relevance", "legrad"), NO_BLOCKS),
         "similarity-map": "expected a model of late interaction, such as ColPali",
     },
-    "late": {"grad-eclip": LEFT, "relevance": LEFT},
+    "late interaction": {"grad-eclip": LEFT, "relevance": LEFT},
 }
 """Per model the methods that cannot explain it with layers of their own choice, and a part of what each says."""
 
 
 @pytest.mark.parametrize("model", REFUSED)
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "rise"])
+@pytest.mark.parametrize("name", METHODS)
 def test_models_that_a_method_cannot_explain(name: str, model: str):
-    if model == "late":
-        encoder = zoo.encoder_of(zoo.model_named("colpali"), processor=late.colpali())
-        picture = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
-        pairs = encoder.prepare(picture, "revenue 2024")
-        given = (encoder, pairs.inputs, pairs.additional_forward_args)
-    else:
-        case = conv_case()
-        given = (case.forward, case.inputs, case.additional)
-    sentence = told(lambda: attributed(name, *given))
-    expected = REFUSED[model].get(name)
-    assert (sentence is None) == (expected is None), sentence
-    assert expected is None or (expected in sentence and "\n" not in sentence)  # type: ignore[operator]
-
-
-def attributed(name: str, forward: Any, inputs: Any, additional: Any) -> None:
-    settings = {"n_steps": 2} if name in FEW else {}
-    METHODS[name].make(forward).attribute(inputs, additional_forward_args=additional, **settings)
+    found, expected = answer(name, model), REFUSED[model].get(name)
+    assert isinstance(found, str) == (expected is not None), found
+    assert expected is None or (expected in found and "\n" not in found)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from browsing import Visit, chromium, needs_browser, visit
+from browsing import Visit, needs_browser, visit
 from PIL import Image
 from test_report_numbers import HOSTILE, make_audit, make_row
 
@@ -31,12 +31,6 @@ def jpeg(width: int = 48, height: int = 48) -> bytes:
     noise = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((width, height)).save(buffer, format="JPEG")
     return buffer.getvalue()
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from browsing import Visit, chromium, needs_browser, visit
+from browsing import Visit, needs_browser, visit
 from PIL import Image
 
 from captum_m2ib import Explanation
@@ -48,12 +48,6 @@ def make(**changes) -> Explanation:
 INTERACTIONS = np.zeros((3, 3, 4))
 INTERACTIONS[1, 1, 1] = 0.25
 INTERACTIONS[2, 2, 3] = -0.5
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as opened:
-        yield opened
 
 
 @pytest.fixture

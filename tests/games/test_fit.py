@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from captum_m2ib.games.fit import Draws, Fit, draw, explained, fit
+from captum_m2ib.games.play import _usual
 
 PATCHES, WORDS = 4, 3
 
@@ -103,12 +104,26 @@ def test_draws_have_the_asked_for_share_and_at_one_half_their_complements():
     np.testing.assert_allclose(whole.weights @ whole.masks, 0.2)
 
 
+def test_coalitions_without_complements_tell_twice_as_many_pairs_apart():
+    captions = draw(2, 4, 0.5, 1)
+    values = np.zeros((40, 4))
+    assert fit(values, draw(7, 40, 0.5, 0, is_paired=False), captions, 0.5, within=True).in_picture is not None
+    with pytest.raises(ValueError, match=r"tell 29 coefficients apart, got 40 that tell 2."):
+        fit(values, draw(7, 40, 0.5, 0), captions, 0.5, within=True)
+
+
 def test_coalitions_that_do_not_tell_coefficients_apart_are_refused():
     few, captions = draw(64, 20, 0.5, 0), draw(3, 8, 0.5, 0)
     with pytest.raises(ValueError, match=r"^budget: expected masked pictures that tell 65 coefficients apart, got 20"):
         fit(np.zeros((20, 8)), few, captions, 0.5)
     with pytest.raises(ValueError, match=r"^budget: expected masked captions that tell 11 coefficients apart, got 9"):
         fit(np.zeros((8, 9)), draw(3, 8, 0.5, 0), draw(10, 9, 0.5, 0), 0.5)
+
+
+def test_pairs_within_a_side_have_half_as_many_coalitions_again_as_coefficients():
+    assert _usual((64, 9), False) == (1024, 256)
+    assert _usual((64, 9), True) == (3121, 256)
+    assert _usual((4, 30), True) == (512, 699)
 
 
 def test_a_constant_score_has_no_variance_to_explain():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,16 @@ def test_a_page_and_a_summary(checkpoint: Path, picture: str, tmp_path: Path, ca
     told = capsys.readouterr().out
     assert "words    a " in told and "most with patch" in told and told.endswith(f"written  {output}\n")
     assert "a red cross" in output.read_text(encoding="utf-8")
+
+
+def test_pairs_within_each_side_explain_more(checkpoint: Path, picture: str, tmp_path: Path):
+    given = ["--cell", "16", "16", "--model", str(checkpoint), "--output", str(tmp_path / "found.html")]
+    shares = []
+    for more in ([], ["--within"]):
+        assert main(["interactions", picture, "a red cross", *given, *more]) == 0
+        page = (tmp_path / "found.html").read_text(encoding="utf-8")
+        shares.append(int(re.search(r"explain (\d+)%", page)[1]))  # type: ignore[index]
+    assert shares[1] > shares[0]
 
 
 @pytest.mark.parametrize(

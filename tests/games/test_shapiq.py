@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from captum_m2ib import DualEncoder, PairGame, interactions
+from captum_m2ib.benchmark.interactions.regression import regression
+from captum_m2ib.cli import main
 
 # Where it must be, as in the phase of .ci/run that installs it, its absence is a failure.
 pytestmark = pytest.mark.skipif(
@@ -49,3 +51,21 @@ def test_shapiq_approximates_the_game(checkpoint: Path):
     found = interactions(encoder, picture, "a red cross", cell=(32, 32), budget=(16, 8), within=True)
     for patch, word in product(range(4), range(3)):
         np.testing.assert_allclose(sampled[patch, 4 + word], found.fit.across[word, patch], rtol=0, atol=1e-8)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_shapiq_s_regression_on_all_coalitions_is_ours(checkpoint: Path):
+    encoder = DualEncoder.from_pretrained(checkpoint, torch_dtype=torch.float64)
+    picture = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    game = PairGame(encoder, encoder.prepare(picture, "a red cross"), cell=(32, 32))
+    theirs = regression(game, 128, 0)
+    ours = interactions(encoder, picture, "a red cross", cell=(32, 32), budget=(16, 8), within=True).fit
+    assert theirs.mean == pytest.approx(ours.mean, abs=1e-10)
+    for name in ("picture", "caption", "across", "in_picture", "in_caption"):
+        np.testing.assert_allclose(getattr(theirs, name), getattr(ours, name), rtol=0, atol=1e-8)
+
+
+def test_the_benchmark_has_a_row_of_shapiq_s_regression(checkpoint: Path, tmp_path: Path):
+    given = ["benchmark", "interactions", "--model", str(checkpoint), "--probes", "1", "--output", str(tmp_path)]
+    assert main([*given, "--shapiq", "64"]) == 0
+    assert "| `shapiq-64` |" in (tmp_path / "table.md").read_text(encoding="utf-8")

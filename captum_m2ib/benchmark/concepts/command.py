@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from captum_m2ib.benchmark.options import add_output, check_least, print_written
 from captum_m2ib.benchmark.photos.command import add_coco
 
 
@@ -48,7 +48,7 @@ def add_concepts(benchmarks: Any) -> None:
     parser.add_argument("--epochs", type=int, default=60, help="most of the head (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of parts and head (default: %(default)s)")
     parser.add_argument("--limit", type=int, help="the first so many photographs of each split (default: all)")
-    parser.add_argument("--output", metavar="DIR", default="benchmark-concepts", help="default: %(default)s")
+    add_output(parser, "benchmark-concepts", is_resumed=False)
     parser.set_defaults(run=run)
 
 
@@ -65,14 +65,12 @@ def run(given: argparse.Namespace) -> None:
     """
     from captum_m2ib.benchmark.concepts.questions import questions_about
     from captum_m2ib.benchmark.concepts.run import FIGURES, OURS, agreement, fit_on_decisions, measure_all, methods_on
+    from captum_m2ib.benchmark.parts import TABLES, write_tables
     from captum_m2ib.benchmark.photos.coco import SPLITS, read_photos
-    from captum_m2ib.benchmark.store import write_atomically
-    from captum_m2ib.benchmark.tables import compare, figures_csv, markdown, summary_csv, terminal
+    from captum_m2ib.benchmark.tables import compare, terminal
     from captum_m2ib.disent.named import load_backbone, named_place
 
-    for name in ("rank", "crops", "epochs"):
-        if getattr(given, name) < 1:
-            raise ValueError(f"--{name}: expected at least 1, got {getattr(given, name)}.")
+    check_least(given, rank=1, crops=1, epochs=1)
     photos = [
         photo for split in SPLITS for photo in read_photos(given.data, given.annotations, split, given.limit).photos
     ]
@@ -103,13 +101,9 @@ def run(given: argparse.Namespace) -> None:
     )
     values = measure_all(methods_on(model), questions, show)
     compared = compare(values, FIGURES, OURS, [name for name in values if not name.startswith(OURS)])
-    folder = Path(given.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / "figures.csv", figures_csv(values, [given.backbone], FIGURES))
-    write_atomically(folder / "summary.csv", summary_csv(compared))
-    write_atomically(folder / "table.md", markdown(compared))
-    print(f"\n{terminal(compared)}\n")
-    print(f"written  {', '.join(os.fspath(folder / name) for name in ('figures.csv', 'summary.csv', 'table.md'))}")
+    write_tables(Path(given.output), [given.backbone], values, compared)
+    print(f"\n{terminal(compared)}")
+    print_written(given.output, TABLES)
 
 
 def _classes(path: str | None) -> list[str]:

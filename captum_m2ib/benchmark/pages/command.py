@@ -7,6 +7,8 @@ import os
 import sys
 from typing import TYPE_CHECKING, Any
 
+from captum_m2ib.benchmark.options import add_device, add_methods, add_output, print_written, resumable
+
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
 
@@ -32,15 +34,11 @@ def add_pages(benchmarks: Any, load: Load) -> None:
     parser.add_argument(
         "--model", metavar="NAME", help="a checkpoint of late interaction trained on such pages (default: shipped)"
     )
-    parser.add_argument("--device", help="for example cuda (default: cpu)")
-    parser.add_argument(
-        "--method", action="extend", nargs="+", metavar="NAME", help=f"default: {', '.join(DEFAULT)}; others: see docs"
-    )
+    add_device(parser)
+    add_methods(parser, f"default: {', '.join(DEFAULT)}; others: see docs")
     parser.add_argument("--probes", type=int, default=200, help="held-out pages (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="which pages (default: %(default)s)")
-    parser.add_argument(
-        "--output", metavar="DIR", default="benchmark-pages", help="resumed if it is there (default: %(default)s)"
-    )
+    add_output(parser, "benchmark-pages")
     parser.set_defaults(run=lambda given: run(given, load))
 
 
@@ -59,7 +57,7 @@ def run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.benchmark.figure_page import write_page
     from captum_m2ib.benchmark.methods import METHODS
     from captum_m2ib.benchmark.pages.measures import FIGURES, Plan, examples_of, measure_all, run_settings
-    from captum_m2ib.benchmark.parts import Model, write_comparison
+    from captum_m2ib.benchmark.parts import TABLES, Model, write_comparison
     from captum_m2ib.benchmark.store import Store
     from captum_m2ib.benchmark.tables import terminal
     from captum_m2ib.scenes.pages import PAGES_CHECKPOINT
@@ -71,14 +69,10 @@ def run(given: argparse.Namespace, load: Load) -> None:
         raise ValueError(f"--model: expected one of late interaction, such as ColPali, got {given.model}.")
     model = Model("pages", given.model, encoder)
     store = Store(given.output, run_settings(model, plan))
-    try:
+    with resumable(given.output):
         values = measure_all(model, asked, plan, store, show_progress=sys.stderr.isatty())
-    except KeyboardInterrupt:
-        print(f"to go on from here, give the same command again: {given.output} keeps what is done", file=sys.stderr)
-        raise
     measured = [method for method in asked if method.name in values]
     print(terminal(write_comparison(store.folder, [model.name], measured, values, FIGURES)))
     drawn = [method for method in measured if not method.is_floor]
     write_page(store.folder / "examples.png", examples_of(encoder, drawn, plan), "maps of the words that name an item")
-    written = ("figures.csv", "summary.csv", "table.md", "examples.png")
-    print(f"\nwritten  {', '.join(os.fspath(store.folder / name) for name in written)}")
+    print_written(store.folder, (*TABLES, "examples.png"))

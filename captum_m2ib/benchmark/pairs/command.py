@@ -3,9 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import TYPE_CHECKING, Any
+
+from captum_m2ib.benchmark.options import (
+    add_faithfulness,
+    add_methods,
+    add_model,
+    add_output,
+    print_written,
+    resumable,
+)
 
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
@@ -34,26 +42,14 @@ def add_pairs(benchmarks: Any, load: Load) -> None:
         metavar="FILE",
         help=".parquet, .csv, .tsv, .jsonl, .arrow or .tar; or a folder of pictures, or a data set on disk",
     )
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
-        "processor; its code is run (default: shipped model)",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--device", help="for example cuda (default: cpu)")
-    parser.add_argument(
-        "--method", action="extend", nargs="+", metavar="NAME", help=f"default: {', '.join(DEFAULT)}; others: see docs"
-    )
+    add_model(parser)
+    add_methods(parser, f"default: {', '.join(DEFAULT)}; others: see docs")
     parser.add_argument("--columns", nargs="+", default=[], metavar="NAME=COLUMN", help="for example caption=title")
     parser.add_argument("--images", metavar="DIR", help="where relative paths start (default: FILE's folder)")
     parser.add_argument("--limit", type=int, help="the first so many rows (default: all)")
-    parser.add_argument("--steps", type=int, default=50, help="of insertion and deletion (default: %(default)s)")
-    parser.add_argument("--without-faithfulness", action="store_true", help="leave out what masks and asks again")
+    add_faithfulness(parser)
     parser.add_argument("--without-stability", action="store_true", help="leave out the second seed")
-    parser.add_argument(
-        "--output", metavar="DIR", default="benchmark-pairs", help="resumed if it is there (default: %(default)s)"
-    )
+    add_output(parser, "benchmark-pairs")
     parser.set_defaults(run=lambda given: run(given, load))
 
 
@@ -82,11 +78,8 @@ def run(given: argparse.Namespace, load: Load) -> None:
     encoder = load(given)
     chosen = usable(asked, encoder)
     store = Store(given.output, run_settings(manifest, encoder, plan))
-    try:
+    with resumable(given.output):
         found = measure(manifest, encoder, chosen, store, plan, show_progress=sys.stderr.isatty())
-    except KeyboardInterrupt:
-        print(f"to go on from here, give the same command again: {given.output} keeps what is done", file=sys.stderr)
-        raise
     floors = [method.name for method in chosen if method.is_floor]
     print(terminal(write_tables(store.folder, found, floors)))
     rows = len(found[chosen[0].name].ids)
@@ -95,5 +88,4 @@ def run(given: argparse.Namespace, load: Load) -> None:
         if kinds:
             told = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
             print(f"{name}: {len(kinds)} of {rows} rows are errors ({told}), see rows.csv")
-    written = (os.fspath(store.folder / name) for name in ("rows.csv", "summary.csv", "table.md"))
-    print(f"\nwritten  {', '.join(written)}")
+    print_written(store.folder, ("rows.csv", "summary.csv", "table.md"))

@@ -8,6 +8,15 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
+from captum_m2ib.benchmark.options import (
+    add_faithfulness,
+    add_methods,
+    add_model,
+    add_output,
+    print_written,
+    resumable,
+)
+
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
 
@@ -41,22 +50,11 @@ def add_photos(benchmarks: Any, load: Load) -> None:
         "stopped. --output receives figures.csv, summary.csv, table.md, names.csv and examples.png.",
     )
     add_coco(parser)
-    parser.add_argument(
-        "--model",
-        metavar="NAME",
-        required=True,
-        help="hub id, checkpoint directory, or module:function, a Python function that returns a DualEncoder with a "
-        "processor; its code is run",
-    )
-    parser.add_argument("--revision", help="branch, tag or commit on the hub")
-    parser.add_argument("--device", help="for example cuda (default: cpu)")
-    parser.add_argument(
-        "--method",
-        action="extend",
-        nargs="+",
-        metavar="NAME",
-        help="m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-fine, "
-        "m2ib-late and rise)",
+    add_model(parser, is_required=True)
+    add_methods(
+        parser,
+        "m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-fine, m2ib-late and "
+        "rise)",
     )
     parser.add_argument(
         "--ablation",
@@ -72,11 +70,8 @@ def add_photos(benchmarks: Any, load: Load) -> None:
     )
     parser.add_argument("--limit", type=int, help="the first so many photographs of the split (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="which mosaics (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="of insertion and deletion (default: %(default)s)")
-    parser.add_argument("--without-faithfulness", action="store_true", help="leave out what masks and asks again")
-    parser.add_argument(
-        "--output", metavar="DIR", default="benchmark-photos", help="resumed if it is there (default: %(default)s)"
-    )
+    add_faithfulness(parser)
+    add_output(parser, "benchmark-photos")
     parser.set_defaults(run=lambda given: run(given, load))
 
 
@@ -95,7 +90,7 @@ def run(given: argparse.Namespace, load: Load) -> None:
     from captum_m2ib.benchmark.choice import named, usable
     from captum_m2ib.benchmark.figure_page import write_page
     from captum_m2ib.benchmark.methods import FAMILIES, ON_REQUEST, SETTINGS_FILE, methods
-    from captum_m2ib.benchmark.parts import Model, write_comparison
+    from captum_m2ib.benchmark.parts import TABLES, Model, write_comparison
     from captum_m2ib.benchmark.photos.ablation import ABLATION
     from captum_m2ib.benchmark.photos.coco import read_photos
     from captum_m2ib.benchmark.photos.measures import FIGURES
@@ -124,18 +119,14 @@ def run(given: argparse.Namespace, load: Load) -> None:
     probes = choose_probes(name_photos(encoder, photos, plan.rank), plan)
     store = Store(given.output, run_settings(photos, model, plan))
     print(probes)
-    try:
+    with resumable(given.output):
         values = measure_all(model, chosen, probes, plan, store, show_progress=sys.stderr.isatty())
-    except KeyboardInterrupt:
-        print(f"to go on from here, give the same command again: {given.output} keeps what is done", file=sys.stderr)
-        raise
     measured = [method for method in chosen if method.name in values]
     write_names(store.folder, probes)
     print(f"\n{terminal(write_comparison(store.folder, [model.name], measured, values, FIGURES))}")
     examples = examples_of(encoder, measured, probes)
     write_page(store.folder / "examples.png", examples, f"{model.name}: example maps of every method")
-    written = ("figures.csv", "summary.csv", "table.md", "names.csv", "examples.png")
-    print(f"\nwritten  {', '.join(os.fspath(store.folder / name) for name in written)}")
+    print_written(store.folder, (*TABLES, "names.csv", "examples.png"))
 
 
 def _called(model: str) -> str:

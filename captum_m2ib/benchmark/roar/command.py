@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+
+from captum_m2ib.benchmark.options import add_scenes_model, print_written
 
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
@@ -39,7 +40,7 @@ def add_roar(benchmarks: Any, load: Load) -> None:
     parser.add_argument("--training", type=int, help="pairs to fine-tune on (default: 1024)")
     parser.add_argument("--held-out", type=int, help="pairs to measure on (default: 256)")
     parser.add_argument("--scenes", type=int, help="which pairs (default: 0)")
-    parser.add_argument("--model", metavar="DIR", help="checkpoint trained on scenes (default: shipped model)")
+    add_scenes_model(parser)
     parser.add_argument("--quick", action="store_true", help="a small run of two minutes, to see how it goes")
     parser.set_defaults(run=lambda given: run_command(given, load))
 
@@ -56,4 +57,4 @@ def run_command(given: argparse.Namespace, load: Load) -> None:
     }
     settings = replace(QUICK if given.quick else Settings(), **named)
     print(render(run(load(given), given.output, settings, show_progress=sys.stderr.isatty())))
-    print(f"written  {os.path.join(given.output, 'roar.csv')}, {os.path.join(given.output, 'roar.png')}")
+    print_written(given.output, ("roar.csv", "roar.png"))

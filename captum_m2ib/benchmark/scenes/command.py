@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from captum_m2ib.benchmark.options import add_methods, add_output, print_written, resumable
 
 if TYPE_CHECKING:
     from captum_m2ib.benchmark.loading import Load
@@ -38,12 +39,9 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
         metavar="DIR",
         help="checkpoints trained on scenes, over which figures are averaged (default: shipped model)",
     )
-    parser.add_argument(
-        "--method",
-        action="extend",
-        nargs="+",
-        metavar="NAME",
-        help="methods: m2ib, m2ib-published, each rival as published and with -tuned where it measures best on "
+    add_methods(
+        parser,
+        "methods: m2ib, m2ib-published, each rival as published and with -tuned where it measures best on "
         "validation, centre and random (default: all but m2ib-fine, m2ib-late and rise)",
     )
     parser.add_argument("--probes", type=int, help=f"of each kind (default: 500; with --tune {_TUNING_PROBES})")
@@ -55,9 +53,7 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
         default="textured",
         help="what their objects lie on: textured, plain, white, black or grey (default: %(default)s)",
     )
-    parser.add_argument(
-        "--output", metavar="DIR", default="benchmark-scenes", help="resumed if it is there (default: %(default)s)"
-    )
+    add_output(parser, "benchmark-scenes")
     parser.add_argument(
         "--tune",
         action="store_true",
@@ -83,14 +79,11 @@ def _run(given: argparse.Namespace, load: Load) -> None:
     paths = [os.fspath(path) for path in given.model or [CHECKPOINT]]
     models = load_models(paths, lambda path: load(argparse.Namespace(model=path)), plan)
     store = Store(given.output, run_settings(plan, "tune" if given.tune else "measure"))
-    try:
+    with resumable(given.output):
         if given.tune:
             _tune(given, models, chosen, plan, store)
         else:
             _measure(models, chosen, plan, store)
-    except KeyboardInterrupt:
-        print(f"to go on from here, give the same command again: {given.output} keeps what is done", file=sys.stderr)
-        raise
 
 
 def _plan(given: argparse.Namespace) -> Plan:
@@ -117,6 +110,7 @@ def _chosen(given: argparse.Namespace) -> list[Method]:
 
 def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:
     from captum_m2ib.benchmark.figure_page import make_examples, write_page
+    from captum_m2ib.benchmark.parts import TABLES
     from captum_m2ib.benchmark.scenes.run import measure_all, write_tables
     from captum_m2ib.benchmark.tables import terminal
 
@@ -124,8 +118,7 @@ def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:
     print(terminal(write_tables(store.folder, models, chosen, values)))
     examples = make_examples(models[0].encoder, chosen, plan.probes_seed, ground=plan.ground)
     write_page(store.folder / "examples.png", examples, f"{models[0].name}: example maps of every method")
-    written = ("figures.csv", "summary.csv", "table.md", "examples.png")
-    print(f"\nwritten  {', '.join(os.fspath(Path(store.folder) / name) for name in written)}")
+    print_written(store.folder, (*TABLES, "examples.png"))
 
 
 def _tune(given: argparse.Namespace, models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:
