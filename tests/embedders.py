@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import late
+import page_zoo
+import tiny_parts
 import transformers
 import zoo
 from torch import nn
@@ -31,16 +33,16 @@ def save_qwen3_vl(folder: Path) -> None:
     reader = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 16, "longest_edge": 40 * 32}, patch_size=8)
     tokenizer = late.tokenizer("<|image_pad|>", {58: "<|video_pad|>"})
     videos = Qwen3VLVideoProcessor(patch_size=8)
-    _save(zoo.qwen3_vl(), transformers.Qwen3VLProcessor(reader, tokenizer, videos, TEMPLATE), folder)
+    _save(page_zoo.qwen3_vl(), transformers.Qwen3VLProcessor(reader, tokenizer, videos, TEMPLATE), folder)
 
 
 def save_vit(folder: Path) -> None:
     reader = transformers.models.vit.ViTImageProcessorPil(size={"height": 32, "width": 32})
-    _save(transformers.ViTModel(transformers.ViTConfig(**zoo.VISION), add_pooling_layer=False), reader, folder)
+    _save(transformers.ViTModel(transformers.ViTConfig(**tiny_parts.VISION), add_pooling_layer=False), reader, folder)
 
 
 def save_bert(folder: Path) -> None:
-    model = transformers.BertModel(transformers.BertConfig(**zoo.TEXT), add_pooling_layer=False)
+    model = transformers.BertModel(transformers.BertConfig(**tiny_parts.TEXT), add_pooling_layer=False)
     _save(model, late.tokenizer(), folder)
 
 
@@ -56,4 +58,4 @@ def save_embedding_gemma2(folder: Path) -> None:
     processor = transformers.EmbeddingGemma2Processor(
         transformers.Gemma4AudioFeatureExtractor(), reader, tokenizer, transformers.EmbeddingGemma2VideoProcessor()
     )
-    _save(zoo.embedding_gemma2(), processor, folder)
+    _save(page_zoo.embedding_gemma2(), processor, folder)

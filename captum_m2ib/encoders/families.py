@@ -242,7 +242,9 @@ _PE_TEXTS = tuple(
 
 
 def _clvp_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-    return model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).embeds
+    output = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    # A tensor in transformers 4, an output object in 5.
+    return getattr(output, "embeds", output)
 
 
 # By class name, or by the model_type of the configuration.

@@ -9,10 +9,10 @@ from typing import Any
 
 import embedders
 import numpy as np
+import page_zoo
 import pytest
 import torch
 import transformers
-import zoo
 from PIL import Image
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Router
@@ -179,7 +179,7 @@ def test_a_command_line_names_it(checkpoint: Path, tmp_path_factory: pytest.Temp
 def test_a_processor_that_writes_no_prompt_is_refused(tmp_path: Path):
     embedders.save_embedding_gemma2(tmp_path)
     processor = transformers.EmbeddingGemma2Processor.from_pretrained(tmp_path)
-    encoder = DualEncoder(zoo.embedding_gemma2(), processor=processor)
+    encoder = DualEncoder(page_zoo.embedding_gemma2(), processor=processor)
     with pytest.raises(ValueError, match=r"^processor: .* got EmbeddingGemma2Processor; .*from_sentence_transformers"):
         encoder.prepare(pictures()[0], TEXTS[0])
 

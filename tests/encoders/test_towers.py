@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import image_zoo
 import pytest
 import torch
 import torch.nn.functional as F
@@ -292,7 +293,7 @@ def test_modalities_that_the_model_does_not_read():
 def test_a_fusion_model_that_only_gives_a_score():
     """BLIP's matching head reads picture and caption together; its score is explained like any other."""
     torch.manual_seed(0)
-    model = zoo.blip().eval()
+    model = image_zoo.blip().eval()
     zoo.stir(model)
 
     def matching(pixel_values: Tensor, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
