@@ -66,6 +66,15 @@ def embedding_gemma2() -> nn.Module:
     )
 
 
+def neomme() -> nn.Module:
+    sizes = {**SIZES, "num_key_value_heads": 1, "head_dim": 16, "embedding_rank": 16, "embedding_dim": 16}
+    ids = {"image_token_id": IMAGE_TOKEN, "document_token_id": 60}
+    text = {**TEXT, "max_position_embeddings": 64, "sliding_window": 4}
+    kinds = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+    config = transformers.NeoMMEConfig(**{**text, **sizes, **ids}, patch_size=8, layer_types=kinds)
+    return transformers.NeoMMEForRetrieval(config)
+
+
 def qwen3_vl() -> nn.Module:
     vision = {
         "depth": 3,

@@ -117,6 +117,15 @@ _ALL = [
         needs="ColModernVBertForRetrieval",
     ),
     Model(
+        "neomme",
+        page_zoo.neomme,
+        "NeoMME, multi-vector retrieval",
+        size=(20, 192),
+        page_tokens=16,
+        needs="NeoMMEForRetrieval",
+        is_single=True,
+    ),
+    Model(
         "embedding_gemma2",
         page_zoo.embedding_gemma2,
         "EmbeddingGemma 2, mean over tokens",
@@ -187,6 +196,9 @@ def arguments_of(model: Model, encoder: DualEncoder, ids: Tensor, mask: Tensor) 
         "attention_mask": mask,
         "page_input_ids": page,
         "page_attention_mask": torch.ones_like(page),
+        "page_position_ids": torch.stack([torch.arange(page.shape[1]), torch.arange(page.shape[1]).flip(0)])
+        .expand(pairs, 2, -1)
+        .contiguous(),
         "page_mm_token_type_ids": (page == page_zoo.IMAGE_TOKEN).long(),
         "image_grid_thw": torch.tensor([[1, 4, 4]]).repeat(pairs, 1),
         "pixel_attention_mask": tiles if len(model.size) == 4 else patches,
@@ -211,12 +223,12 @@ def _inputs_of(encoder: DualEncoder, index: int, shape: tuple[int, ...], generat
     return torch.randn(shape, generator=generator)
 
 
-_MLPS = ("c_fc", "mlp", "ffn", "intermediate", "pwconv1", "fc1", "projection", "conv3", "linear1")
+_MLPS = ("c_fc", "mlp", "ffn", "intermediate", "pwconv1", "fc1", "projection", "conv3", "linear1", "up_proj")
 
 
 def layers_to_try(tower: nn.Module) -> list[nn.Module]:
     """The first block, one in the middle, and the multi-layer perceptron, or what comes nearest to it, of another."""
-    stages = [stage for stage in stages_of(tower) if stage]
+    stages = [stage for stage in stages_of(tower) if stage] or [[tower]]
     blocks = [block for stage in stages for block in stage]
     middle = blocks[len(blocks) // 2]
     inside = dict(middle.named_modules())
