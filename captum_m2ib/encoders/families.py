@@ -150,7 +150,7 @@ def _page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Te
     return found
 
 
-def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor) -> Tensor:
+def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
     found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **others).embeddings
     return found
 
