@@ -7,11 +7,11 @@ from typing import Any
 
 import late
 import page_zoo
+import time_zoo
 import tiny_parts
 import transformers
 import zoo
 from torch import nn
-from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
 
 TEMPLATE = """\
 {% for message in messages %}<s>{{ message.role }}: \
@@ -28,6 +28,7 @@ def _save(model: nn.Module, processor: Any, folder: Path) -> None:
 
 def save_qwen3_vl(folder: Path) -> None:
     """One network that reads prompts with patches in them."""
+    from transformers.models.qwen2_vl import Qwen2VLImageProcessorPil
     from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
     reader = Qwen2VLImageProcessorPil(size={"shortest_edge": 16 * 16, "longest_edge": 40 * 32}, patch_size=8)
@@ -59,3 +60,18 @@ def save_embedding_gemma2(folder: Path) -> None:
         transformers.Gemma4AudioFeatureExtractor(), reader, tokenizer, transformers.EmbeddingGemma2VideoProcessor()
     )
     _save(page_zoo.embedding_gemma2(), processor, folder)
+
+
+def save_clap(folder: Path) -> None:
+    """Two towers, of sounds and of texts."""
+    reader = transformers.ClapFeatureExtractor(
+        feature_size=32,
+        sampling_rate=16_000,
+        hop_length=160,
+        max_length_s=5,
+        fft_window_size=1024,
+        frequency_max=8_000,
+        nb_max_samples=80_000,
+        truncation="rand_trunc",
+    )
+    _save(time_zoo.clap().eval(), transformers.ClapProcessor(reader, late.tokenizer()), folder)

@@ -15,7 +15,7 @@ import page_zoo
 import time_zoo
 import torch
 import transformers
-from tiny_parts import both
+from tiny_parts import LEGACY, both
 from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder
@@ -26,8 +26,9 @@ from captum_m2ib.encoders.towers import stages_of
 class Model:
     """How to build a model, what to feed it, and how the documentation calls it.
 
-    ``needs`` is a class that transformers 4.57 lacks, ``second`` the shape of the second input where that is no
-    caption; ``is_single`` says that the model computes parts in float32 whatever its weights are.
+    ``needs`` is a class that transformers 4.57 lacks, and ``is_new`` says that its passes cannot be followed there;
+    ``second`` is the shape of the second input where that is no caption; ``is_single`` says that the model computes
+    parts in float32 whatever its weights are.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Model:
     second: tuple[int, ...] | None = None
     modalities: tuple[str, str] | None = None
     is_single: bool = False
+    is_new: bool = False
 
 
 _ALL = [
@@ -99,7 +101,7 @@ _ALL = [
         needs="PeAudioVideoModel",
         is_single=True,
     ),
-    Model("clvp", time_zoo.clvp, "CLVP, speech codes and text", size=(8,)),
+    Model("clvp", time_zoo.clvp, "CLVP, speech codes and text", size=(8,), is_new=True),
     Model("vit_bert", image_zoo.vit_bert, "VisionTextDualEncoder: ViT, BERT"),
     Model("registers_roberta", image_zoo.registers_roberta, "VisionTextDualEncoder: DINOv2 with registers, RoBERTa"),
     Model("convnext_bert", image_zoo.convnext_bert, "VisionTextDualEncoder: ConvNeXt, BERT", size=(3, 64, 64)),
@@ -143,6 +145,7 @@ _ALL = [
         page_tokens=4,
         needs="Qwen3VLModel",
         is_single=True,
+        is_new=True,
     ),
     Model("open_clip_vit", open_clip_zoo.vit, "CLIP ViT (ViT-B-32)", pad=0, library="open_clip"),
     Model("open_clip_resnet", open_clip_zoo.resnet, "CLIP ResNet (RN50)", (3, 64, 64), 0, "open_clip"),
@@ -154,7 +157,7 @@ _ALL = [
     Model("open_clip_eva02", open_clip_zoo.eva02, "EVA02-CLIP", (3, 64, 64), 0, "open_clip"),
     Model("open_clip_biomed", open_clip_zoo.biomed, "BiomedCLIP (timm ViT, BERT)", (3, 64, 64), 1, "open_clip"),
 ]
-ZOO = [model for model in _ALL if hasattr(transformers, model.needs)]
+ZOO = [model for model in _ALL if hasattr(transformers, model.needs) and not (LEGACY and model.is_new)]
 LEFT_OUT = [model.title for model in _ALL if model not in ZOO]
 
 
