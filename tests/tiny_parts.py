@@ -53,3 +53,15 @@ def build(name: str, vision: dict[str, Any], text: dict[str, Any], **options: An
 
 def both(name: str, **options: Any) -> Callable[[], nn.Module]:
     return partial(build, name, VISION, TEXT, projection_dim=16, **options)
+
+
+def reader_of(family: str, name: str) -> Any:
+    """The class of a family's pictures in this transformers that needs Pillow alone; 4 has it under the plain name."""
+    module = getattr(transformers.models, family)
+    return getattr(module, name if LEGACY else f"{name}Pil")
+
+
+def embedded(output: Any) -> Tensor:
+    """What get_image_features and the like return: a tensor in transformers 4, an output object in 5."""
+    found: Tensor = getattr(output, "pooler_output", output)
+    return found

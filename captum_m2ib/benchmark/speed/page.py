@@ -136,8 +136,11 @@ def main(arguments: list[str] | None = None) -> None:
     if given.seconds:
         encoder = encoder.bfloat16().to_empty(device="cpu")
         for one in (*encoder.parameters(), *encoder.buffers()):
+            # Whole numbers are positions, of which any will do.
             if one.is_floating_point():
                 one.data.uniform_(-0.02, 0.02)
+            else:
+                one.zero_()
         seconds = seconds_of_passes(passes(encoder, "cpu", torch.bfloat16), given.repeats)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(gflop, seconds))
