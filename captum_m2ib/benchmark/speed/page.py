@@ -23,40 +23,35 @@ _SIDE, _PATCH, _PROMPT, _QUERY = 448, 14, 6, 20
 _IMAGE_TOKEN = 257_152
 
 
-def colpali(layers: tuple[int, int] = (27, 18)) -> nn.Module:
-    r"""A ColPali of SigLIP So400m and Gemma 2B, on the device and of the type that torch makes tensors of.
+VISION: dict[str, Any] = {
+    "model_type": "siglip_vision_model",
+    "vision_use_head": False,
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_attention_heads": 16,
+    "num_hidden_layers": 27,
+    "patch_size": _PATCH,
+    "image_size": _SIDE,
+}
+TEXT: dict[str, Any] = {
+    "model_type": "gemma",
+    "hidden_size": 2048,
+    "intermediate_size": 16_384,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "num_hidden_layers": 18,
+    "vocab_size": 257_216,
+}
 
-    Args:
 
-        layers (tuple[int, int], optional): Blocks of the image tower and of the language model. Default: ``(27, 18)``
-
-    Returns:
-        nn.Module: in eval mode, with random weights.
-    """
+def colpali() -> nn.Module:
+    """A ColPali of SigLIP So400m and Gemma 2B, on the device where torch makes tensors, in eval mode."""
     from transformers import ColPaliConfig, ColPaliForRetrieval, PaliGemmaConfig
 
-    vision = {
-        "model_type": "siglip_vision_model",
-        "vision_use_head": False,
-        "hidden_size": 1152,
-        "intermediate_size": 4304,
-        "num_attention_heads": 16,
-        "num_hidden_layers": layers[0],
-        "patch_size": _PATCH,
-        "image_size": _SIDE,
-    }
-    text = {
-        "model_type": "gemma",
-        "hidden_size": 2048,
-        "intermediate_size": 16_384,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 1,
-        "head_dim": 256,
-        "num_hidden_layers": layers[1],
-        "vocab_size": 257_216,
-    }
-    both: dict[str, Any] = {"vision_config": vision, "text_config": text, "image_token_id": _IMAGE_TOKEN}
-    reader = PaliGemmaConfig(**both, projection_dim=2048, hidden_size=2048)
+    width = TEXT["hidden_size"]
+    both: dict[str, Any] = {"vision_config": VISION, "text_config": TEXT, "image_token_id": _IMAGE_TOKEN}
+    reader = PaliGemmaConfig(**both, projection_dim=width, hidden_size=width)
     model: Any = ColPaliForRetrieval(ColPaliConfig(vlm_config=reader))
     model.set_attn_implementation("eager")
     return cast(nn.Module, model.eval().requires_grad_(False))
@@ -95,8 +90,39 @@ def passes(encoder: DualEncoder, device: str, dtype: torch.dtype) -> dict[str, C
     }
 
 
-def seconds_of_passes(found: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of this process's cores for each pass, in turn, from the shortest to the longest."""
+def gflop_of_passes() -> dict[str, float]:
+    """Operations of each pass, counted on the meta device."""
+    with torch.device("meta"):
+        encoder = DualEncoder(colpali())
+    gflop = {}
+    for name, run in passes(encoder, "meta", torch.float32).items():
+        # What is not computed cannot be checked: models ask whether a page has as many places as patches.
+        with patch.object(torch, "_check_tensor_all_with", lambda *_: None), Flops() as counter:
+            run()
+        gflop[name] = counter.total / 1e9
+    return gflop
+
+
+def seconds_of_passes(repeats: int) -> dict[str, list[float]]:
+    r"""Seconds of each pass on this process's cores, in bfloat16.
+
+    Args:
+
+        repeats (int): How often each pass runs, in turn.
+
+    Returns:
+        dict: seconds from the shortest to the longest, by what runs.
+    """
+    with torch.device("meta"):
+        encoder = DualEncoder(colpali())
+    encoder = encoder.bfloat16().to_empty(device="cpu")
+    for one in (*encoder.parameters(), *encoder.buffers()):
+        # Whole numbers are positions, of which any will do.
+        if one.is_floating_point():
+            one.data.uniform_(-0.02, 0.02)
+        else:
+            one.zero_()
+    found = passes(encoder, "cpu", torch.bfloat16)
     taken: dict[str, list[float]] = {name: [] for name in found}
     for _ in range(repeats):
         for name, run in found.items():
@@ -116,32 +142,14 @@ def table(gflop: dict[str, float], seconds: dict[str, list[float]]) -> str:
     return "\n".join(lines)
 
 
-def _gflop(run: Callable[[], Any]) -> float:
-    # What is not computed cannot be checked: models ask whether a page has as many places as patches.
-    with patch.object(torch, "_check_tensor_all_with", lambda *_: None), Flops() as counter:
-        run()
-    return counter.total / 1e9
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Count, and time where that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", action="store_true", help="also run the passes, in bfloat16 on the CPU")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each pass (default: %(default)s)")
     given = parser.parse_args(arguments)
-    with torch.device("meta"):
-        encoder = DualEncoder(colpali())
-    gflop = {name: _gflop(run) for name, run in passes(encoder, "meta", torch.float32).items()}
-    seconds: dict[str, list[float]] = {}
-    if given.seconds:
-        encoder = encoder.bfloat16().to_empty(device="cpu")
-        for one in (*encoder.parameters(), *encoder.buffers()):
-            # Whole numbers are positions, of which any will do.
-            if one.is_floating_point():
-                one.data.uniform_(-0.02, 0.02)
-            else:
-                one.zero_()
-        seconds = seconds_of_passes(passes(encoder, "cpu", torch.bfloat16), given.repeats)
+    gflop = gflop_of_passes()
+    seconds = seconds_of_passes(given.repeats) if given.seconds else {}
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(gflop, seconds))
 
