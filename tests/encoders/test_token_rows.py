@@ -6,6 +6,7 @@ import contextlib
 
 import pytest
 import torch
+import transformers
 from families import LAYOUTS, captions, image_tower, pictures
 from torch import Tensor, nn
 
@@ -81,6 +82,44 @@ def test_one_of_several_tables_is_refused(encoder: DualEncoder):
     for table in encoder.embeddings_of(1).tables:
         with pytest.raises(ValueError, match=r"^layers: the token ids enter .*tokens and .*values.*embeddings_of\(1\)"):
             MultiModalInfoBottleneck(encoder, layers=(None, table))
+
+
+class PerLayer(nn.Module):
+    """Gemma 3n, whose blocks are each given rows of a table of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16, "vocab_size": 64}
+        config = transformers.Gemma3nTextConfig(
+            **sizes,
+            vocab_size_per_layer_input=64,
+            hidden_size_per_layer_input=8,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            sliding_window=4,
+            layer_types=["sliding_attention", "full_attention"],
+            num_kv_shared_layers=0,
+            laurel_rank=4,
+            altup_num_inputs=2,
+            activation_sparsity_pattern=[0.0, 0.0],
+            pad_token_id=0,
+            eos_token_id=63,
+            bos_token_id=62,
+        )
+        self.model, self.head = transformers.Gemma3nTextModel(config), nn.Linear(32, 8)
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        hidden = self.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return self.head(hidden.mean(1))
+
+
+def test_embeddings_per_layer_are_found_under_any_name():
+    torch.manual_seed(0)
+    encoder = DualEncoder(image_tower(), PerLayer(), layouts=LAYOUTS).eval()
+    text, found = encoder.text_tower.model, encoder.embeddings_of(1)
+    assert isinstance(found, TokenRows) and [*found.tables] == [text.embed_tokens, text.embed_tokens_per_layer]
+    with pytest.raises(ValueError, match=r"embed_tokens and .*embed_tokens_per_layer"):
+        MultiModalInfoBottleneck(encoder, layers=(None, text.embed_tokens))
 
 
 def test_one_table_stays_what_it_is():
