@@ -8,6 +8,7 @@ after the other are :class:`captum_m2ib.encoders.token_rows.TokenRows`.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -99,12 +100,9 @@ def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:
     ids = torch.full((2, _length(tower)), _ID, device=device)
     ids[1, _PLACE] = _OTHER
     follower = _Follower(ids)
-    try:
-        with borrowing(tower, warn=False), intercept(follower), torch.no_grad():
-            call(ids)
-    except Exception:
-        # A tower that wants other ids is asked for its layers by name.
-        return TokenModules(None, None)
+    # A tower that wants other ids is asked for its layers by name, where none were seen before.
+    with contextlib.suppress(Exception), borrowing(tower, warn=False), intercept(follower), torch.no_grad():
+        call(ids)
     return follower.found
 
 
