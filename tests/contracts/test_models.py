@@ -13,6 +13,7 @@ import transformers
 import zoo
 from contracts_state import assert_as_found, disturb, snapshot
 from families import Case, captions, model_case
+from tiny_parts import LEGACY
 from torch import Tensor, nn
 
 from captum_m2ib import MultiModalInfoBottleneck, PackedLayout, PatchLayout, TextLayout
@@ -314,7 +315,11 @@ def test_no_work_is_done_twice(model: zoo.Model, monkeypatch: pytest.MonkeyPatch
     assert found <= 1.1 * expected, (found, expected)
 
 
-@pytest.mark.parametrize("name", [model.name for model in zoo.ZOO if model.library == "transformers"])
+# In transformers 4 ColPali itself scores otherwise with eager attention, and ColQwen2 cannot be told to use it.
+TWO_WAYS = [one.name for one in zoo.ZOO if one.library == "transformers" and not (LEGACY and one.page_tokens)]
+
+
+@pytest.mark.parametrize("name", TWO_WAYS)
 def test_both_implementations_of_attention(name: str):
     case = model_case(zoo.model_named(name))
     maps = []
