@@ -234,8 +234,8 @@ def _explain(given: argparse.Namespace) -> None:
             raise ValueError(f"--method: expected one of {', '.join(METHODS)}, got {name!r}.")
 
     several = len(given.method) > 1 or len(given.text) > 1
-    if timed is not None and (several or given.whole):
-        raise ValueError(f"{timed}: one caption, one method and no --whole; explain others one by one.")
+    if timed is not None and given.whole:
+        raise ValueError(f"{timed}: no --whole, which is for pictures; leave it out.")
     output = check_output(given.output, COMPARED if several else None)
     if given.style != "heat" and several:
         raise ValueError("--style: is for the figure or page of one explanation; leave it out.")

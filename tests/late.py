@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import transformers
+from tiny_parts import reader_of
 from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 
 WORDS = ("a", "red", "blue", "circle", "revenue", "2024", "2025", "chart", "of", "Question", "Query", "Describe", "the")
@@ -29,14 +30,14 @@ def tokenizer(image: str = "<image>", others: dict[int, str] | None = None, **na
 
 
 def colpali() -> Any:
-    reader = transformers.models.siglip.SiglipImageProcessorPil(size={"height": 32, "width": 32})
+    reader = reader_of("siglip", "SiglipImageProcessor")(size={"height": 32, "width": 32})
     reader.image_seq_length = 16
     return transformers.ColPaliProcessor(reader, tokenizer())
 
 
 def colqwen2() -> Any:
     size = {"shortest_edge": 16 * 16, "longest_edge": 40 * 32}
-    reader = transformers.models.qwen2_vl.Qwen2VLImageProcessorPil(size=size, patch_size=8)
+    reader = reader_of("qwen2_vl", "Qwen2VLImageProcessor")(size=size, patch_size=8)
     return transformers.ColQwen2Processor(
         reader, tokenizer("<|image_pad|>"), visual_prompt_prefix="<s><|image_pad|>Describe the image."
     )
@@ -44,7 +45,7 @@ def colqwen2() -> Any:
 
 def colmodernvbert() -> Any:
     """Pages as tiles of 32 pixels, and a thumbnail."""
-    reader = transformers.models.idefics3.Idefics3ImageProcessorPil(
+    reader = reader_of("idefics3", "Idefics3ImageProcessor")(
         size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
     )
     return transformers.ColModernVBertProcessor(

@@ -243,6 +243,12 @@ class Worker:
         encoder = load_named(self.model or CHECKPOINT, revision=self.revision, device=self.device)
         if encoder.processor is None:
             raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
+        kind = encoder.sides[0].modality
+        if kind != "image":
+            raise ValueError(
+                f"model: audits take pictures and captions, and {self.model} reads {kind}; explain its pairs with "
+                "captum_m2ib.explain, or a few of them side by side with captum_m2ib.compare."
+            )
         return method_named(self.method, encoder, self.layers)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

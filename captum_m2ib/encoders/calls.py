@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.sides import Side
+from captum_m2ib.encoders.token_rows import TokenRows
 from captum_m2ib.encoders.towers import config_of
 
 _BY_POSITION = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -24,6 +25,7 @@ class TowerCall(nn.Module):
     def __init__(self, held: dict[str, nn.Module | None], name: str, side: Side) -> None:
         super().__init__()
         self.__dict__["held"] = held
+        self.__dict__["rows"] = None
         self.name, self.side = name, side
         self.training = False
 
@@ -32,7 +34,18 @@ class TowerCall(nn.Module):
         """What the encoder holds under the name at this moment."""
         return self.__dict__["held"][self.name]
 
+    @property
+    def rows(self) -> TokenRows | None:
+        """All tables that the token ids enter, where there are several and they are known."""
+        return self.__dict__["rows"]
+
     def forward(self, inputs: Tensor, *extras: Any) -> Any:
+        if self.rows is None:
+            return self._run(inputs, *extras)
+        with self.rows.handed_on(inputs):
+            return self._run(inputs, *extras)
+
+    def _run(self, inputs: Tensor, *extras: Any) -> Any:
         side = self.side
         method: Any = getattr(self.model, side.encode) if isinstance(side.encode, str) and side.encode else self.model
         if not side.named:

@@ -24,8 +24,8 @@ from captum_m2ib.encoders.sides import Family, Side
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-# What a picture and a text are in a search, and under which names prompts for that are kept.
-_TASKS = {"image": "document", "text": "query"}
+# What each kind of input is in a search, and under which names prompts for that are kept.
+_TASKS = {"image": "document", "audio": "document", "video": "document", "text": "query"}
 _PROMPTS = {"query": ("query",), "document": ("document", "passage", "corpus")}
 
 _SCORES: dict[str, Score | None] = {
@@ -100,7 +100,7 @@ def family_of_embedder(model: Any) -> Family | None:
     Returns:
         Family or None: None if it does not read both, or its similarity function is not known.
     """
-    image, text = (_reader(model, kind) for kind in _TASKS)
+    image, text = (_reader(model, kind) for kind in ("image", "text"))
     similarity = _similarity(model)
     if image is None or text is None or similarity not in _SCORES:
         return None
@@ -179,6 +179,16 @@ class PromptedProcessor:
         return getattr(processor, "image_processor", processor)
 
     @property
+    def feature_extractor(self) -> Any:
+        """What reads sounds, or None."""
+        return self._timed("audio", "feature_extractor")
+
+    @property
+    def video_processor(self) -> Any:
+        """What reads videos, or None."""
+        return self._timed("video", "video_processor")
+
+    @property
     def tokenizer(self) -> Any:
         """What reads texts."""
         processor = self._processor("text")
@@ -222,6 +232,16 @@ class PromptedProcessor:
         if longest is not None:
             warn_of_captions(self.tokenizer, text, longest, f"the model reads {longest} tokens", stacklevel=5)
         return dict(self._features("text", list(text)))
+
+    def _timed(self, kind: str, name: str) -> Any:
+        if _reader(self._model, kind) is None:
+            return None
+        if any(self._prompt(task) for task in _PROMPTS):
+            raise ValueError(
+                f"processor: this SentenceTransformer puts prompts before its inputs, which are known for pictures and "
+                f"texts alone; make {kind} inputs with its own preprocess, or set model.prompts = {{}}."
+            )
+        return getattr(self._processor(kind), name, None)
 
     def _processor(self, kind: str) -> Any:
         reader = _reader(self._model, kind)

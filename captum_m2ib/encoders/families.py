@@ -17,10 +17,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from captum_m2ib.encoders.embedders import family_of_embedder, is_embedder
-from captum_m2ib.encoders.patches import positions_in
+from captum_m2ib.encoders.patches import joined, positions_in
 from captum_m2ib.encoders.scores import MaxSim, best_match, dot
 from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.towers import (
+    config_of,
     embeds_text,
     image_layout,
     packed_layout,
@@ -47,7 +48,8 @@ def derive_layout(side: Side, model: nn.Module, positions: dict[str, int]) -> La
         return sound_layout(tower, positions.get("padding_mask"))
     shapes = next((positions[name] for name in ("spatial_shapes", "image_grid_thw") if name in positions), None)
     if shapes is not None:
-        return packed_layout(tower, positions.get("pixel_attention_mask"), shapes)
+        own = model if side.is_stem else tower
+        return packed_layout(tower, positions.get("pixel_attention_mask"), shapes, config_of(own, "vision_config"))
     return image_layout(tower)
 
 
@@ -148,7 +150,7 @@ def _page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **others: Te
     return found
 
 
-def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Tensor) -> Tensor:
+def _query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, **others: Any) -> Tensor:
     found: Tensor = model(input_ids=input_ids, attention_mask=attention_mask, **others).embeddings
     return found
 
@@ -161,6 +163,30 @@ def _prefix_page(model: Any, pixel_values: Tensor, page_input_ids: Tensor, **oth
 
 def _prefix_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     return _query(model, input_ids, attention_mask, token_type_ids=torch.zeros_like(input_ids))
+
+
+def _neomme_page(
+    model: Any,
+    pixel_values: Tensor,
+    page_input_ids: Tensor,
+    page_attention_mask: Tensor | None = None,
+    *,
+    page_position_ids: Tensor,
+    spatial_shapes: Tensor,
+) -> Tensor:
+    output = model(
+        pixel_values=joined(pixel_values, spatial_shapes),
+        input_ids=page_input_ids,
+        attention_mask=page_attention_mask,
+        position_ids=page_position_ids.movedim(1, 0),
+        output_dense=False,
+    )
+    found: Tensor = output.embeddings
+    return found
+
+
+def _neomme_query(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    return _query(model, input_ids, attention_mask, output_dense=False)
 
 
 def _mean(hidden: Tensor, mask: Tensor | None) -> Tensor:
@@ -242,7 +268,9 @@ _PE_TEXTS = tuple(
 
 
 def _clvp_text(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> Any:
-    return model.get_text_features(input_ids=input_ids, attention_mask=attention_mask).embeds
+    output = model.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
+    # A tensor in transformers 4, an output object in 5.
+    return getattr(output, "embeds", output)
 
 
 # By class name, or by the model_type of the configuration.
@@ -292,6 +320,22 @@ FAMILIES: dict[str, Family] = {
     "ColPaliForRetrieval": _late("vlm.vision_tower", "vlm.language_model", page=_prefix_page, query=_prefix_query),
     "ColQwen2ForRetrieval": _late("vlm.visual", "vlm.language_model", "image_grid_thw"),
     "ColModernVBertForRetrieval": _late("vlm.vision_model", "vlm.text_model", "pixel_attention_mask", is_tiled=True),
+    # Patches have no tower of their own: what makes tokens of them is the one place before they are mixed.
+    "NeoMMEForRetrieval": Family(
+        (
+            Side(
+                "image",
+                _neomme_page,
+                ("pixel_values", "page_input_ids", "page_attention_mask", "page_position_ids", "spatial_shapes"),
+                ("model.patch_embeddings",),
+                is_stem=True,
+            ),
+            Side("text", _neomme_query, ("input_ids", "attention_mask"), ("model",), is_filled=True),
+        ),
+        score=MaxSim(is_mean=True),
+        is_shared=True,
+        unshared="patch_embeddings",
+    ),
     # Its mean is taken outside, by whoever uses it; its network projects each token before that.
     "EmbeddingGemma2Model": Family(
         (
@@ -330,7 +374,12 @@ def family_of(model: Any) -> Family | None:
     return None
 
 
-def image_token_of(model: Any) -> int:
-    """The id that stands for a patch in the prompt of a page."""
+def patches_among(model: Any, ids: Tensor) -> Tensor:
+    """Which tokens of pages' prompts, (N, tokens), stand for patches."""
     config = getattr(model.config, "vlm_config", model.config)
-    return int(config.image_token_id)
+    found = ids == int(config.image_token_id)
+    opening = getattr(config, "document_token_id", None)
+    if opening is not None:
+        # The same token right after the one that opens a page only says that a picture follows.
+        found[:, 1:] &= ids[:, :-1] != opening
+    return found

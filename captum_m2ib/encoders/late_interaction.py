@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from captum_m2ib.encoders.families import image_token_of
+from captum_m2ib.encoders.families import patches_among
 from captum_m2ib.encoders.pairs import Pairs
 from captum_m2ib.encoders.scores import MaxSim, is_token
 from captum_m2ib.encoders.spans import find_span
@@ -101,7 +101,7 @@ class LateInteraction(TowerPair):
         return Interaction(
             cast(MaxSim, self._family.score).matches(of_page, of_query),
             is_query if counted is None else is_query & counted.bool(),
-            ids == image_token_of(self.model),
+            patches_among(self.model, ids),
         )
 
     def _ensure_terms(self) -> None:

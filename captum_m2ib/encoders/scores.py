@@ -116,9 +116,9 @@ class MaxSim:
 
     .. math:: s = \sum_j \max_i p_i \cdot q_j
 
-    with page tokens :math:`p_i` and query tokens :math:`q_j`. A token whose embedding is all zeros is padding: models
-    of this kind leave padding so, and it neither matches nor counts. Khattab and Zaharia, "ColBERT", SIGIR 2020,
-    https://arxiv.org/abs/2004.12832
+    or, where ``is_mean``, the mean over them, with page tokens :math:`p_i` and query tokens :math:`q_j`. A token whose
+    embedding is all zeros is padding: models of this kind leave padding so, and it neither matches nor counts. Khattab
+    and Zaharia, "ColBERT", SIGIR 2020, https://arxiv.org/abs/2004.12832
 
     Examples::
 
@@ -132,6 +132,8 @@ class MaxSim:
 
     name: ClassVar[str] = "MaxSim"
 
+    is_mean: bool = False
+
     def terms(self, page: Tensor, query: Tensor) -> Tensor:
         r"""What each token of the query adds.
 
@@ -143,7 +145,9 @@ class MaxSim:
         Returns:
             Tensor: (..., query tokens), in float32 at least; 0 at padding.
         """
-        return torch.where(is_token(query), self.matches(page, query).amax(-1), 0.0)
+        counted = is_token(query)
+        found = torch.where(counted, self.matches(page, query).amax(-1), 0.0)
+        return found / counted.sum(-1, keepdim=True) if self.is_mean else found
 
     def matches(self, page: Tensor, query: Tensor) -> Tensor:
         r"""How well each token of the query matches each of the page.

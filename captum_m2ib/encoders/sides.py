@@ -36,6 +36,8 @@ class Side:
             None (second)
         embeds (str, optional): Name of the module that embeds the tokens, where the tower does not hold it. Default:
             None (the tower does)
+        is_stem (bool, optional): Whether the tower makes tokens of the input and nothing more, so that it is the one
+            place where the input stands alone. Default: False
         beside (str, optional): The modality of the other side, where a model embeds one input in several ways.
             Default: None (any)
     """
@@ -50,6 +52,7 @@ class Side:
     is_filled: bool = False
     keyword: str | None = None
     embeds: str | None = None
+    is_stem: bool = False
     beside: str | None = None
 
     def embedder(self, model: nn.Module) -> nn.Module:

@@ -2,11 +2,13 @@
 
 Adapters wrap a table, copy it or compute its rows anew, and a model may hold a table that nothing reads. What counts is
 what happens: the tower is given two captions that differ in one token, and a module that receives the ids and returns
-rows of which only that token's differ embeds them. Of several, one inside the other, the outermost is read.
+rows of which only that token's differ embeds them. Of several, one inside the other, the outermost is read; several one
+after the other are :class:`captum_m2ib.encoders.token_rows.TokenRows`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -35,10 +37,12 @@ class TokenModules(NamedTuple):
 
         embeddings (nn.Module or None): From ids to rows, with their positions where it adds them.
         table (nn.Module or None): The part of it that knows no positions.
+        further (tuple[nn.Module, ...]): What else the same ids enter, from ids to rows of its own.
     """
 
     embeddings: nn.Module | None
     table: nn.Module | None
+    further: tuple[nn.Module, ...] = ()
 
 
 def find_token_modules(tower: nn.Module, call: Callable[[Tensor], Any] | None = None) -> TokenModules:
@@ -58,7 +62,7 @@ def find_token_modules(tower: nn.Module, call: Callable[[Tensor], Any] | None = 
     if call is None or table is None:
         return TokenModules(whole, table)
     seen = _follow(tower, call)
-    return TokenModules(seen.embeddings or whole, seen.table or table)
+    return TokenModules(seen.embeddings or whole, seen.table or table, seen.further)
 
 
 def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
@@ -107,15 +111,10 @@ def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:
     ids = torch.full((2, _length(tower)), _ID, device=device)
     ids[1, _PLACE] = _OTHER
     follower = _Follower(ids)
-    try:
-        with borrowing(tower, warn=False), intercept(follower), torch.no_grad():
-            call(ids)
-    except _Followed:
-        pass
-    except Exception:
-        # A tower that wants other ids is asked for its layers by name.
-        return TokenModules(None, None)
-    return TokenModules(follower.embeddings, follower.table)
+    # A tower that wants other ids is asked for its layers by name, where none were seen before.
+    with contextlib.suppress(Exception), borrowing(tower, warn=False), intercept(follower), torch.no_grad():
+        call(ids)
+    return follower.found
 
 
 def _length(tower: nn.Module) -> int:
@@ -128,27 +127,22 @@ def _length(tower: nn.Module) -> int:
     return max(min(longest, _LENGTH), 2) if isinstance(longest, int) else _LENGTH
 
 
-class _Followed(Exception):
-    """All has been seen: tokens are mixed from here on."""
-
-
 class _Follower:
     """Notes the outermost modules that embed the ids, each token on its own."""
 
     def __init__(self, ids: Tensor) -> None:
         self._ids = ids
         self._calls = 0
-        self._first: dict[str, tuple[int, nn.Module]] = {}
+        # By the call at which each began: rows that depend on their own token, and of these such as on nothing else.
+        self._rows: dict[int, nn.Module] = {}
+        self._alike: dict[int, nn.Module] = {}
 
     @property
-    def embeddings(self) -> nn.Module | None:
-        """Rows that each depend on their own token."""
-        return self._first["rows"][1] if "rows" in self._first else None
-
-    @property
-    def table(self) -> nn.Module | None:
-        """Rows that depend on nothing else."""
-        return self._first["alike"][1] if "alike" in self._first else None
+    def found(self) -> TokenModules:
+        """What embeds the ids."""
+        embeddings, *others = dict.fromkeys(self._rows[start] for start in sorted(self._rows)) or [None]
+        table = self._alike[min(self._alike)] if self._alike else None
+        return TokenModules(embeddings, table, tuple(one for one in others if one is not None))
 
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         start = self._calls
@@ -159,20 +153,11 @@ class _Follower:
         if changed is None:
             return output
         rows, is_mixed = changed
-        if is_mixed:
-            if self._first:
-                raise _Followed
-            return output
-        if any(self._is_ids(tensor) for tensor in received):
-            self._note("rows", start, module)
+        if not is_mixed and any(self._is_ids(tensor) for tensor in received):
+            _note(self._rows, start, module)
             if torch.equal(rows[0, :1].expand_as(rows[0]), rows[0]):
-                self._note("alike", start, module)
+                _note(self._alike, start, module)
         return output
-
-    def _note(self, kind: str, start: int, module: nn.Module) -> None:
-        """Keep the first such call, and whatever encloses it in its place."""
-        if kind not in self._first or self._first[kind][0] > start:
-            self._first[kind] = start, module
 
     def _is_ids(self, tensor: Tensor) -> bool:
         if tensor.is_floating_point() or tensor.ndim != 2:
@@ -190,3 +175,10 @@ class _Follower:
         own = float(change[_PLACE])
         others = float(change[torch.arange(length, device=change.device) != _PLACE].max())
         return (rows, others > _ROUNDING * own) if max(own, others) > 0 else None
+
+
+def _note(known: dict[int, nn.Module], start: int, module: nn.Module) -> None:
+    """Keep a call that ends now in the place of those inside it."""
+    for inner in [one for one in known if one > start]:
+        del known[inner]
+    known[start] = module

@@ -16,7 +16,8 @@ from captum_m2ib.encoders.pairs import Pairs, padding_of
 from captum_m2ib.encoders.processors import as_processor
 from captum_m2ib.encoders.sides import Family, Side
 from captum_m2ib.encoders.tables import TokenModules, find_token_modules, vocabulary_statistics
-from captum_m2ib.encoders.towers import device_of, refine, stages_of
+from captum_m2ib.encoders.token_rows import TokenRows
+from captum_m2ib.encoders.towers import device_of, refine, stages_of, token_tables
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
 from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
@@ -157,6 +158,7 @@ class TowerPair(nn.Module):
         """
         modality = self.owner(layer) if modality is None else modality
         layout = self.layouts[modality]
+        self._refuse_one_of_several(layer, modality)
         # Only where padding is read does it matter what embeds it, for which the tower is run.
         reads = isinstance(layout, TextLayout) and layout.reads_padding
         return refine(layout, self.tower_of(modality), layer, self.embeddings_of(modality) if reads else None)
@@ -322,11 +324,31 @@ class TowerPair(nn.Module):
         # Adapters may have been put into the tower since.
         modules, known = list(tower.modules()), self.__dict__["_tokens"].get(index)
         if known is None or known[0] != modules:
-            call = self._towers[index] if self.reads_tokens(index) else None
-            known = modules, find_token_modules(tower, call)
+            call = self._towers[index]
+            call.__dict__["rows"] = None
+            found = find_token_modules(tower, call if self.reads_tokens(index) else None)
+            if found.embeddings is not None and found.further:
+                rows = TokenRows([found.embeddings, *found.further])
+                found = TokenModules(rows, rows if found.table is found.embeddings else found.table, found.further)
+                call.__dict__["rows"] = rows
+            known = modules, found
             self.__dict__["_tokens"][index] = known
-        found: TokenModules = known[1]
-        return found
+        tokens: TokenModules = known[1]
+        return tokens
+
+    def _refuse_one_of_several(self, layer: nn.Module, index: int) -> None:
+        """Raise where ids enter other tables beside a layer, and so go round gates at it."""
+        holds_table = any(True for _ in token_tables(("", module) for module in layer.modules()))
+        if not holds_table or not self.reads_tokens(index):
+            return
+        found = self.embeddings_of(index)
+        if isinstance(found, TokenRows) and any(layer is one for table in found.tables for one in table.modules()):
+            names = {module: name for name, module in self.roots()[0].named_modules()}
+            all_of_them = " and ".join(names.get(table, type(table).__name__) for table in found.tables)
+            raise ValueError(
+                f"layers: the token ids enter {all_of_them}, so that the caption would go round gates at one of them; "
+                f"leave layers out, or pass encoder.embeddings_of({index}), which is all of them as one layer."
+            )
 
     def stages(self, index: int) -> list[list[nn.Module]]:
         r"""The blocks of one tower, stage by stage; a tower of one resolution has one stage.
@@ -342,7 +364,7 @@ class TowerPair(nn.Module):
             ValueError: if the tower has no list of blocks under a known name.
         """
         tower, kind = self.tower_of(index), self.sides[index].modality
-        found = stages_of(tower)
+        found = [[tower]] if self.sides[index].is_stem else stages_of(tower)
         if not found:
             raise ValueError(
                 f"layers: found no list of blocks in the {kind} tower {type(tower).__name__}; name the layers, e.g. "

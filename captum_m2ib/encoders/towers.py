@@ -73,9 +73,8 @@ def video_layout(tower: nn.Module, mask: int | None) -> PatchLayout:
     return replace(layout, patch_size=(frames, *layout.patch_size), axes=(1, 3, 4), mask_argument=mask)
 
 
-def packed_layout(tower: nn.Module, mask: int | None, shapes: int) -> PackedLayout:
+def packed_layout(tower: nn.Module, mask: int | None, shapes: int, config: Any) -> PackedLayout:
     """The layout of a tower that reads pictures as sequences of patches, (N, patches, values)."""
-    config = config_of(tower, "vision_config")
     patch, merge = _patch_size(tower, config), getattr(config, "spatial_merge_size", None) or 1
     return PackedLayout(mask, shapes, _prefix(tower, None), patch or (1, 1), merge, drops_padding=mask is None)
 

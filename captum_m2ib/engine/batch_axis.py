@@ -62,7 +62,9 @@ def find_batch_axis(tensor: Tensor, rows: int) -> BatchAxis | None:
 
 
 def nearly_equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape differ by no more than kernels round."""
+    """Whether two tensors of one shape and type differ by no more than kernels round."""
+    if a.dtype != b.dtype:
+        return False
     # Most often to the bit, which is the quicker thing to see.
     if torch.equal(a, b):
         return True

@@ -1,4 +1,4 @@
-"""Several methods, or several captions, on one picture: made one after the other and shown side by side."""
+"""Several methods, or several captions, on one picture, sound or video: made in turn, shown side by side."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.encoders.pictures import PictureLike, load_picture
+from captum_m2ib.encoders.pairs import Media, load_media
 from captum_m2ib.explanations.comparison_figure import comparison_figure
 from captum_m2ib.explanations.comparison_page import comparison_page
 from captum_m2ib.explanations.embedding import figure_bytes
@@ -46,7 +46,7 @@ class MethodRow:
 
 @dataclass(frozen=True)
 class Comparison:
-    r"""One picture and one caption or more, explained by one method or more.
+    r"""One picture, sound or video and one caption or more, explained by one method or more.
 
     Attributes:
 
@@ -86,19 +86,19 @@ class Comparison:
 
 def compare(
     encoder: DualEncoder,
-    image: PictureLike,
+    image: Media,
     captions: str | Sequence[str],
     methods: Sequence[Method] = ("m2ib", "legrad", "grad-eclip"),
     *,
     settings: Mapping[str, Mapping[str, Any]] | None = None,
     **shared: Any,
 ) -> Comparison:
-    r"""Explain one picture with several methods, or for several captions, to look at them side by side.
+    r"""Explain one picture, sound or video with several methods, or for several captions, to look at them side by side.
 
     Args:
 
         encoder (DualEncoder): With a processor, as for :func:`captum_m2ib.explain`.
-        image (picture): As for :func:`captum_m2ib.explain`, a single one.
+        image (picture, sound or video): As for :func:`captum_m2ib.explain`, a single one.
         captions (str or sequence of str): One or more.
         methods (sequence, optional): Each as for :func:`captum_m2ib.explain`. Default: ``("m2ib", "legrad",
             "grad-eclip")``
@@ -123,12 +123,12 @@ def compare(
     names = [method if isinstance(method, str) else type(method).__name__ for method in methods]
     if unknown := sorted(set(settings or {}) - set(names)):
         raise ValueError(f"settings: {', '.join(unknown)} is not among the methods; they are {', '.join(names)}.")
-    if (kind := encoder.sides[0].modality) != "image":
-        raise ValueError(f"compare: lays pictures side by side, this encoder reads {kind}; use explain for each.")
-    picture = load_picture(image)
+    media = load_media(image, encoder.sides[0].modality)
+    if len(media) != 1:
+        raise ValueError(f"image: expected a single picture, sound or video, got {len(media)}; compare one by one.")
     rows = []
     for name, method in zip(names, methods, strict=True):
         began = time.perf_counter()
-        found = explain(encoder, picture, captions, method=method, **shared, **(settings or {}).get(name, {}))
+        found = explain(encoder, media, captions, method=method, **shared, **(settings or {}).get(name, {}))
         rows.append(MethodRow(name, tuple(found), time.perf_counter() - began))
     return Comparison(tuple(rows))

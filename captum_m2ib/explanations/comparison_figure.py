@@ -5,17 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from captum_m2ib.explanations.lettering import EDGE, QUIET, elide, format_score, text_width, visible, write
-from captum_m2ib.explanations.shown import Shown
+from captum_m2ib.explanations.shown import Explained
+from captum_m2ib.explanations.stills import plane, still
 from captum_m2ib.explanations.token_boxes import ROW_PITCH, token_box, token_rows
 from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import (
-    at_display_size,
-    overlay,
-    token_colors,
-)
+from captum_m2ib.explanations.visualization import token_colors
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,7 +25,7 @@ _LINE, _NOTE_SIZE, _HEAD_SIZE = 0.2, 8.5, 11.0
 class _Cell(NamedTuple):
     """One explanation, broken into lines."""
 
-    shown: Shown
+    shown: Explained
     numbers: list[str]
     rows: list[list[tuple[int, float, float, str]]]
     notes: list[str]
@@ -40,8 +35,8 @@ class _Cell(NamedTuple):
         return ROW_PITCH * len(self.rows) + _LINE * len(self.notes)
 
 
-def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> Figure:
-    r"""Draw explanations of one picture side by side.
+def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Explained]]]) -> Figure:
+    r"""Draw explanations of one picture, sound or video side by side.
 
     Args:
 
@@ -58,7 +53,8 @@ def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> Fig
     is_beside = captions == 1
     room = _TEXT if is_beside else 4.1
     pitch = (_PICTURE + _GAP + _TEXT if is_beside else room) + _GAP
-    picture = rows[0][2][0].image
+    first = rows[0][2][0]
+    picture = plane(first.image, first.kind)
     high = _PICTURE * min(1.3, picture.shape[0] / picture.shape[1])
     wide = high * picture.shape[1] / picture.shape[0]
     cells = [[_broken(one, room) for one in found] for _, _, found in rows]
@@ -96,7 +92,7 @@ def row_title(name: str, seconds: float, unit: str) -> str:
     return f"{name}   ·   {WORDINGS[unit].name}   ·   {took}"
 
 
-def _broken(shown: Shown, room: float) -> _Cell:
+def _broken(shown: Explained, room: float) -> _Cell:
     numbers = [WORDINGS[shown.unit].number(value) for value in shown.token_bits.tolist()]
     rows = token_rows([visible(token) for token in shown.tokens], numbers, room)
     return _Cell(shown, numbers, rows, [part for note in shown.notes for part in _wrapped(visible(note), room)])
@@ -119,12 +115,10 @@ def _row_height(cells: Sequence[_Cell], picture: float, is_beside: bool) -> floa
     return 0.45 + (max(picture, text) if is_beside else picture + 0.2 + text) + 0.25
 
 
-def _draw_map(figure: Any, shown: Shown, box: tuple[float, float, float, float], page: tuple[float, float]) -> None:
+def _draw_map(figure: Any, shown: Explained, box: tuple[float, float, float, float], page: tuple[float, float]) -> None:
     x, y, wide, high = box
     axes = figure.add_axes((x / page[0], 1 - (y + high) / page[1], wide / page[0], high / page[1]))
-    heat = shown.image_bits.astype(np.float64)
-    is_signed = WORDINGS[shown.unit].is_signed(heat)
-    axes.imshow(overlay(at_display_size(shown.image), heat, signed=is_signed), aspect="auto")
+    axes.imshow(still(shown), aspect="auto")
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set(color=EDGE, linewidth=0.6)
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-import numpy as np
-
 from captum_m2ib.explanations.comparison_figure import row_title
 from captum_m2ib.explanations.embedding import encoded_picture
 from captum_m2ib.explanations.lettering import format_score, visible
 from captum_m2ib.explanations.page import html_page
-from captum_m2ib.explanations.shown import Shown
-from captum_m2ib.explanations.units import WORDINGS
-from captum_m2ib.explanations.visualization import at_display_size, overlay, token_html
+from captum_m2ib.explanations.shown import Explained
+from captum_m2ib.explanations.stills import still
+from captum_m2ib.explanations.visualization import token_html
 
 
-def comparison_page(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> bytes:
-    r"""Write explanations of one picture side by side.
+def comparison_page(rows: Sequence[tuple[str, float, Sequence[Explained]]]) -> bytes:
+    r"""Write explanations of one picture, sound or video side by side.
 
     Args:
 
@@ -39,10 +37,8 @@ def comparison_page(rows: Sequence[tuple[str, float, Sequence[Shown]]]) -> bytes
     return html_page(" · ".join(captions), "\n".join(parts))
 
 
-def _cell(shown: Shown, caption: str) -> str:
-    heat = shown.image_bits.astype(np.float64)
-    drawn = overlay(at_display_size(shown.image), heat, signed=WORDINGS[shown.unit].is_signed(heat))
-    picture = encoded_picture(drawn, "JPEG", quality=90, subsampling=0)
+def _cell(shown: Explained, caption: str) -> str:
+    picture = encoded_picture(still(shown), "JPEG", quality=90, subsampling=0)
     notes = "".join(f"<li>{html.escape(visible(note))}</li>" for note in shown.notes)
     tokens = token_html(shown.tokens, shown.token_bits, shown.special, unit=shown.unit)
     return (

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import late
 import numpy as np
+import page_zoo
 import pytest
+import tiny_parts
 import torch
 import zoo
 from PIL import Image
@@ -27,7 +29,7 @@ def matches(encoder: DualEncoder, query: str) -> torch.Tensor:
     page, asked = encoder.processor.process_images([PAGE]), encoder.processor.process_queries([query])
     page.pop("labels", None)
     found = encoder.model(**asked).embeddings[0] @ encoder.model(**page).embeddings[0].T
-    return found[:, page["input_ids"][0] == zoo.IMAGE_TOKEN]
+    return found[:, page["input_ids"][0] == page_zoo.IMAGE_TOKEN]
 
 
 def test_of_a_page_in_one_piece():
@@ -84,7 +86,7 @@ def test_of_packed_patches():
     torch.testing.assert_close(grid[1::2, 1::2], expected)
 
 
-@pytest.mark.skipif(zoo.LEGACY, reason="this transformers has no model that reads tiles")
+@pytest.mark.skipif(tiny_parts.LEGACY, reason="this transformers has no model that reads tiles")
 def test_of_tiles():
     encoder = encoder_of("colmodernvbert")
     pairs = encoder.prepare(PAGE, QUERY)

@@ -344,3 +344,9 @@ def test_thumbnails_are_small_pictures_of_what_the_model_saw(whole: dict[str, li
     assert read_picture(small).size == (16, 16)
     make: Callable[..., Worker] = Worker
     assert make(str(checkpoint), thumbnail=0, **QUICK)(part(BATCH, [0]))["thumbnail"] == [None]
+
+
+@pytest.mark.parametrize(("model", "kind"), [("listener", "audio"), ("watcher", "video")])
+def test_a_model_of_sounds_or_videos_is_refused(model: str, kind: str):
+    with pytest.raises(ValueError, match=rf"^model: audits take pictures and captions, and .* reads {kind}; .*compare"):
+        Worker(f"captum_m2ib.scenes.events:{model}").load()

@@ -10,7 +10,7 @@ from functools import partial
 import open_clip
 import pytest
 import torch
-import zoo
+from tiny_parts import both
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,7 +39,7 @@ OPTIONS = {"RISE": {"n_masks": 8}, "default": {"n_steps": 2}}
 
 
 def transformers_clip() -> nn.Module:
-    return prepared(zoo._both("CLIPModel")())
+    return prepared(both("CLIPModel")())
 
 
 def openai_clip() -> nn.Module:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from families import captions, clip_case, family_named, image_tower, pictures, text_tower, tiny_clip
 from PIL import Image
+from tiny_parts import reader_of
 from torch import nn
 
 import captum_m2ib.encoders.pictures
@@ -196,7 +197,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
     from transformers import CLIPProcessor, PreTrainedTokenizerFast
-    from transformers.models.clip import image_processing_pil_clip
 
     directory = tmp_path_factory.mktemp("checkpoint")
     tiny_clip().save_pretrained(directory)
@@ -214,9 +214,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         unk_token="[unk]",
         model_max_length=77,
     )
-    images = image_processing_pil_clip.CLIPImageProcessorPil(
-        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
-    )
+    reader = reader_of("clip", "CLIPImageProcessor")
+    images = reader(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, fast).save_pretrained(directory)
     return directory
 

@@ -85,3 +85,11 @@ def test_an_encoder_scores_as_its_family_says(model: Interacting):
 def test_a_score_of_two_sides_takes_both(model: Interacting):
     with pytest.raises(ValueError, match=r"^modalities: the score of Interacting compares image with text, got"):
         DualEncoder(model, modalities=("image", "image"))
+
+
+def test_a_mean_is_over_real_tokens_of_the_query():
+    mean = MaxSim(is_mean=True)
+    assert mean.terms(PAGE, QUERY).tolist() == [[1.5, -0.5, 0.0], [-1.0, 0.0, 0.0]]
+    assert mean(PAGE, QUERY).tolist() == [1.0, -1.0]
+    # A part of the query is told by its share of the score.
+    assert mean(PAGE, QUERY, torch.tensor([[True, False, True], [True, True, True]])).tolist() == [1.5, -1.0]

@@ -16,6 +16,7 @@ import torch
 import transformers
 import zoo
 from letters import Letters
+from tiny_parts import LEGACY
 
 from captum_m2ib import DualEncoder, Sound, explain
 from captum_m2ib.encoders.sounds import load_sound, load_sounds
@@ -218,6 +219,7 @@ def test_what_has_no_rate_is_no_reader_of_sounds():
         encoder.prepare(Sound(np.zeros(100), RATE), "a dog")
 
 
+@pytest.mark.skipif(LEGACY, reason="passes of this transformers' CLVP cannot be followed")
 def test_sounds_as_codes_are_tensors():
     encoder = zoo.encoder_of(zoo.model_named("clvp"), processor=(lambda samples: samples, Letters()))
     with pytest.raises(ValueError, match="this one compares sounds as codes with text; make tensors"):

@@ -22,7 +22,6 @@ RETRIEVES = ("ForRetrieval", "TextRetrieval", "ForContrastiveLearning")
 LEFT_OUT = {
     "BridgeTowerForContrastiveLearning": "recognised, but its configuration lacks a default size",
     "BridgeTowerForImageAndTextRetrieval": "one network reads both inputs; explained through a function",
-    "NeoMMEForRetrieval": "its patches have no tower of their own, and tokens enter by two tables",
     "ViltForImageAndTextRetrieval": "one network reads both inputs; explained through a function",
 }
 

@@ -14,6 +14,7 @@ import torch
 import transformers
 from families import tiny_clip
 from PIL import Image
+from tiny_parts import LEGACY
 from torch import Tensor
 from torchvision import transforms
 
@@ -46,6 +47,9 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("ViTImageProcessor", {"size": SQUARE}),
     "bit": ("BitImageProcessor", SHORTEST),
 }
+if LEGACY:
+    # It takes no shortest edge.
+    del PROCESSORS["chinese_clip"]
 SIZES = [(300, 100), (100, 300), (120, 90), (40, 50)]
 
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis
+from captum_m2ib.engine.batch_axis import BatchAxis, find_batch_axis, nearly_equal
 
 
 @settings(max_examples=60, deadline=None)
@@ -61,3 +61,9 @@ def test_whole_numbers_and_infinities_are_compared():
     mask = torch.zeros(3, 1, 4, 4).masked_fill(torch.ones(4, 4).triu(1).bool(), float("-inf"))
     assert find_batch_axis(mask, 3) == BatchAxis(0)
     assert find_batch_axis(torch.tensor(1.0), 2) is None
+
+
+def test_tensors_of_two_types_are_never_the_same():
+    ones = torch.ones(2)
+    assert nearly_equal(ones, ones.clone()) and not nearly_equal(ones, ones.double())
+    assert not nearly_equal(ones.long(), ones)

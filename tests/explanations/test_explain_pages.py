@@ -7,6 +7,7 @@ from pathlib import Path
 import late
 import numpy as np
 import pytest
+import tiny_parts
 import torch
 import zoo
 from PIL import Image
@@ -138,7 +139,7 @@ def test_pages_of_several_sizes_are_explained_one_by_one():
     assert [one.image_bits.shape for one in together] == [(16, 32), (32, 32)]
 
 
-@pytest.mark.skipif(zoo.LEGACY, reason="this transformers has no model that reads tiles")
+@pytest.mark.skipif(tiny_parts.LEGACY, reason="this transformers has no model that reads tiles")
 def test_tiles_and_thumbnail_are_laid_on_the_page():
     encoder = encoder_of("colmodernvbert")
     pairs = encoder.prepare(PAGES[0], QUERY)

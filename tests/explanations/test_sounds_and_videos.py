@@ -21,6 +21,7 @@ from test_explanation import assert_equal, make
 
 from captum_m2ib import DualEncoder, Explanation, Sound, Video, compare, explain
 from captum_m2ib.encoders.timelines import SoundTimeline, VideoTimeline, ensure_timeline, to_plain
+from captum_m2ib.explanations.stills import plane, still
 from captum_m2ib.explanations.units import format_bits
 from captum_m2ib.scenes.events import PITCHES, draw_sound, draw_video, listener, watcher
 
@@ -187,8 +188,28 @@ def test_refused(heard: list[Explanation], call: Any, says: str):
 def test_a_page_is_not_laid_over_a_picture(seen: list[Explanation], tmp_path: Path):
     with pytest.raises(ValueError, match=r"original, interactions: .*this is a video"):
         seen[0].save(tmp_path / "one.html", np.zeros((4, 4, 3), np.uint8))
-    with pytest.raises(ValueError, match="compare: lays pictures side by side, this encoder reads video"):
-        compare(watcher(), draw_video(SQUARES), "a red square")
+
+
+def test_methods_and_captions_are_compared_on_a_sound_and_on_a_video(tmp_path: Path):
+    clip, sound = draw_video(SQUARES), draw_sound(TONES)
+    fewer = {"m2ib": {"n_steps": 2}, "nib": {"n_steps": 2}}
+    seen = compare(watcher(), clip, ["a red square", "a blue square"], ["m2ib", "nib"], settings=fewer, check=False)
+    heard = compare(listener(), sound, "a low tone", ["m2ib"], n_steps=2, check=False)
+    for found, kind, maps in ((seen, "video", 4), (heard, "sound", 1)):
+        assert {one.kind for row in found.rows for one in row.explanations} == {kind}
+        page = found.save(tmp_path / f"{kind}.html").read_text(encoding="utf-8")
+        assert page.count("<img ") == maps
+        assert found.save(tmp_path / f"{kind}.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match=r"^image: expected a single picture, sound or video, got 2"):
+        compare(watcher(), [clip, clip], "a red square")
+
+
+def test_stills_are_frames_in_rows_and_spectrograms_that_can_be_seen(seen: list[Explanation]):
+    frames = plane(seen[0].image, "video")
+    high, wide = seen[0].image.shape[1:3]
+    assert frames.shape == (2 * high, 3 * wide, 3)
+    np.testing.assert_array_equal(frames[high:, wide : 2 * wide], seen[0].image[4])
+    assert still(seen[0]).shape[1] == 720 and plane(np.zeros((4, 40)), "sound").shape == (20, 40)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +244,8 @@ class TestCommand:
         assert re.search(r"^taken    resampled from 8,000 to 16,000 Hz$", found.out, re.M)
         assert re.search(r"^sound    [\d.]+ bits$", found.out, re.M)
         assert Explanation.load("sound.npz").kind == "sound"
+        found = run("--sound", "tones.wav", "a low tone", "a high tone", *model[:2], "--output", "both.html")
+        assert found.status == 0 and (tmp_path / "both.html").read_text(encoding="utf-8").count("<img ") == 2, found.err
 
     def test_frames(self, run: Run, tmp_path: Path):
         frames = [Image.fromarray(frame) for frame in draw_video(SQUARES, frames=12).frames]
@@ -241,7 +264,7 @@ class TestCommand:
             (("--sound", "a.wav"), "TEXT: expected a caption"),
             (("--sound", "a.wav", "--frames", "b", "a"), "--sound, --frames: expected one"),
             (("--frames-per-second", "2"), "--frames-per-second: is for --frames"),
-            (("--sound", "a.wav", "a", "b"), "--sound: one caption"),
+            (("--sound", "a.wav", "a", "--whole"), "--sound: no --whole"),
             (("--sound", "a.wav", "a"), "--sound: there is no file a.wav"),
             (("--frames", "a.gif", "a"), "--frames: there is no file a.gif"),
         ],

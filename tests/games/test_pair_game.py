@@ -11,6 +11,7 @@ import families
 import late
 import numpy as np
 import pytest
+import tiny_parts
 import torch
 import zoo
 
@@ -110,7 +111,7 @@ def test_late_interaction_is_played_on_its_own_score(name: str, picture: np.ndar
     assert game(without) != game(everything)
 
 
-@pytest.mark.skipif(zoo.LEGACY, reason="this transformers has no model that reads tiles")
+@pytest.mark.skipif(tiny_parts.LEGACY, reason="this transformers has no model that reads tiles")
 def test_pages_that_come_as_tiles_are_refused(picture: np.ndarray):
     encoder = zoo.encoder_of(zoo.model_named("colmodernvbert"), processor=late.colmodernvbert())
     with pytest.raises(ValueError, match=r"^pairs: the model's processor cuts the picture into tiles"):

@@ -116,11 +116,11 @@ def page_values(pages: torch.Tensor) -> torch.Tensor:
 
 
 def _image_processor() -> Any:
-    from transformers.models.siglip import SiglipImageProcessorPil
+    from transformers.models import siglip
 
-    made: Any = SiglipImageProcessorPil(
-        size={"height": SIDE, "width": SIDE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    )
+    # Of transformers 4 the plain name needs no more than Pillow, of 5 this one.
+    kind = getattr(siglip, "SiglipImageProcessorPil", None) or siglip.SiglipImageProcessor
+    made: Any = kind(size={"height": SIDE, "width": SIDE}, resample=3, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     made.image_seq_length = PATCHES
     return made
 
