@@ -61,6 +61,7 @@ _HEADS = {
     "sanity": {
         "image prompt sensitivity": (1, "pictures: prompt"),
         "image random model": (-1, "pictures: random model"),
+        "image random model, by chance": (0, "by chance"),
         "text random model": (-1, "words: random model"),
     },
     "stability": {"image seeds": (1, "pictures: seeds"), "text seeds": (1, "words: seeds")},
@@ -243,19 +244,24 @@ def sanity(block: Block) -> Found:
     r"""Do maps depend on the caption, and on what the model has learnt?
 
     ``image prompt sensitivity`` is 1 - Spearman's correlation of a picture's maps for the two captions; ``random
-    model`` is the correlation's magnitude between maps of the model and of one with all parameters redrawn. For that
-    check the prior of a bottleneck comes from the model that is explained, never from shipped statistics.
+    model`` is the correlation's magnitude between maps of the model and of one with all parameters redrawn; ``by
+    chance`` is that with the redrawn model's maps of the other pictures of the block, NaN where there is none. For
+    these checks the prior of a bottleneck comes from the model that is explained, never from shipped statistics.
     """
     encoder, make = block.encoder, block.make
     if make is None:
         raise ValueError("make: expected a function that makes the method anew for a randomised model, got None.")
     found = {"image prompt sensitivity": 1 - spearman(block.right_maps.sum(1), block.wrong_maps.sum(1))}
     for name, pairs, modality in (("image", block.right, 0), ("text", block.worded, 1)):
+        made: list[Tensor] = []
 
-        def explain(inputs: Any, additional_forward_args: Any, modality: int = modality) -> Tensor:
+        def explain(
+            inputs: Any, additional_forward_args: Any, modality: int = modality, made: list[Tensor] = made
+        ) -> Tensor:
             remade = Block(make(encoder), (), ())
             pairs = _Given(inputs, additional_forward_args)
-            return remade.image_maps(pairs) if modality == 0 else remade.caption_maps(pairs)  # type: ignore[arg-type]
+            made.append(remade.image_maps(pairs) if modality == 0 else remade.caption_maps(pairs))  # type: ignore[arg-type]
+            return made[-1]
 
         with _without_statistics(encoder):
             changed = randomisation(
@@ -267,7 +273,15 @@ def sanity(block: Block) -> Found:
                 additional_forward_args=pairs.additional_forward_args,
             )
         found[f"{name} random model"] = changed.similarities[0][:, 0].abs()
+        if modality == 0:
+            found["image random model, by chance"] = _among_others(made[0].sum(1), made[-1].sum(1))
     return lists_of(found)
+
+
+def _among_others(maps: Tensor, others: Tensor) -> Tensor:
+    """Mean magnitude of the correlation of each map with all of the others but the one in its own place, (N,)."""
+    shifted = [spearman(maps, others.roll(places, 0)).abs() for places in range(1, len(maps))]
+    return torch.stack(shifted).mean(0) if shifted else torch.full((len(maps),), torch.nan)
 
 
 def stability(block: Block) -> Found:

@@ -211,10 +211,32 @@ def test_sanity_tells_maps_that_know_nothing(encoder: DualEncoder):
     statistics = dict(encoder.statistics)
     known, nothing = sanity(block_of("relevance", encoder)), sanity(block_of("centre", encoder))
     assert nothing["image prompt sensitivity"] == pytest.approx([0.0] * 2)
-    assert nothing["image random model"] == pytest.approx([1.0] * 2)
+    assert nothing["image random model"] == nothing["image random model, by chance"] == pytest.approx([1.0] * 2)
     assert min(known["image prompt sensitivity"]) > 0.05 and max(known["image random model"]) < 0.9
     assert all(torch.equal(value, before[name]) for name, value in encoder.state_dict().items())
     assert encoder.statistics == statistics and statistics
+
+
+def test_chance_is_what_maps_of_other_pictures_have_in_common(encoder: DualEncoder):
+    generator = torch.Generator().manual_seed(0)
+
+    class Drawn:
+        """Maps that no pixel has a part in, new ones at each call, as smooth as a column is long."""
+
+        def __init__(self, encoder: DualEncoder) -> None:
+            self.forward_func = encoder
+
+        def attribute(self, inputs: Any, **kwargs: Any) -> Any:
+            pixels, *ids = inputs if isinstance(inputs, tuple) else (inputs,)
+            columns = torch.randn(len(pixels), 1, 1, pixels.shape[-1], generator=generator)
+            maps = columns.expand(-1, *pixels.shape[1:])
+            return (maps, ids[0].float()) if ids else maps
+
+    pictures, captions = draw_probes(encoder, 24, 0)
+    block = Block(METHODS["centre"](encoder), pictures, captions[:1], lambda encoder: Drawn(encoder))
+    chance = sanity(block)["image random model, by chance"]
+    # Ranks of 64 independent columns: a normal deviate of 1 / sqrt(63).
+    assert np.mean(chance) == pytest.approx((2 / np.pi / 63) ** 0.5, rel=0.2)
 
 
 def test_sanity_takes_no_prior_from_the_model_that_was_trained(encoder: DualEncoder):
