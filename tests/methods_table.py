@@ -46,7 +46,7 @@ def given(model: str) -> Given:
         picture = np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8)
         pairs = encoder.prepare(picture, "revenue 2024")
         return encoder, pairs.inputs, pairs.additional_forward_args
-    if model == "convolutional towers":
+    if model == "towers without known blocks":
         case = conv_case()
         return case.forward, case.inputs, case.additional
     encoder = DualEncoder(tiny_clip().eval())
@@ -55,7 +55,7 @@ def given(model: str) -> Given:
     return encoder, (pixels, ids), (torch.ones_like(ids),)
 
 
-MODELS = ("transformers (CLIP)", "convolutional towers", "late interaction")
+MODELS = ("transformers (CLIP)", "towers without known blocks", "late interaction")
 
 
 def maps_of(name: str, model: str) -> tuple[torch.Tensor, ...]:

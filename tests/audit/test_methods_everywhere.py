@@ -74,7 +74,7 @@ def test_a_method_goes_through_every_door_or_is_refused_at_each(
 NO_BLOCKS = "found no list of blocks in the image tower ConvTower; name the layers"
 LEFT = "needs attention over the 16 tokens of layer"
 REFUSED: dict[str, dict[str, str]] = {
-    "convolutional towers": {
+    "towers without known blocks": {
         **dict.fromkeys(("m2ib-published", "nib", "grad-eclip", "relevance", "legrad"), NO_BLOCKS),
         "similarity-map": "expected a model of late interaction, such as ColPali",
     },
