@@ -40,8 +40,10 @@ def blur(maps: Tensor, sigma: float) -> Tensor:
     Returns:
         Tensor: (N, C, h, w).
     """
-    down, across = (_mixing(maps, axis, sigma) for axis in (2, 3))
-    return down @ maps @ across.T
+    # Steps that only go by a gradient's sign make much of what a product of many terms rounds; MPS has no float64.
+    wide = maps if maps.device.type == "mps" else maps.double()
+    down, across = (_mixing(wide, axis, sigma) for axis in (2, 3))
+    return (down @ wide @ across.T).to(maps.dtype)
 
 
 def _mixing(maps: Tensor, axis: int, sigma: float) -> Tensor:

@@ -99,6 +99,9 @@ def test_the_first_tower_runs_once_for_both_scores():
     case = clip_case()
     rival, rival_mask = rivals(case)
     model = case.roots[0]
+    layers = [model.vision_model.encoder.layers[1], model.text_model.encoder.layers[1]]
+    # Once for an encoder, a pass tells what embeds its tokens.
+    contrast = ContrastiveInfoBottleneck(case.forward, layers)
     counts = {"image": 0, "text": 0}
 
     def counting(name: str, module: nn.Module) -> None:
@@ -106,8 +109,7 @@ def test_the_first_tower_runs_once_for_both_scores():
 
     counting("image", model.vision_model.encoder.layers[3])
     counting("text", model.text_model.encoder.layers[3])
-    layers = [model.vision_model.encoder.layers[1], model.text_model.encoder.layers[1]]
-    ContrastiveInfoBottleneck(case.forward, layers).attribute(
+    contrast.attribute(
         case.inputs[0],
         additional_forward_args=(case.inputs[1], rival, case.additional[0], rival_mask),
         **FEW,

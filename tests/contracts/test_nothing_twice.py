@@ -72,6 +72,14 @@ def clip_suffix(model, after: int, image: bool):
     return run
 
 
+def left_out_of_clip(side, positions: int, pairs: int, n_steps: int, n_samples: int) -> int:
+    """What the last block's linear layers do at so many positions that no pair pools, in steps and while closed."""
+    last = side.encoder.layers[-1]
+    narrowed = (last.self_attn.q_proj, last.self_attn.out_proj, last.mlp.fc1, last.mlp.fc2)
+    forwards = 2 * sum(layer.weight.numel() for layer in narrowed) * positions
+    return forwards * pairs * (2 * n_steps * n_samples + CLOSED)
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_work_of_towers(after: int):
     case = family_named("closure").build()
@@ -91,6 +99,9 @@ def test_work_of_clip(after: int):
     expected = expected_flops(
         case, [(clip_suffix(model, after, True), (17, 32)), (clip_suffix(model, after, False), (6, 32))], 8, 4
     )
+    ends = case.additional[0].sum(1).unique()
+    for side, positions in ((model.vision_model, 16), (model.text_model, 6 - len(ends))):
+        expected -= left_out_of_clip(side, positions, len(case.inputs[0]), 8, 4)
     layers = [model.vision_model.encoder.layers[after], model.text_model.encoder.layers[after]]
     method = MultiModalInfoBottleneck(case.forward, layers)
     counted = count_flops(lambda: case.attribute(method, n_steps=8, n_samples=4))
