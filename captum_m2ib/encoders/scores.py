@@ -147,7 +147,7 @@ class MaxSim:
         """
         counted = is_token(query)
         found = torch.where(counted, self.matches(page, query).amax(-1), 0.0)
-        return found / counted.sum(-1, keepdim=True) if self.is_mean else found
+        return found / counted.sum(-1, keepdim=True).clamp(min=1) if self.is_mean else found
 
     def matches(self, page: Tensor, query: Tensor) -> Tensor:
         r"""How well each token of the query matches each of the page.

@@ -26,6 +26,11 @@ def test_padding_of_a_page_is_no_match():
     assert MaxSim()(page, torch.tensor([[[1.0, 0.0]]])).tolist() == [-1.0]
 
 
+@pytest.mark.parametrize("score", [MaxSim(), MaxSim(is_mean=True)])
+def test_a_query_without_tokens_matches_nothing(score: MaxSim):
+    assert score(PAGE, torch.zeros_like(QUERY)).tolist() == [0.0, 0.0]
+
+
 def test_nan_stays_nan():
     page = PAGE.clone()
     page[0, 0, 0] = torch.nan
