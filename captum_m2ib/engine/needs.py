@@ -42,7 +42,7 @@ _BY_ROW |= {
     )
 }
 
-# The larger share of the positions that is worth leaving out.
+# A layer whose output is read at a larger share of the positions runs at all of them.
 _MOST = 0.5
 
 
