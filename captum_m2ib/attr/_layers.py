@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
@@ -11,6 +13,17 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.wrappers import no_towers
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
+
+Guides: TypeAlias = "Sequence[LayerLike | None] | Literal['late']"
+
+
+@dataclass(frozen=True)
+class Guide:
+    """A late layer that guides where in a picture the bits of its pixels lie."""
+
+    guided: int
+    layer: Layer
+    layout: Layout
 
 
 def recommended(forward_func: Any) -> Sequence[LayerLike | None]:
@@ -58,6 +71,42 @@ def ensure_layouts(
         layouts = [forward_func.layout_at(layer, index) for index, layer in enumerate(layers[:2])]
     given = tuple(layouts or ())
     return (*given, *[None] * (len(layers) - len(given)))
+
+
+def ensure_guides(
+    forward_func: Any, layers: Sequence[Layer], layouts: Sequence[Layout | None], guides: Guides
+) -> tuple[Guide, ...]:
+    """The late layers of pictures that are gated themselves: those given, else an encoder's published ones."""
+    given: Sequence[LayerLike | None] = ()
+    if guides != "late":
+        given = tuple(guides)
+    elif isinstance(forward_func, DualEncoder):
+        # Towers without blocks under a known name have no late layer.
+        with contextlib.suppress(ValueError):
+            late = forward_func.published_layers()
+            given = [late[i] if _is_picture(forward_func, i, layer) else None for i, layer in enumerate(layers[:2])]
+    found = []
+    for index, guide in enumerate(given):
+        if guide is None:
+            continue
+        if index >= len(layers) or layers[index].argument is None:
+            raise ValueError(
+                f"guides: only pictures that are gated themselves are guided, got a layer for input {index}; leave "
+                "guides out, or pass None for that input."
+            )
+        layer = resolve_at(forward_func, index, guide)
+        layout = forward_func.layout_at(layer, index) if isinstance(forward_func, DualEncoder) else layouts[index]
+        if layout is None:
+            raise ValueError(
+                f"guides: cannot tell how {layer.name} maps onto input {index}; pass its layout as layouts, e.g. "
+                "layouts=(PatchLayout(patch_size=(16, 16), prefix=1), None)."
+            )
+        found.append(Guide(index, layer, layout))
+    return tuple(found)
+
+
+def _is_picture(encoder: DualEncoder, index: int, layer: Layer) -> bool:
+    return layer.argument is not None and encoder.gates_input(index)
 
 
 def check_entry(layer: Layer, tensor: Tensor, purpose: str) -> None:

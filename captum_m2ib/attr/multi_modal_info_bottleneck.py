@@ -12,8 +12,8 @@ from torch import Tensor
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import Explained
-from captum_m2ib.attr._layers import check_entry, ensure_layers, ensure_layouts
-from captum_m2ib.attr._priors import PUBLISHED, Statistics, defaults_of, ensure_priors
+from captum_m2ib.attr._layers import Guide, Guides, check_entry, ensure_guides, ensure_layers, ensure_layouts
+from captum_m2ib.attr._priors import GUIDE, PUBLISHED, Statistics, defaults_of, ensure_priors
 from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.attr._units import to_pixels_and_input, to_units_and_input
 from captum_m2ib.encoders.dual_encoder import DualEncoder
@@ -89,6 +89,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         layers: Sequence[LayerLike | None] | LayerLike | None = None,
         layouts: Sequence[Layout | None] | None = None,
         statistics: Statistics | None = None,
+        guides: Guides = "late",
     ) -> None:
         forward_func = as_forward_func(forward_func)
         _captum.Attribution.__init__(self, forward_func)
@@ -96,6 +97,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         self.layers: tuple[Layer, ...] = ensure_layers(forward_func, layers)
         self.layouts: tuple[Layout | None, ...] = ensure_layouts(forward_func, self.layers, layouts)
         self.priors: tuple[Prior, ...] = ensure_priors(forward_func, self.layers, statistics)
+        self.guides: tuple[Guide, ...] = ensure_guides(forward_func, self.layers, self.layouts, guides)
 
     @classmethod
     def published(cls, forward_func: Callable[..., Any]) -> MultiModalInfoBottleneck:
@@ -321,18 +323,24 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             settings = replace(settings, score_range=1.0)
         defaults = [PUBLISHED] * count if self.is_published else defaults_of(layers, priors)
         applied = settings.per_layer(defaults)
+        guides = [guide for guide in self.guides if guide.guided < count and given.inputs[guide.guided].ndim == 4]
+        guided = [guide.guided for guide in guides]
+        late = [guide.layer for guide in guides]
+        own: list[Prior] = ["pair" for _ in guides]
         gated = optimise(
             given.forward,
             given.arguments,
-            [Tap(layer, attribute_to_layer_input) for layer in layers],
-            priors,
-            layouts,
-            applied,
-            roots_of(self._objective, layers),
+            [*(Tap(layer, attribute_to_layer_input) for layer in layers), *map(Tap, late)],
+            [*priors, *own],
+            [*layouts[:count], *(guide.layout for guide in guides)],
+            applied.with_guides(guided, GUIDE),
+            roots_of(self._objective, [*layers, *late]),
             with_record,
             with_check,
+            modalities=[*range(count), *guided],
             may_rise=self._may_rise,
             filters=[self._gate_filter(index, applied.smoothing) for index in range(count)],
+            guided=guided,
         )
         attributions = []
         for layer, layout, gate, tensor in zip(layers, layouts, gated, given.inputs, strict=False):

@@ -120,7 +120,7 @@ def _scores(
     """Scores through gates of given logits, (N or 1, draws, ...), with the noise of steps that no descent reaches: so
     many draws of each, in as many rounds."""
     drawn = [
-        torch.cat([noise(0, gate.index, step, draws, gate.hidden.shape[1:], True) for step, draws in steps.items()])
+        torch.cat([noise(0, gate.stream, step, draws, gate.hidden.shape[1:], True) for step, draws in steps.items()])
         for gate in gates
     ]
     draws = rounds * sum(steps.values())
@@ -141,7 +141,7 @@ def _fields(gate: Gates, step: int, draws: int) -> Tensor:
     positions = list(gate.hidden.shape[1:])
     if len(positions) > 1:
         positions[gate.channels - 1] = 1
-    drawn = noise(0, gate.index, step, draws, positions, antithetic=True).to(gate.hidden.device, gate.hidden.dtype)
+    drawn = noise(0, gate.stream, step, draws, positions, antithetic=True).to(gate.hidden.device, gate.hidden.dtype)
     if gate.filter is None:
         return drawn.unsqueeze(0)
     # A filter is made for these pairs, and may treat each in its own way.

@@ -24,17 +24,21 @@ from captum_m2ib.engine.callers import frames_within
 from captum_m2ib.engine.check import Check, joined
 from captum_m2ib.engine.closing import check_of, measured_stakes, stakes_of, through
 from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise
+from captum_m2ib.engine.guidance import moved
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
-from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.layouts import Layout, to_input, to_units
 from captum_m2ib.engine.portions import parts_of, portions_of
-from captum_m2ib.engine.settings import Course, LayerSettings
+from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 AFTER_DRAWS = 8
 """Least number of fresh draws from which the score through the final gates is measured."""
+
+GUIDES = 2**16
+"""Where the numbers of layers that guide others begin, in what tells their noise from that of others."""
 
 
 @dataclass
@@ -92,6 +96,7 @@ def optimise(
     modalities: Sequence[int] | None = None,
     may_rise: Sequence[int] = (),
     filters: Sequence[Callable[[Tensor, Tensor], GateFilter | None]] | None = None,
+    guided: Sequence[int] = (),
 ) -> list[Gated]:
     r"""Optimise the gates of every tap for every pair.
 
@@ -115,9 +120,11 @@ def optimise(
         filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
             function from gate logits to the logits of the gates that are applied, or None. Default: None (gates are
             applied as they are)
+        guided (sequence of int, optional): Per tap of the last ones, which guide others, the tap of a picture's pixels
+            that it guides; see :mod:`captum_m2ib.engine.guidance`. Default: ()
 
     Returns:
-        list[Gated]: one per tap.
+        list[Gated]: one per tap, without those that guide others.
 
     Raises:
         ValueError: if the score, a hidden state or a gradient is not finite, or there is not one range per pair.
@@ -127,9 +134,12 @@ def optimise(
     if isinstance(ranges, tuple) and len(ranges) != pairs:
         raise ValueError(f"score_range: expected one number or one per pair ({pairs}), got {len(ranges)}.")
     explains = range(len(taps)) if modalities is None else modalities
-    objectives = [range(len(taps))] if settings.joint else [range(i, i + 1) for i in range(len(taps))]
-    courses = [settings.course(objective[0]) for objective in objectives]
-    results: list[list[Gated]] = [[] for _ in taps]
+    count = len(taps) - len(guided)
+    apart = [range(i, i + 1) for i in range(len(taps))]
+    objectives = [range(count)] if settings.joint else apart[:count]
+    late = apart[count:]
+    streams = [*range(count), *(GUIDES + index for index in guided)]
+    results: list[list[Gated]] = [[] for _ in range(count)]
     hopeless: list[int] = []
     empty: list[int] = []
     with (
@@ -140,27 +150,38 @@ def optimise(
             disable=not settings.show_progress,
         ) as bar,
     ):
-        for portion in portions_of(forward, arguments, taps, settings, objectives):
+        for portion in portions_of(forward, arguments, taps, settings, objectives + late):
             start, chunk, suffix = portion.start, portion.arguments, portion.suffix
-            bar.total = bar.n + portion.left * sum(course.n_steps for course in courses)
+            bar.total = bar.n + portion.left * sum(settings.course(one[0]).n_steps for one in objectives + late)
             check_finite("score of the untouched pairs", suffix.score, start)
             for tap, hidden in zip(taps, suffix.hidden, strict=True):
                 check_finite(f"hidden state of layer {tap.layer.name!r}", hidden, start)
-            gates = [gates_of(suffix, chunk, i, priors[i], layouts[i], settings, explains[i]) for i in range(len(taps))]
+            gates = [
+                gates_of(suffix, chunk, i, priors[i], layouts[i], settings, explains[i], streams[i])
+                for i in range(len(taps))
+            ]
             for gate, make in zip(gates, filters or (), strict=False):
                 gate.filter = make(gate.hidden, chunk[explains[gate.index]])
-            for objective, course, within in zip(objectives, courses, portion.settings, strict=True):
+            limits = dict(zip(objectives + late, portion.settings, strict=True))
+            for objective in objectives:
+                within = limits[objective]
                 chosen = [gates[i] for i in objective]
                 stakes = stakes_of(suffix, chosen, within, start)
                 if not set(objective) <= set(may_rise):
                     hopeless += (start + nothing_to_lose(suffix.score, stakes).nonzero().flatten()).tolist()
-                steps = _descend(suffix, chosen, within, course, stakes.weight, start, bar.update)
-                after = _score_after(suffix, chosen, within, course) if with_record else None
+                steps = _descend(suffix, chosen, within, stakes.weight, start, bar.update)
+                reads = {}
+                for one in late:
+                    guide, at = gates[one[0]], guided[one[0] - count]
+                    if at in objective:
+                        _descend(suffix, [guide], limits[one], stakes.weight, start, bar.update)
+                        reads[at] = _over_input(guide, layouts[guide.index], chunk[explains[at]])
+                after = _score_after(suffix, chosen, within) if with_record else None
                 # A range that was given is the objective's own; the check needs what closed gates really take.
                 given = with_check and stakes.closed is None
                 found = measured_stakes(suffix, chosen, within, start) if given else stakes
                 for gate in chosen:
-                    result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after)
+                    result = _result(suffix, gate, taps[gate.index].layer, steps, stakes, after, reads.get(gate.index))
                     if gate.index not in may_rise:
                         empty += (start + (~result.bits.flatten(1).any(1)).nonzero().flatten()).tolist()
                     if result.record is not None and after is not None and with_check:
@@ -186,12 +207,12 @@ def _descend(
     suffix: Suffix,
     gates: list[Gates],
     settings: LayerSettings,
-    course: Course,
     weight: Tensor,
     start: int,
     advance: Callable[[], Any],
 ) -> list[tuple[Tensor, list[Tensor]]]:
     """Adam on the gates; returns per step the mean scores and the total information per pair."""
+    course = settings.course(gates[0].index)
     adam = _adam([gate.alpha for gate in gates], gates, settings)
     # Otherwise gates that nothing needs leave a faint copy of the picture's contrast.
     idle = {gate: gate.alpha.detach().clone().requires_grad_() for gate in gates if gate.shared is not None}
@@ -224,6 +245,13 @@ def _descend(
     return history
 
 
+def _over_input(gate: Gates, layout: Layout | None, inputs: Tensor) -> Tensor:
+    """The bits of a layer, spread over the input."""
+    if layout is None:
+        raise ValueError("layouts: expected one for each layer that guides others, got None.")
+    return to_input(layout, to_units(layout, _bits(gate), inputs, gate.real), inputs)
+
+
 def _adam(alphas: list[Tensor], gates: list[Gates], settings: LayerSettings) -> torch.optim.Adam:
     rates = [settings.lr[gate.index] for gate in gates]
     return torch.optim.Adam([{"params": [alpha], "lr": lr} for alpha, lr in zip(alphas, rates, strict=True)])
@@ -237,7 +265,7 @@ def _pull(gate: Gates, alpha: Tensor) -> Tensor:
 
 def _draw(gate: Gates, settings: LayerSettings, step: int, draws: int, has_middle: bool = False) -> Tensor:
     shape, antithetic = gate.hidden.shape[1:], settings.antithetic[gate.index]
-    return noise(settings.seed, gate.index, step, draws, shape, antithetic, has_middle)
+    return noise(settings.seed, gate.stream, step, draws, shape, antithetic, has_middle)
 
 
 def _accumulate(gates: list[Gates], score: Tensor, weight: Tensor) -> None:
@@ -258,12 +286,17 @@ def _add_information(gate: Gates) -> Tensor:
 
 
 @torch.no_grad()
-def _score_after(suffix: Suffix, gates: list[Gates], settings: LayerSettings, course: Course) -> Tensor:
+def _score_after(suffix: Suffix, gates: list[Gates], settings: LayerSettings) -> Tensor:
     """Mean score over draws that no step has seen, all of them noise."""
+    course = settings.course(gates[0].index)
     draws = max(AFTER_DRAWS, course.n_samples)
     drawn = [_draw(gate, settings, course.n_steps, draws) for gate in gates]
     scores = [through(suffix, gates, [noise_[part] for noise_ in drawn]) for part in parts_of(settings, draws)]
     return torch.cat(scores, 1).mean(1)
+
+
+def _bits(gate: Gates) -> Tensor:
+    return (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
 
 
 def _result(
@@ -273,8 +306,9 @@ def _result(
     steps: list[tuple[Tensor, list[Tensor]]],
     stakes: Stakes,
     after: Tensor | None,
+    reads: Tensor | None,
 ) -> Gated:
-    bits = (gate.information().detach() / NATS_PER_BIT).clamp(min=0.0)
+    bits = _bits(gate) if reads is None else moved(_bits(gate), reads)
     result = Gated(bits, suffix.axes[gate.index], gate.real)
     if after is not None:
         position = gate.index if len(steps[0][1]) > 1 else 0

@@ -41,7 +41,7 @@ def noise(
     Args:
 
         seed (int): The call's seed.
-        layer (int): Position of the layer.
+        layer (int): What tells the layer's noise from that of others, such as its position.
         step (int): Step of the optimisation.
         draws (int): Number of draws.
         shape (sequence of int): Shape of one pair's hidden state.
@@ -65,11 +65,13 @@ def noise(
 class Gates:
     """The gates of one layer for a batch of pairs, with everything that stays fixed during optimisation.
 
-    ``shared`` is a dimension along which elements have one gate in common. ``idle``, where it is known, is what
-    ``alpha`` would have become if no score had asked for anything: gates that are hardly further open shut.
+    ``stream`` tells their noise from that of other layers. ``shared`` is a dimension along which elements have one
+    gate in common. ``idle``, where it is known, is what ``alpha`` would have become if no score had asked for anything:
+    gates that are hardly further open shut.
     """
 
     index: int
+    stream: int
     hidden: Tensor
     mean: Tensor | float
     std: Tensor | float
@@ -124,6 +126,7 @@ def gates_of(
     layout: Layout | None,
     settings: LayerSettings,
     modality: int,
+    stream: int | None = None,
 ) -> Gates:
     held = suffix.hidden[index]
     hidden = held.to(torch.promote_types(held.dtype, torch.float32))
@@ -138,7 +141,8 @@ def gates_of(
         shared = channels if hidden.ndim == 4 else None
     mean, std = prior_of(prior, hidden, real, settings.variance[index], channels, is_input)
     beta, start = settings.beta[index], settings.initial_gate[index]
-    return Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared, channels=channels)
+    stream = index if stream is None else stream
+    return Gates(index, stream, hidden, mean, std, real, beta, start, held.dtype, shared, channels=channels)
 
 
 def prior_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
 from typing import Any, TypeAlias
 
@@ -46,6 +46,10 @@ class Defaults:
     n_samples: int = 10
     noiseless: float = 0.0
     reach: float = 0.0
+
+    def rate(self, n_steps: int) -> float:
+        """The learning rate of so many steps."""
+        return self.lr or self.reach / max(n_steps, 4)
 
 
 @dataclass(frozen=True)
@@ -136,7 +140,7 @@ class Settings:
             # Gates that descend together take the same steps, and rates follow from how many there are.
             common = {"n_steps": max, "n_samples": max, "noiseless": min}
             spread |= {name: (of_all(spread[name]),) * len(defaults) for name, of_all in common.items()}
-        rates = [one.lr or one.reach / max(steps, 4) for one, steps in zip(defaults, spread["n_steps"], strict=True)]
+        rates = [one.rate(steps) for one, steps in zip(defaults, spread["n_steps"], strict=True)]
         return LayerSettings(**{**vars(self), **spread, "lr": _spread("lr", self.lr, rates)})
 
 
@@ -160,6 +164,26 @@ class LayerSettings(Settings):
     def dtype(self) -> torch.dtype | None:
         """The type in which the descent's passes run where torch allows it; None for the model's own."""
         return None if self.precision is None else PRECISIONS[self.precision]
+
+    def with_guides(self, guided: Sequence[int], defaults: Defaults) -> LayerSettings:
+        r"""These settings with those of further layers, whose gates guide the maps of others.
+
+        Args:
+
+            guided (sequence of int): For each further layer the one that it guides: it takes half as many steps of one
+                draw less.
+            defaults (Defaults): What else holds at a further layer.
+
+        Returns:
+            LayerSettings: with tuples that have one more value per further layer.
+        """
+        spread: dict[str, Any] = {
+            name: (*getattr(self, name), *[getattr(defaults, name)] * len(guided)) for name in _PER_LAYER
+        }
+        steps = [-(-self.n_steps[layer] // 2) for layer in guided]
+        spread["n_steps"] = (*self.n_steps, *steps)
+        spread["n_samples"] = (*self.n_samples, *(max(1, self.n_samples[layer] - 1) for layer in guided))
+        return replace(self, **spread, lr=(*self.lr, *(defaults.rate(count) for count in steps)))
 
     def course(self, layer: int) -> Course:
         """What holds for a layer, and for all that descend together with it."""
