@@ -241,8 +241,8 @@ VARIANTS = (
     Method("m2ib-unguided", Family("m2ib-unguided", _unguided, seeded=True)),
     Method("m2ib-late", Family("m2ib-late", _late, seeded=True)),
 )
-"""Ours otherwise than at its defaults: with six times the passes, without a late layer that guides a picture's bits, and
-behind late blocks instead of at the inputs."""
+"""Ours otherwise than at its defaults: with six times the passes, without a late layer that guides a picture's bits,
+and behind late blocks instead of at the inputs."""
 
 
 def tuned_methods(path: str | os.PathLike[str] = SETTINGS_FILE) -> dict[str, Method]:
