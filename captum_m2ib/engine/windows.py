@@ -62,6 +62,7 @@ class _Cut(torch.autograd.Function):
         down, across = gradient.shape[2:]
         windows = gradient.movedim(1, -1) @ weight.flatten(1)
         pixels = windows.unflatten(-1, (channels, high, wide)).permute(0, 3, 1, 4, 2, 5)
+        # For one row, torch's backward pass of a batch norm is wrong where channels lie next to each other.
         covered = pixels.reshape(len(gradient), channels, down * high, across * wide).contiguous()
         # What is left over at the far borders is in no window.
         left = (0, ctx.shape[3] - covered.shape[3], 0, ctx.shape[2] - covered.shape[2])

@@ -45,6 +45,18 @@ def test_windows_have_the_gradient_of_the_convolution(kernel: tuple[int, int], s
     torch.testing.assert_close(gradients(doubled, given), 2 * gradients(module(given), given), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_batch_norm_before_gets_its_gradient_in_order(rows: int):
+    # Given one row whose channels lie next to each other, torch's own backward pass of a batch norm is wrong.
+    torch.manual_seed(0)
+    norm = nn.BatchNorm2d(64).double().eval().requires_grad_(False)
+    norm.running_var.uniform_(0.5, 2.0)
+    module = nn.Conv2d(64, 8, 1).double().requires_grad_(False)
+    given = torch.randn(rows, 64, 4, 4, dtype=torch.float64, requires_grad=True)
+    made, plain = windows.call(run, module, (norm(given),), {}), module(norm(given))
+    torch.testing.assert_close(gradients(made, given), gradients(plain, given), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     "module",
     [
