@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -13,8 +12,6 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.wrappers import no_towers
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
 from captum_m2ib.engine.layouts import Layout
-
-Guides: TypeAlias = "Sequence[LayerLike | None] | Literal['late']"
 
 
 @dataclass(frozen=True)
@@ -74,19 +71,14 @@ def ensure_layouts(
 
 
 def ensure_guides(
-    forward_func: Any, layers: Sequence[Layer], layouts: Sequence[Layout | None], guides: Guides
+    forward_func: Any,
+    layers: Sequence[Layer],
+    layouts: Sequence[Layout | None],
+    guides: Sequence[LayerLike | None],
 ) -> tuple[Guide, ...]:
-    """The late layers of pictures that are gated themselves: those given, else an encoder's published ones."""
-    given: Sequence[LayerLike | None] = ()
-    if guides != "late":
-        given = tuple(guides)
-    elif isinstance(forward_func, DualEncoder):
-        # Towers without blocks under a known name have no late layer.
-        with contextlib.suppress(ValueError):
-            late = forward_func.published_layers()
-            given = [late[i] if _is_picture(forward_func, i, layer) else None for i, layer in enumerate(layers[:2])]
+    """The late layers of pictures that are gated themselves, of those given per input."""
     found = []
-    for index, guide in enumerate(given):
+    for index, guide in enumerate(guides):
         if guide is None:
             continue
         if index >= len(layers) or layers[index].argument is None:
@@ -105,8 +97,16 @@ def ensure_guides(
     return tuple(found)
 
 
-def _is_picture(encoder: DualEncoder, index: int, layer: Layer) -> bool:
-    return layer.argument is not None and encoder.gates_input(index)
+def late_guides(encoder: DualEncoder, layers: Sequence[LayerLike | None]) -> list[LayerLike | None]:
+    """Per input the layer at three quarters of its tower's depth, for pictures that are gated themselves."""
+    pictures = [layer is None and encoder.gates_input(index) for index, layer in enumerate(layers)]
+    if not any(pictures):
+        raise ValueError(
+            "layers: only pictures that are gated themselves can be guided, and neither input is one; use "
+            "MultiModalInfoBottleneck(encoder)."
+        )
+    published = encoder.published_layers()
+    return [late if is_picture else None for late, is_picture in zip(published, pictures, strict=True)]
 
 
 def check_entry(layer: Layer, tensor: Tensor, purpose: str) -> None:

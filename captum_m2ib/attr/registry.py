@@ -80,6 +80,12 @@ METHODS: Mapping[str, NamedMethod] = MappingProxyType(
             NamedMethod("relevance", AttentionRelevance, "attention times its gradients, block by block", _ATTENTION),
             NamedMethod("legrad", LeGrad, "gradients of attention", _ATTENTION),
             NamedMethod(
+                "m2ib-guided",
+                MultiModalInfoBottleneck.guided,
+                "M2IB, a picture's bits moved to where a late layer reads",
+                seeded=True,
+            ),
+            NamedMethod(
                 "similarity-map",
                 SimilarityMap,
                 "matches of late interaction, as ColPali's tools draw them",

@@ -182,7 +182,7 @@ _CHOICES = {
     "legrad": _both(layer=_BLOCKS),
 }
 
-ON_REQUEST = ("m2ib-fine", "m2ib-unguided", "m2ib-late", "similarity-map", "rise")
+ON_REQUEST = ("m2ib-fine", "m2ib-guided", "m2ib-late", "similarity-map", "rise")
 """Methods that are left out unless they are asked for: variants of ours, what is for late interaction alone, and RISE,
 which takes 4000 passes per map."""
 
@@ -229,20 +229,13 @@ def _late(encoder: DualEncoder, layers: Any = None) -> MultiModalInfoBottleneck:
     return MultiModalInfoBottleneck(encoder, layers=late, statistics=("pair", "pair"))
 
 
-def _unguided(encoder: DualEncoder, layers: Any = None) -> MultiModalInfoBottleneck:
-    """Ours with a picture's bits where its pixels' gates leave them."""
-    return MultiModalInfoBottleneck(encoder, layers, guides=())
-
-
 _FINE: Setting = {"n_steps": 8, "n_samples": 9}
 
 VARIANTS = (
     Method("m2ib-fine", FAMILIES[OURS], (_FINE, _FINE)),
-    Method("m2ib-unguided", Family("m2ib-unguided", _unguided, seeded=True)),
     Method("m2ib-late", Family("m2ib-late", _late, seeded=True)),
 )
-"""Ours otherwise than at its defaults: with six times the passes, without a late layer that guides a picture's bits,
-and behind late blocks instead of at the inputs."""
+"""Ours otherwise than at its defaults: with six times the passes, and behind late blocks instead of at the inputs."""
 
 
 def tuned_methods(path: str | os.PathLike[str] = SETTINGS_FILE) -> dict[str, Method]:

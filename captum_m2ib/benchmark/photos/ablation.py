@@ -33,7 +33,7 @@ ABLATION: tuple[Method, ...] = (
     METHODS[OURS],
     *(Method(f"{OURS}-{name}", FAMILIES[OURS], (given, given)) for name, given in _SETTINGS.items()),
     Method(f"{OURS}-plain-prior", Family(f"{OURS}-plain-prior", _prior, seeded=True)),
-    METHODS[f"{OURS}-unguided"],
+    METHODS[f"{OURS}-guided"],
     METHODS[f"{OURS}-late"],
     METHODS[f"{OURS}-published"],
 )
