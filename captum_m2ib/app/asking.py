@@ -40,6 +40,7 @@ QUALITIES: Mapping[str, Mapping[str, Mapping[str, int]]] = MappingProxyType(
     {
         "quick": {
             "m2ib": {"n_steps": 3, "n_samples": 2},
+            "m2ib-guided": {"n_steps": 3, "n_samples": 2},
             "m2ib-published": {"n_steps": 5, "n_samples": 5},
             "nib": {"n_steps": 5},
             "rise": {"n_masks": 500},
@@ -47,6 +48,7 @@ QUALITIES: Mapping[str, Mapping[str, Mapping[str, int]]] = MappingProxyType(
         "default": {},
         "fine": {
             "m2ib": {"n_steps": 8, "n_samples": 9},
+            "m2ib-guided": {"n_steps": 8, "n_samples": 9},
             "m2ib-published": {"n_steps": 20, "n_samples": 20},
             "nib": {"n_steps": 40},
             "rise": {"n_masks": 16_000},

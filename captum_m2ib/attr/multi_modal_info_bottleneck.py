@@ -145,9 +145,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         A second, short descent, of half as many steps, gates the output of the block at three quarters of the tower's
         depth. Where D are the bits of pixels and L those of that layer, blurred over a fourteenth of the picture, both
         as shares of their sums, the map is in proportion to (D + 0.1 L) L^2 and has as many bits as D
-        (:mod:`captum_m2ib.engine.guidance`). Its highest point is on the object more often, on photographs above all;
-        it keeps less of the picture for the score to live on, and its ranks follow the caption less
-        (docs/benchmark.md, docs/benchmark-photos.md). Captions are explained as without it.
+        (:mod:`captum_m2ib.engine.guidance`). More of the map lies on what is named, on scenes and on photographs; it
+        keeps less of the picture for the score to live on, and its ranks follow the caption less (docs/benchmark.md,
+        docs/benchmark-photos.md). Captions are explained as without it.
 
         Args:
 

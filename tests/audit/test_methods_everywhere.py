@@ -75,7 +75,7 @@ NO_BLOCKS = "found no list of blocks in the image tower ConvTower; name the laye
 LEFT = "needs attention over the 16 tokens of layer"
 REFUSED: dict[str, dict[str, str]] = {
     "towers without known blocks": {
-        **dict.fromkeys(("m2ib-published", "nib", "grad-eclip", "relevance", "legrad"), NO_BLOCKS),
+        **dict.fromkeys(("m2ib-published", "m2ib-guided", "nib", "grad-eclip", "relevance", "legrad"), NO_BLOCKS),
         "similarity-map": "expected a model of late interaction, such as ColPali",
     },
     "late interaction": {"grad-eclip": LEFT, "relevance": LEFT},

@@ -356,6 +356,22 @@ def test_a_pair_does_not_depend_on_its_batch(model: zoo.Model):
         assert float((one - all_of_them[1:2]).abs().max()) <= share * float(one.max())
 
 
+@pytest.mark.slow
+def test_a_guided_pair_does_not_depend_on_its_batch(model: zoo.Model):
+    case = model_case(model).double()
+    if not any(case.forward.gates_input(index) for index in (0, 1)):
+        with pytest.raises(ValueError, match="only pictures that are gated themselves|no list of blocks"):
+            MultiModalInfoBottleneck.guided(case.forward)
+        return
+    method = MultiModalInfoBottleneck.guided(case.forward)
+    whole, plain = case.attribute(method, **FEW), case.attribute(MultiModalInfoBottleneck(case.forward), **FEW)
+    alone = case.select(slice(1, 2)).attribute(method, **FEW)
+    share = 1e-3 if model.is_single else 1e-6
+    for one, all_of_them, unguided in zip(alone, whole, plain, strict=True):
+        assert float((one - all_of_them[1:2]).abs().max()) <= share * float(one.max())
+        torch.testing.assert_close(all_of_them.flatten(1).sum(1), unguided.flatten(1).sum(1), rtol=share, atol=0)
+
+
 def test_the_model_is_left_as_found(model: zoo.Model):
     case = model_case(model)
     # Some models put hooks of their own on themselves when they first run.

@@ -53,8 +53,8 @@ def add_photos(benchmarks: Any, load: Load) -> None:
     add_model(parser, is_required=True)
     add_methods(
         parser,
-        "m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-fine, m2ib-late and "
-        "rise)",
+        "m2ib, m2ib-published, each rival as published, centre and random (default: all but m2ib-guided, "
+        "m2ib-fine, m2ib-late and rise)",
     )
     parser.add_argument(
         "--ablation",

@@ -42,7 +42,7 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
     add_methods(
         parser,
         "methods: m2ib, m2ib-published, each rival as published and with -tuned where it measures best on "
-        "validation, centre and random (default: all but m2ib-fine, m2ib-late and rise)",
+        "validation, centre and random (default: all but m2ib-guided, m2ib-fine, m2ib-late and rise)",
     )
     parser.add_argument("--probes", type=int, help=f"of each kind (default: 500; with --tune {_TUNING_PROBES})")
     parser.add_argument("--quick", action="store_true", help="fewer probes: about 10 minutes on 2 cores")
