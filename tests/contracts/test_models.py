@@ -360,7 +360,7 @@ def test_a_pair_does_not_depend_on_its_batch(model: zoo.Model):
 def test_a_guided_pair_does_not_depend_on_its_batch(model: zoo.Model):
     case = model_case(model).double()
     if not any(case.forward.gates_input(index) for index in (0, 1)):
-        with pytest.raises(ValueError, match="only pictures that are gated themselves|no list of blocks"):
+        with pytest.raises(ValueError, match=r"only pictures that are gated themselves|no list of blocks"):
             MultiModalInfoBottleneck.guided(case.forward)
         return
     method = MultiModalInfoBottleneck.guided(case.forward)
