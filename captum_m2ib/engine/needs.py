@@ -72,7 +72,7 @@ class _Place(NamedTuple):
 
 
 class _Operation(NamedTuple):
-    """What an operation was given, the tensors among that which depend on something that is followed, and what it made."""
+    """What an operation was given, the tensors among that which depend on what is followed, and what it made."""
 
     function: Any
     args: Any
