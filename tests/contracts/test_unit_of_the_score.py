@@ -76,28 +76,35 @@ def with_forward(case: Case, forward: Any) -> Case:
     return changed
 
 
-@DTYPES
-def test_at_layers(family: Family, exact: bool):
-    case = case_of(family, exact)
-    exact = exact and "single" not in family.features
-    in_every_unit(lambda forward: with_forward(case, forward).attribute(**FEW), case.forward, exact)
+def at_layers(case: Case, forward: Any) -> Any:
+    return with_forward(case, forward).attribute(**FEW)
+
+
+def at_the_input_and_for_words(case: Case, forward: Any) -> Any:
+    changed = with_forward(case, forward)
+    if case.layouts is None:
+        return changed.attribute(MultiModalInfoBottleneck(forward), **FEW)
+    words = None if case.inputs[1].is_floating_point() else case.layers[1][-1]
+    method = MultiModalInfoBottleneck(forward, [None, words], case.layouts, statistics=["pair", "pair"])
+    return changed.attribute(method, **FEW)
+
+
+WHERE = pytest.mark.parametrize("attribute", [at_layers, at_the_input_and_for_words], ids=lambda one: one.__name__)
+
+
+@WHERE
+def test_every_family(family: Family, attribute: Callable[[Case, Any], Any]):
+    case = case_of(family, True)
+    (a, b), exact = UNITS[True][1], "single" not in family.features
+    same(attribute(case, scaled(case.forward, a, b)), attribute(case, case.forward), exact)
 
 
 @DTYPES
-def test_at_the_input_and_for_words(family: Family, exact: bool):
-    case = case_of(family, exact)
-    exact = exact and "single" not in family.features
-
-    def attribute(forward: Any) -> Any:
-        changed = with_forward(case, forward)
-        if "model" in family.features or family.name == "clip":
-            return changed.attribute(MultiModalInfoBottleneck(forward), **FEW)
-        second = case.inputs[1]
-        words = None if second.is_floating_point() else case.layers[1][-1]
-        method = MultiModalInfoBottleneck(forward, [None, words], case.layouts, statistics=["pair", "pair"])
-        return changed.attribute(method, **FEW)
-
-    in_every_unit(attribute, case.forward, exact)
+@WHERE
+@pytest.mark.parametrize("name", ["clip", "clip_bf16", "conv_maps", "shared_tower", "siglip2_naflex"])
+def test_every_unit(name: str, attribute: Callable[[Case, Any], Any], exact: bool):
+    case = case_of(family_named(name), exact)
+    in_every_unit(lambda forward: attribute(case, forward), case.forward, exact)
 
 
 @DTYPES
