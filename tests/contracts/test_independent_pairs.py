@@ -34,7 +34,7 @@ def test_batch_equals_single_and_order_does_not_matter(family: Family):
     case = case.double() if exact else case
     whole = case.attribute(**SETTINGS)
     # The second caption is the one with padding.
-    for index in ([1], [2], [2, 0, 1]):
+    for index in ([1], [2, 0, 1]):
         close(case.select(index).attribute(**SETTINGS), rows(whole, index), family, exact)
 
 
@@ -45,13 +45,13 @@ def test_batch_equals_single_in_float32(name: str):
     close(case.select(row).attribute(**SETTINGS), rows(whole, row))
 
 
-@pytest.mark.parametrize("internal_batch_size", [1, 3, 4, 7, 100])
 @pytest.mark.parametrize("name", ["clip", "closure", "conv_maps", "sequence_first", "shared_tower"])
-def test_internal_batch_size_changes_nothing(name: str, internal_batch_size: int):
+def test_internal_batch_size_changes_nothing(name: str):
     case = family_named(name).build().double()
     expected = case.attribute(n_steps=2, n_samples=3)
-    found = case.attribute(n_steps=2, n_samples=3, internal_batch_size=internal_batch_size)
-    close(found, expected, exact=True)
+    # Some draws of a pair, all of one and a part of the next, and two pairs.
+    for rows_at_once in (1, 4, 7):
+        close(case.attribute(n_steps=2, n_samples=3, internal_batch_size=rows_at_once), expected, exact=True)
 
 
 @pytest.mark.parametrize("joint", [False, True])
@@ -119,8 +119,13 @@ def test_the_seed_decides_the_bits_and_the_global_random_state_is_neither_read_n
     assert torch.equal(torch.get_rng_state(), before[0])
     assert legacy_state() == before[1] and random.getstate() == before[2]
     torch.manual_seed(12)
-    for a, b, c in zip(first, case.attribute(seed=3), case.attribute(seed=4), strict=True):
-        assert torch.equal(a, b) and not torch.equal(a, c)
+    assert all(map(torch.equal, case.attribute(seed=3), first))
+
+
+@pytest.mark.parametrize("name", ["clip", "closure", "conv_maps"])
+def test_another_seed_gives_other_bits(name: str):
+    case = family_named(name).build()
+    assert not any(map(torch.equal, case.attribute(seed=3), case.attribute(seed=4)))
 
 
 def test_a_repeated_pair_gets_the_same_bits_twice():
@@ -161,7 +166,7 @@ def equal(found: list, expected: list) -> None:
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
-RANGES = ["clip", "closure", "conv_maps", "sequence_first", "shared_tower", "torch_encoder", "siglip2_naflex", "xclip"]
+RANGES = ["clip", "conv_maps", "sequence_first", "shared_tower", "siglip2_naflex"]
 
 
 @pytest.mark.parametrize(
