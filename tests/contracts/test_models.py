@@ -363,22 +363,23 @@ def assert_bits(found: Sequence[Tensor], given: Sequence[Tensor]) -> None:
 
 
 # In transformers 4 ColPali itself scores otherwise with eager attention, and ColQwen2 cannot be told to use it.
-TWO_WAYS = [one.name for one in zoo.ZOO if one.library == "transformers" and not (LEGACY and one.page_tokens)]
+TWO_WAYS = [one for one in zoo.ZOO if one.library == "transformers" and not (LEGACY and one.page_tokens)]
 
 
-@pytest.mark.parametrize("name", TWO_WAYS)
-def test_both_implementations_of_attention(name: str):
-    case = model_case(zoo.model_named(name))
+@pytest.mark.parametrize("model", TWO_WAYS, ids=[model.name for model in TWO_WAYS], indirect=True)
+def test_both_implementations_of_attention(recommended: Recommended):
+    network = recommended.case.roots[0]
     try:
-        for implementation in ("eager", "sdpa"):
-            case.roots[0].set_attn_implementation(implementation)
+        network.set_attn_implementation("sdpa")
     except ValueError:
         return  # Models without a fused attention have one implementation, which the other tests run.
-    case = case.double()
-    fused = case.attribute(case.method(), n_steps=1, n_samples=2)
-    case.roots[0].set_attn_implementation("eager")
-    for one, other in zip(fused, case.attribute(case.method(), n_steps=1, n_samples=2), strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(one.max()))
+    try:
+        network.set_attn_implementation("eager")
+        found = recommended.case.attribute(recommended.method, **FEW)
+    finally:
+        network.set_attn_implementation("sdpa")
+    for one, other in zip(found, recommended.attributions, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-3 * float(other.max()))
 
 
 def test_further_layers_of_each_tower(model: zoo.Model):
