@@ -55,7 +55,8 @@ def test_a_tuple_of_one_gives_a_tuple_of_one():
     assert torch.equal(found, case.method().attribute(first, additional_forward_args=extra, **FEW))
 
 
-def test_callers_in_inference_mode(case: Case):
+def test_callers_in_inference_mode(distinct: Family):
+    case = distinct.build()
     expected = case.attribute(**FEW)
     with torch.inference_mode():
         made = tuple(tensor.clone() for tensor in case.inputs)

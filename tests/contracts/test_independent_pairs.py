@@ -28,14 +28,14 @@ def rows(attributions: tuple, index) -> tuple:
 SETTINGS = {"n_steps": 3, "n_samples": 2}
 
 
-def test_batch_equals_single_and_order_does_not_matter(family: Family):
-    case = family.build()
-    exact = "half" not in family.features
+def test_batch_equals_single_and_order_does_not_matter(distinct: Family):
+    case = distinct.build()
+    exact = "half" not in distinct.features
     case = case.double() if exact else case
     whole = case.attribute(**SETTINGS)
     # The second caption is the one with padding.
     for index in ([1], [2, 0, 1]):
-        close(case.select(index).attribute(**SETTINGS), rows(whole, index), family, exact)
+        close(case.select(index).attribute(**SETTINGS), rows(whole, index), distinct, exact)
 
 
 @pytest.mark.parametrize("name", ["clip", "conv_maps", "torch_encoder", "xclip"])
@@ -112,7 +112,8 @@ def legacy_state() -> list:
     return [name, keys.tolist(), *rest]
 
 
-def test_the_seed_decides_the_bits_and_the_global_random_state_is_neither_read_nor_changed(case: Case):
+def test_the_seed_decides_the_bits_and_the_global_random_state_is_neither_read_nor_changed(distinct: Family):
+    case = distinct.build()
     torch.manual_seed(11)
     before = torch.get_rng_state(), legacy_state(), random.getstate()
     first = case.attribute(seed=3)

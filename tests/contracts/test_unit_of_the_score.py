@@ -100,9 +100,9 @@ WHERE = pytest.mark.parametrize("attribute", [at_layers, at_the_input_and_for_wo
 
 
 @WHERE
-def test_every_family(family: Family, attribute: Callable[[Case, Any], Any]):
-    case = case_of(family, True)
-    (a, b), exact = UNITS[True][1], "single" not in family.features
+def test_every_family(distinct: Family, attribute: Callable[[Case, Any], Any]):
+    case = case_of(distinct, True)
+    (a, b), exact = UNITS[True][1], "single" not in distinct.features
     same(attribute(case, scaled(case.forward, a, b)), attribute(case, case.forward), exact)
 
 
@@ -256,7 +256,7 @@ def toy_score(words: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     logarithm=st.floats(-3, 3),
     zero=st.floats(-1e4, 1e4),
