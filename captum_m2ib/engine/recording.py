@@ -183,7 +183,7 @@ class _Opened(NamedTuple):
     hidden: Tensor
 
 
-# While it is open, no mode is told of functions that are called on tensors: asking what they are is no part of a pass.
+# While it is open, no mode is told of what tensors are asked: looking on is no part of a pass.
 _looking_on = torch._C.DisableTorchFunction
 
 
@@ -214,9 +214,9 @@ class _Recorder:
     def __call__(self, proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
         tap, start = self._tap_of(module), len(self._calls)
         self._calls.append(Call(module, tap))
+        if tap is not None and self._taps[tap].at_input:
+            args, kwargs = self._open(tap, (args, kwargs))
         with _looking_on():
-            if tap is not None and self._taps[tap].at_input:
-                args, kwargs = self._open(tap, (args, kwargs))
             received = tensors_in((args, kwargs))
             versions = [tensor._version for tensor in received]
             self._frames.enter(module, self.dependence.of(received))
@@ -226,9 +226,10 @@ class _Recorder:
                 if not self.dependence.has_seen(tensor):
                     self.dependence.mark([tensor], self.dependence.of([tensor]))
             frame = self._frames.leave()
-            if tap is not None and not self._taps[tap].at_input:
-                output = self._open(tap, output)
-                self._structures[tap] = self._keep(output)
+        if tap is not None and not self._taps[tap].at_input:
+            output = self._open(tap, output)
+            self._structures[tap] = self._keep(output)
+        with _looking_on():
             if can_narrow(module, args, kwargs) and tap is None:
                 self._trace.note_layer(start, output)
             is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
