@@ -209,9 +209,10 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         one pass may make on their way from the layer to the score; autograd keeps between half and all
                         of them. What a row makes is counted on the recorded pass. At least one row is run, whatever it
                         takes. Changes no result. Default: 1.5 GiB
-            precision (str, optional): ``"bf16"``: the steps' passes forwards and backwards run under
-                        ``torch.autocast`` in bfloat16; the gates, the range of the score and all that is measured stay
-                        in the model's own precision. Maps differ a little. Default: None (the model's own precision)
+            precision (str, optional): ``"bf16"``: where an input of floating point is explained, as a picture, draws of
+                        noise run forwards and backwards under ``torch.autocast`` in bfloat16. Draws without noise,
+                        descents of token ids, the gates, the range of the score and all that is measured stay in the
+                        model's own precision. Maps differ a little. Default: None (the model's own precision)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:

@@ -11,7 +11,7 @@ all noise is at its mean, 0: one draw that no seed changes. That share trades th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,8 +203,8 @@ def _descend(
         scores = []
         for gate in gates:
             gate.alpha.grad = torch.zeros_like(gate.alpha)
-        for part in parts_of(settings, course.n_samples):
-            score = through(suffix, gates, [noise_[part] for noise_ in drawn], dtype=settings.dtype)
+        for part, dtype in _passes(gates, settings, course):
+            score = through(suffix, gates, [noise_[part] for noise_ in drawn], dtype=dtype)
             _accumulate(gates, score * shares[part], weight)
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]
@@ -222,6 +222,22 @@ def _descend(
     for gate, alpha in idle.items():
         gate.idle = alpha.detach()
     return history
+
+
+def _passes(gates: list[Gates], settings: LayerSettings, course: Course) -> Iterator[tuple[slice, torch.dtype | None]]:
+    """The draws of a step that go through the model together, and what they run in.
+
+    Noise hides what a lower precision rounds. A draw without noise does not, nor do whole numbers such as token ids,
+    whose gates, one for each number of a token's embedding, part where rounding tips one.
+    """
+    lowered = None if any(gate.is_discrete for gate in gates) else settings.dtype
+    for part in parts_of(settings, course.n_samples):
+        if lowered is None or part.start or not course.has_middle:
+            yield part, lowered
+            continue
+        yield slice(0, 1), None
+        if part.stop > 1:
+            yield slice(1, part.stop), lowered
 
 
 def _adam(alphas: list[Tensor], gates: list[Gates], settings: LayerSettings) -> torch.optim.Adam:

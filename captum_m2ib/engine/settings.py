@@ -19,7 +19,7 @@ MEMORY_BUDGET = 3 * 2**29
 
 
 PRECISIONS = {"bf16": torch.bfloat16}
-"""What the passes of a descent may run in, by its name."""
+"""What draws of noise may run in, by its name."""
 
 
 def check_count(name: str, number: Any, least: int = 1) -> int:
@@ -158,7 +158,7 @@ class LayerSettings(Settings):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type in which the descent's passes run where torch allows it; None for the model's own."""
+        """The type in which draws of noise run where torch allows it; None for the model's own."""
         return None if self.precision is None else PRECISIONS[self.precision]
 
     def course(self, layer: int) -> Course:
