@@ -67,6 +67,7 @@ class Gates:
 
     ``shared`` is a dimension along which elements have one gate in common. ``idle``, where it is known, is what
     ``alpha`` would have become if no score had asked for anything: gates that are hardly further open shut.
+    ``is_discrete`` says that what is explained are whole numbers, such as token ids.
     """
 
     index: int
@@ -80,6 +81,7 @@ class Gates:
     shared: int | None = None
     filter: GateFilter | None = None
     channels: int = -1
+    is_discrete: bool = False
     idle: Tensor | None = None
     alpha: Tensor = field(init=False)
 
@@ -138,7 +140,8 @@ def gates_of(
         shared = channels if hidden.ndim == 4 else None
     mean, std = prior_of(prior, hidden, real, settings.variance[index], channels, is_input)
     beta, start = settings.beta[index], settings.initial_gate[index]
-    return Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared, channels=channels)
+    discrete = inputs is not None and not inputs.is_floating_point()
+    return Gates(index, hidden, mean, std, real, beta, start, held.dtype, shared, None, channels, discrete)
 
 
 def prior_of(

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import draw_shares, measure_range
+from attr_oracles import draw_counts, draw_shares, measure_range
 from families import Case, family_named
 from torch import Tensor, nn
 
@@ -112,9 +112,10 @@ def second_implementation(
     def score(indices, step: int) -> Tensor:
         total = 0.0
         middles = 1 if noiseless else 0
-        others = n_samples - middles
+        draws = draw_counts(n_steps, n_samples, noiseless)[step]
+        others = draws - middles
         half = (others + 1) // 2
-        for draw, share in enumerate(draw_shares(n_samples, noiseless)):
+        for draw, share in enumerate(draw_shares(draws, noiseless)):
             drawn = []
             for index in indices:
                 shape, at = hidden[index].shape[1:], draw - middles
