@@ -58,6 +58,23 @@ def colqwen2() -> Any:
     )
 
 
+# A document is a page alone; a query ends in tokens that it may be read at.
+NEOMME_TEMPLATE = """\
+{% for message in messages %}{% for part in message.content %}\
+{% if task == 'document' %}<doc><image>{% else %}<query>{{ part.text }}<mask><mask>{% endif %}\
+{% endfor %}{% endfor %}"""
+
+
+def neomme(chat_template: str | None = NEOMME_TEMPLATE) -> Any:
+    reader = transformers.NeoMMEImageProcessor(patch_size=8, max_side=32)
+    others = {60: "<doc>", 58: "<row>", 57: "<query>"}
+    named = {f"{name}_token": token for name, token in zip(("document", "row", "query"), others.values(), strict=True)}
+    words = tokenizer(
+        others={**others, 56: "<mask>"}, mask_token="<mask>", extra_special_tokens={**named, "image_token": "<image>"}
+    )
+    return transformers.NeoMMEProcessor(reader, words, chat_template=chat_template)
+
+
 def colmodernvbert() -> Any:
     """Pages as tiles of 32 pixels, and a thumbnail."""
     reader = reader_of("idefics3", "Idefics3ImageProcessor")(

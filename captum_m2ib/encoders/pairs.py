@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.encoders.frames import VideoLike, load_videos, read_videos
-from captum_m2ib.encoders.pages import read_pages, reads_pages
+from captum_m2ib.encoders.pages import read_pages, reads_pages, with_tasks
 from captum_m2ib.encoders.patches import side_by_side
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
 from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture, warn_of_captions, warn_of_cut
@@ -135,9 +135,10 @@ def prepare_pairs(
     texts, pictures = _align(_captions(captions), load_media(images, modality), modality)
     tiles: tuple[tuple[Region | None, ...], ...] = ()
     timelines: Sequence[Timeline] = ()
-    if modality == "image" and reads_pages(processor):
-        found, views, tiles = read_pages(processor, pictures)
-        found.update(processor.process_queries(texts))
+    pages = with_tasks(processor)
+    if modality == "image" and reads_pages(pages):
+        found, views, tiles = read_pages(pages, pictures)
+        found.update(pages.process_queries(texts))
     elif "page_input_ids" in names:
         raise ValueError(
             "processor: this model reads pictures among the tokens of a prompt; expected a processor that writes it "
