@@ -261,10 +261,11 @@ class Worker:
         if encoder.processor is None:
             raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
         first, second = (side.modality for side in encoder.sides)
-        if first not in KINDS or second != "text":
+        if first not in KINDS or second != "text" or encoder.reads_tokens(0):
+            compared = f"{first} as codes" if encoder.reads_tokens(0) and first != "text" else first
             raise ValueError(
-                f"model: audits take pictures, sounds or videos and captions, and {self.model} compares {first} with "
-                f"{second}; explain its pairs with captum_m2ib.explain."
+                f"model: audits take pictures, sounds or videos and captions, and {self.model} compares {compared} with "
+                f"{second}; explain its pairs one by one."
             )
         if self.halves and first != "image":
             raise ValueError(f"halves: are those of pictures, and {self.model} reads {first}; leave it out.")
