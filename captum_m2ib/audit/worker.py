@@ -264,8 +264,8 @@ class Worker:
         if first not in KINDS or second != "text" or encoder.reads_tokens(0):
             compared = f"{first} as codes" if encoder.reads_tokens(0) and first != "text" else first
             raise ValueError(
-                f"model: audits take pictures, sounds or videos and captions, and {self.model} compares {compared} with "
-                f"{second}; explain its pairs one by one."
+                f"model: audits take pictures, sounds or videos and captions, and {self.model} compares {compared} "
+                f"with {second}; explain its pairs one by one."
             )
         if self.halves and first != "image":
             raise ValueError(f"halves: are those of pictures, and {self.model} reads {first}; leave it out.")
