@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from captum_m2ib.explanations.compare import compare
     from captum_m2ib.explanations.explain import explain
     from captum_m2ib.explanations.explanation import Explanation
+    from captum_m2ib.explanations.media import explain_media
     from captum_m2ib.games import Interactions, PairGame, interactions
     from captum_m2ib.metrics.bypass import (
         BypassWarning,
@@ -81,6 +82,7 @@ _HOMES = {
     "explanations.bypass_figure": ("plot_bypass",),
     "explanations.compare": ("compare",),
     "explanations.explain": ("explain",),
+    "explanations.media": ("explain_media",),
     "explanations.explanation": ("Explanation",),
     "games": ("Interactions", "PairGame", "interactions"),
     "engine.rows": ("Shared",),
@@ -121,6 +123,7 @@ __all__ = [
     "compare",
     "estimate_statistics",
     "explain",
+    "explain_media",
     "interactions",
     "load_statistics",
     "measure_bypass",

@@ -75,3 +75,9 @@ def save_clap(folder: Path) -> None:
         truncation="rand_trunc",
     )
     _save(time_zoo.clap().eval(), transformers.ClapProcessor(reader, late.tokenizer()), folder)
+
+
+def save_videoprism(folder: Path) -> None:
+    """Two towers, of videos and of texts."""
+    reader = transformers.LlavaOnevisionVideoProcessor(size={"height": 32, "width": 32})
+    _save(time_zoo.videoprism().eval(), transformers.VideoPrismProcessor(reader, late.tokenizer()), folder)

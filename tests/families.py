@@ -424,6 +424,7 @@ def model_case(model: zoo.Model) -> Case:
     return Case(encoder, (first, second), tuple(additional), layers, [encoder.model])
 
 
+PACKING = frozenset({"packing"})
 FAMILIES = [
     Family("clip", clip_case),
     Family("clip_legacy_end", lambda: clip_case(end=2)),
@@ -434,11 +435,11 @@ FAMILIES = [
     Family("sequence_first", lambda: towers_case(sequence_first=True)),
     Family("in_place", lambda: towers_case(in_place=True)),
     Family("torch_encoder", encoder_case),
-    Family("tuple_output", lambda: towers_case(form="tuple")),
-    Family("dict_output", lambda: towers_case(form="dict")),
-    Family("model_output", lambda: towers_case(form="output")),
-    Family("keywords_only", lambda: towers_case(keywords=True)),
-    Family("opaque_output", lambda: towers_case(form="opaque")),
+    Family("tuple_output", lambda: towers_case(form="tuple"), PACKING),
+    Family("dict_output", lambda: towers_case(form="dict"), PACKING),
+    Family("model_output", lambda: towers_case(form="output"), PACKING),
+    Family("keywords_only", lambda: towers_case(keywords=True), PACKING),
+    Family("opaque_output", lambda: towers_case(form="opaque"), PACKING),
     Family("rotary", lambda: towers_case(rotary=True)),
     Family("shared_tower", shared_case),
     Family("training_dropout", lambda: towers_case(training=True, dropout=0.2)),

@@ -179,6 +179,12 @@ def table(results: Sequence[Result], quick: bool, today: datetime.date) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kept(page: Path) -> str:
+    """What stands on a page below the table, under headings: it was written by hand."""
+    _, heading, rest = page.read_text(encoding="utf-8").partition("\n## ") if page.exists() else ("", "", "")
+    return heading + rest
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="run the tests that depend on the libraries most")
@@ -191,6 +197,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"--only: no environment contains {options.only!r}; there are {'; '.join(map(str, ENVIRONMENTS))}."
         )
     results: list[Result] = []
+    below = kept(options.output)
     for number, environment in enumerate(chosen, 1):
         print(f"[{number}/{len(chosen)}] {environment}: installing", flush=True)
         with tempfile.TemporaryDirectory() as folder:
@@ -200,7 +207,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             start = time.monotonic()
             counts, failed = run(python, Path(folder) / "report.xml", options.quick)
         results.append(Result(versions, counts, failed, time.monotonic() - start))
-        options.output.write_text(table(results, options.quick, datetime.date.today()), encoding="utf-8")
+        page = table(results, options.quick, datetime.date.today())
+        options.output.write_text(page + below, encoding="utf-8")
         print(f"[{number}/{len(chosen)}] {environment}: {dict(counts)}", flush=True)
     return int(any(result.failed for result in results))
 

@@ -103,7 +103,7 @@ _ALL = [
         needs="PeAudioVideoModel",
         is_single=True,
     ),
-    Model("clvp", time_zoo.clvp, "CLVP, speech codes and text", size=(8,), is_new=True),
+    Model("clvp", time_zoo.clvp, "CLVP, speech codes and text", size=(8,)),
     Model("vit_bert", image_zoo.vit_bert, "VisionTextDualEncoder: ViT, BERT"),
     Model("registers_roberta", image_zoo.registers_roberta, "VisionTextDualEncoder: DINOv2 with registers, RoBERTa"),
     Model("convnext_bert", image_zoo.convnext_bert, "VisionTextDualEncoder: ConvNeXt, BERT", size=(3, 64, 64)),

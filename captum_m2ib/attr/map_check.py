@@ -56,7 +56,7 @@ def check_maps(
     applied = settings.per_layer(defaults_of(layers, method.priors))
     count = len(layers)
     given = Explained.ensure(method.forward_func, arguments[:count], None, arguments[count:])
-    at_once = None if internal_batch_size is None else max(1, internal_batch_size // max(applied.n_samples))
+    at_once = None if internal_batch_size is None else max(1, internal_batch_size // applied.most_draws)
     found: list[list[Check]] = [[] for _ in maps]
     with borrowing(*roots_of(method.forward_func, layers)):
         for start, chunk in given.parts(at_once):

@@ -220,9 +220,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         gated)
             n_steps (int, optional): Steps of the optimisation (not of an integral). Default: None (10 as published for
                         the prior N(0, variance), 6 for the standardised prior, 4 where an input itself is gated)
-            n_samples (int, optional): Draws per step; more of them make maps vary less between seeds. Default: None (10
-                        as published for the prior N(0, variance), 2 for the standardised prior, 3 where an input itself
-                        is gated)
+            n_samples (int, optional): Draws per step, in the mean where one of them is without noise; more of them make
+                        maps vary less between seeds. Default: None (10 as published for the prior N(0, variance), 2 for
+                        the standardised prior, 3 where an input itself is gated)
             lr (float or sequence, optional): Adam's learning rate. Default: None (1.0 as published for the prior
                         N(0, variance); for the standardised prior 4 / n_steps and at most 1, where an input itself is
                         gated 5 / n_steps and at most 1.25, so that more steps are finer ones)
@@ -251,14 +251,16 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             noiseless (float or sequence, optional): Share of the kept score, from 0 to 1, that is the score of one draw
                         at the noise's mean, the first of each step where there is more than one. It makes maps vary
                         less between seeds than further draws would, for a mean over the noise that is no longer quite
-                        one. Default: None (0.0; 0.7 where an input itself is gated)
+                        one. The first and last of four steps or more take this draw alone, and the steps beside them
+                        their noise. Default: None (0.0; 0.7 where an input itself is gated)
             memory_budget (int, optional): Where ``internal_batch_size`` is None, the bytes of tensors that the rows of
                         one pass may make on their way from the layer to the score; autograd keeps between half and all
                         of them. What a row makes is counted on the recorded pass. At least one row is run, whatever it
                         takes. Changes no result. Default: 1.5 GiB
-            precision (str, optional): ``"bf16"``: the steps' passes forwards and backwards run under
-                        ``torch.autocast`` in bfloat16; the gates, the range of the score and all that is measured stay
-                        in the model's own precision. Maps differ a little. Default: None (the model's own precision)
+            precision (str, optional): ``"bf16"``: where an input of floating point is explained, as a picture, draws of
+                        noise run forwards and backwards under ``torch.autocast`` in bfloat16. Draws without noise,
+                        descents of token ids, the gates, the range of the score and all that is measured stay in the
+                        model's own precision. Maps differ a little. Default: None (the model's own precision)
 
         Returns:
             *Tensor* or *tuple[Tensor, ...]* of **attributions**:

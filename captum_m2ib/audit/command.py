@@ -174,7 +174,8 @@ def _told(summary: Summary) -> str:
         f"explained  {summary.finished - failed:,} of {summary.rows:,} pairs",
         f"errors     {failed:,}{f' ({kinds})' if kinds else ''}",
     ]
-    for name, counts in summary.checks.items():
+    for side, counts in summary.checks.items():
+        name = summary.kind if side == "image" else side
         told = ", ".join(f"{count:,} {_PLURALS.get(verdict, verdict)}" for verdict, count in counts.items())
         lines.append(f"{f'{name} maps':10} {told}")
     if summary.explained_now:

@@ -1,15 +1,17 @@
-"""Pictures, captions and masks of one row, from whatever a manifest or a data set hands over."""
+"""Pictures, sounds, videos, captions and masks of one row, from whatever a manifest or a data set hands over."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from captum_m2ib.audit.rows import Row
+from captum_m2ib.encoders.frames import Video, load_video
 from captum_m2ib.encoders.pictures import load_picture
+from captum_m2ib.encoders.sounds import load_sound
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,6 +40,52 @@ def read_caption(caption: Any) -> str:
     return caption
 
 
+class Kind(NamedTuple):
+    r"""What a model compares with captions.
+
+    Attributes:
+
+        name (str): What errors and tables call it.
+        columns (tuple[str, ...]): What of a row may hold it, the first that is there wins.
+        load (Callable): From whatever holds it, and what errors call it, to what :meth:`DualEncoder.prepare` takes.
+    """
+
+    name: str
+    columns: tuple[str, ...]
+    load: Callable[[Any, str], Any]
+
+
+# A column of paths, such as file_name, is that of pictures whatever they lead to.
+KINDS = {
+    "image": Kind("image", ("image",), load_picture),
+    "audio": Kind("sound", ("sound", "image"), load_sound),
+    "video": Kind("video", ("video", "image"), load_video),
+}
+"""By the modality of an encoder's first side."""
+
+
+def read_media(row: Mapping[str, Any], kind: Kind) -> Any:
+    r"""What a row compares with its caption: a picture, a sound or a video.
+
+    Args:
+
+        row (mapping): What a manifest or a data set says of the pair.
+        kind (Kind): What the model reads.
+
+    Raises:
+        RowError: if it is missing, unreadable or too large.
+    """
+    given = next((row[name] for name in kind.columns if row.get(name) is not None), None)
+    found = _read(given, kind.name, kind.load)
+    rate = row.get("frames_per_second")
+    if kind.name != "video" or rate is None or found.seconds is not None:
+        return found
+    try:
+        return Video(found.frames, float(rate))
+    except (TypeError, ValueError) as error:
+        raise RowError(kind.name, str(error)) from error
+
+
 def read_picture(image: Any, kind: str = "image") -> Image:
     r"""A picture in mode RGB, upright; its size is checked before it is decoded.
 
@@ -50,36 +98,46 @@ def read_picture(image: Any, kind: str = "image") -> Image:
     Raises:
         RowError: if it is missing, is no picture, is truncated, or is too large.
     """
-    if isinstance(image, RowError):
-        raise image
-    if isinstance(image, Mapping):
-        image = image["bytes"] if image.get("bytes") else image.get("path")
-    if image is None or (isinstance(image, (str, bytes)) and not image):
-        raise RowError(kind, f"there is no {kind}")
+    picture: Image = _read(image, kind, load_picture)
+    return picture
+
+
+def _read(given: Any, name: str, load: Callable[[Any, str], Any]) -> Any:
+    if isinstance(given, RowError):
+        raise given
+    if isinstance(given, Mapping) and "array" not in given:
+        given = given["bytes"] if given.get("bytes") else given.get("path")
+    if given is None or (isinstance(given, (str, bytes)) and not given):
+        raise RowError(name, f"there is no {name}")
     try:
-        return load_picture(image, kind)
+        return load(given, name)
     except ValueError as error:
-        raise RowError(kind, str(error).removeprefix(f"{kind}: ")) from error
+        raise RowError(name, str(error).removeprefix(f"{name}: ")) from error
 
 
-def read_ahead(row: Row) -> Row:
-    r"""A row with its picture and its mask read, or what is wrong with them in their place; fit for any thread.
+def read_ahead(row: Row, kind: Kind = KINDS["image"]) -> Row:
+    r"""A row with its picture, sound or video and its mask read, or what is wrong with them in their place.
+
+    Fit for any thread.
 
     Args:
 
         row (Row): As the manifest gives it.
+        kind (Kind, optional): What the model reads. Default: that of pictures
 
     Returns:
         Row: the same row.
     """
     if row.problem:
         return row
-    return replace(row, image=_read_or_error(row.image, "image"), mask=row.mask and _read_or_error(row.mask, "mask"))
+    found = _or_error(lambda: read_media(vars(row), kind))
+    mask = row.mask and _or_error(lambda: read_picture(row.mask, "mask"))
+    return replace(row, **{kind.columns[0]: found}, mask=mask)
 
 
-def _read_or_error(image: Any, kind: str) -> Image | RowError:
+def _or_error(read: Callable[[], Any]) -> Any:
     try:
-        return read_picture(image, kind)
+        return read()
     except RowError as error:
         return error
 

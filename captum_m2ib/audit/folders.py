@@ -1,4 +1,4 @@
-"""Manifests that are files themselves: a folder of pictures with captions beside them, and webdataset shards."""
+"""Manifests that are files themselves: a folder of files with captions beside them, and webdataset shards."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from typing import Any, BinaryIO
 from captum_m2ib.audit.rows import Problem, Record, blocks, even_runs, runs
 
 _PICTURES = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+_SOUNDS = ("wav", "flac", "mp3", "ogg")
 _CAPTIONS = ("txt", "caption")
 _LARGEST_MEMBER = 256 * 2**20
 _LONGEST_CAPTION = 2**20
 
 
 class PictureFolder:
-    r"""A folder of pictures, each with its caption in a ``.txt`` file of the same name.
+    r"""A folder of pictures or sounds, each with its caption in a ``.txt`` file of the same name.
 
     Every file with a picture's ending is a row, and every other file that has a caption beside it.
 
@@ -157,7 +158,9 @@ def _record(file: str, key: str, members: Mapping[str, Any]) -> Record:
     for ending in _CAPTIONS:
         if ending in members:
             record["caption"] = members[ending].decode("utf-8", "surrogateescape").strip()
-    record["image"] = next((members[ending] for ending in _PICTURES if ending in members), None)
+    # Whatever its JSON says, a sample holds what it is about. A video is a GIF.
+    for name, endings in (("image", _PICTURES), ("sound", _SOUNDS), ("video", ())):
+        record[name] = next((members[ending] for ending in endings if ending in members), None)
     if "mask.png" in members:
         record["mask"] = members["mask.png"]
     return {**record, "id": f"{Path(file).stem}/{key}"}

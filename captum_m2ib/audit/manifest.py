@@ -4,31 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from captum_m2ib.audit.folders import PictureFolder, TarShards
-from captum_m2ib.audit.rows import COLUMNS, Piece, Problem, Record, Row, Source, read_boxes
+from captum_m2ib.audit.rows import COLUMNS, MEDIA, Piece, Problem, Record, Row, Source, read_boxes
 from captum_m2ib.audit.tables import Arrow, Delimited, JsonLines, Parquet
 
 _TABLES = (".parquet", ".csv", ".tsv", ".jsonl")
 
 
 class Manifest:
-    r"""The pairs of an audit: a table, a folder of pictures, webdataset shards or a data set on disk.
+    r"""The pairs of an audit: a table, a folder of files, webdataset shards or a data set on disk.
 
     Formats: ``.parquet``, ``.csv``, ``.tsv``, ``.jsonl`` (also ``.ndjson`` and ``.json`` with an object per line),
     ``.arrow``, ``.tar``; a folder of parquet or tar files; a folder that ``datasets.Dataset.save_to_disk`` wrote; a
-    folder of pictures with ``metadata`` or ``captions`` as a table in it, or a ``.txt`` file beside each picture.
+    folder with ``metadata`` or ``captions`` as a table in it, or a ``.txt`` file beside each picture or sound.
 
     Args:
 
         path (path): The manifest.
-        columns (mapping, optional): Names of the manifest's columns for ``image``, ``caption``, ``id``, ``boxes``,
-            ``mask`` and ``contrast``. Default: None (the usual names, see :data:`captum_m2ib.audit.rows.COLUMNS`)
-        root (path, optional): Where relative paths of pictures start. Default: None (the manifest's folder)
+        columns (mapping, optional): Names of the manifest's columns for ``image``, ``sound``, ``video``, ``caption``,
+            ``id``, ``boxes``, ``mask``, ``contrast`` and ``frames_per_second``. Default: None (the usual names, see
+            :data:`captum_m2ib.audit.rows.COLUMNS`)
+        root (path, optional): Where relative paths start. Default: None (the manifest's folder)
 
     Raises:
         ValueError: if there is no such manifest, its format is unknown, or it lacks a column.
@@ -128,6 +129,9 @@ class Manifest:
             self._locate(values["mask"]),
             values["contrast"] or None,
             problem,
+            self._locate(values["sound"]),
+            self._locate(values["video"]),
+            values["frames_per_second"] or None,
         )
 
     def _value(self, record: Mapping[str, Any], name: str) -> Any:
@@ -135,13 +139,15 @@ class Manifest:
             return record.get(self.given[name])
         return next((record[column] for column in COLUMNS[name] if column in record), None)
 
-    def _locate(self, image: Any) -> Any:
+    def _locate(self, given: Any) -> Any:
         """A path made absolute; bytes as they are; of the pair of both that data sets store, the bytes if any."""
-        if isinstance(image, Mapping):
-            image = image["bytes"] if image.get("bytes") else image.get("path")
-        if isinstance(image, str):
-            return str(self.root / image) if image and "://" not in image else image or None
-        return image
+        if isinstance(given, list):
+            return [self._locate(one) for one in given]
+        if isinstance(given, Mapping) and "array" not in given:
+            given = given["bytes"] if given.get("bytes") else given.get("path")
+        if isinstance(given, str):
+            return str(self.root / given) if given and "://" not in given else given or None
+        return given
 
     def _check_columns(self) -> None:
         found = self.source.columns()
@@ -151,12 +157,18 @@ class Manifest:
         for name, column in self.given.items():
             if column not in there:
                 raise ValueError(f"columns: {name} should be {column!r}; {self.path} has {_listed(there)}.")
-        for name in ("image", "caption"):
-            if name not in self.given and not set(COLUMNS[name]) & set(there):
+        for names in (MEDIA, ("caption",)):
+            usual = {column for name in names for column in COLUMNS[name]}
+            if not set(names) & set(self.given) and not usual & set(there):
                 raise ValueError(
-                    f"columns: {self.path} has {_listed(there)}, none known to hold the {name}; say which one does "
-                    f"(--columns {name}=NAME)."
+                    f"columns: {self.path} has {_listed(there)}, none known to hold the {_either(names)}; say which "
+                    f"one does (--columns {_either([f'{name}=NAME' for name in names])})."
                 )
+
+
+def _either(names: Sequence[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def _listed(names: list[str]) -> str:

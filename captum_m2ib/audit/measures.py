@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from captum_m2ib.explanations.stills import plane
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -15,10 +18,44 @@ if TYPE_CHECKING:
 
 
 def coarse(pixels: Sequence[Tensor]) -> list[Tensor]:
-    """Maps of pixels, (h, w) each, as sums over the cells of a 16 x 16 grid."""
-    import torch.nn.functional as F
+    """Maps of pixels, (..., h, w) each, as sums over the cells of a 16 x 16 grid; a wave's, of one row, as it is."""
 
-    return [F.adaptive_avg_pool2d(bits[None], 16)[0] * (bits.numel() / 256) for bits in pixels]
+    def summed(bits: Tensor) -> Tensor:
+        rows, columns = (_shares(length).to(bits) for length in bits.shape[-2:])
+        return rows @ bits @ columns.T
+
+    return [bits if bits.shape[-2] == 1 else summed(bits) for bits in pixels]
+
+
+def _shares(length: int, cells: int = 16) -> Tensor:
+    """Which share of each of so many positions lies in each of equal cells, (cells, length)."""
+    import torch
+
+    edges, starts = torch.linspace(0, length, cells + 1).unsqueeze(1), torch.arange(length)
+    return (edges[1:].minimum(starts + 1) - edges[:-1].maximum(starts)).clamp(min=0)
+
+
+def flat(grid: np.ndarray, kind: str) -> np.ndarray:
+    """A map as a table holds it, (rows, columns): of a video its frames in rows, from left to right."""
+    return plane(grid, kind) if kind == "video" else grid
+
+
+def thumbnail(picture: np.ndarray, kind: str, frames: int, side: int) -> bytes:
+    r"""What a model saw or heard as a small JPEG that its map covers.
+
+    Args:
+
+        picture (numpy.ndarray): Of :attr:`Pairs.pictures`.
+        kind (str): ``"image"``, ``"sound"`` or ``"video"``.
+        frames (int): Of a video, how many frames its map has; several that share one are shown by the first.
+        side (int): The longer side, in pixels.
+
+    Returns:
+        bytes: the file.
+    """
+    if kind == "video":
+        picture = picture[:: math.ceil(len(picture) / frames)]
+    return jpeg(plane(picture, kind), side)
 
 
 def half_scores(encoder: DualEncoder, pairs: Pairs, maps: Sequence[Tensor]) -> Iterator[dict[str, float]]:

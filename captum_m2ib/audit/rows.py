@@ -15,12 +15,18 @@ _BLOCK = 2**20
 COLUMNS: dict[str, tuple[str, ...]] = {
     "id": ("id", "key", "uid"),
     "image": ("image", "image_path", "file_name", "filename", "filepath", "path", "img"),
+    "sound": ("sound", "sound_path", "audio", "audio_path"),
+    "video": ("video", "video_path", "frames"),
+    "frames_per_second": ("frames_per_second", "fps"),
     "caption": ("caption", "text", "title", "sentence"),
     "boxes": ("boxes", "bboxes", "bbox", "box"),
     "mask": ("mask",),
     "contrast": ("contrast",),
 }
 """What a row can hold, and the column names that are looked for when none is given, the first found wins."""
+
+MEDIA = ("image", "sound", "video")
+"""Of these a manifest has at least one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +45,9 @@ class Row:
         row (int): Position in the manifest, from 0; unique.
         id (str): As the manifest says, else the row's position or the file's name.
         image (Any): A path or the bytes of a picture file; None if there is none.
+        sound (Any): A path or the bytes of a sound file, or a mapping with ``array`` and ``sampling_rate``.
+        video (Any): A folder of frames, a list of them, or a path or the bytes of an animated picture.
+        frames_per_second (Any): How many frames of the video are a second; None if that is not known.
         caption (Any): The caption; None if there is none.
         boxes (list or None): Boxes ``[x0, y0, x1, y1]`` in pixels of the upright picture.
         mask (Any): A path or the bytes of a mask, as large as the picture.
@@ -54,6 +63,9 @@ class Row:
     mask: Any = None
     contrast: str | None = None
     problem: str | None = None
+    sound: Any = None
+    video: Any = None
+    frames_per_second: Any = None
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from captum_m2ib.audit.writer import (
     error_counts,
     forget_stop,
     is_finished,
+    kind_in,
     method_of,
     only_writer,
     read_run,
@@ -56,6 +57,7 @@ class Summary:
         interrupted (bool): Whether the run was asked to stop before the end.
         checks (dict): Number of each verdict on the pictures' and on the captions' maps, in all finished shards; empty
             where none was checked.
+        kind (str): What is compared with captions: ``"image"``, ``"sound"`` or ``"video"``.
     """
 
     output: Path
@@ -67,6 +69,7 @@ class Summary:
     size: int
     interrupted: bool
     checks: dict[str, dict[str, int]] = field(default_factory=dict)
+    kind: str = "image"
 
 
 def run_audit(
@@ -164,7 +167,7 @@ def run_audit(
         write_run(folder, {**run, **ended})
     size = sum(path.stat().st_size for path in shards(folder))
     stopped = explained < sum(piece.rows for piece in pending)
-    return Summary(folder, run["rows"], finished, errors, explained, seconds, size, stopped, checks)
+    return Summary(folder, run["rows"], finished, errors, explained, seconds, size, stopped, checks, kind_in(folder))
 
 
 def _description(manifest: Manifest, pieces: list[Piece], shard_size: int, worker: Any) -> dict[str, Any]:

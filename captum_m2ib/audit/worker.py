@@ -17,17 +17,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from captum_m2ib.audit.decode import (
+    KINDS,
+    Kind,
     RowError,
     cover_of,
     read_ahead,
     read_caption,
-    read_picture,
+    read_media,
     read_region,
     seen_region,
 )
-from captum_m2ib.audit.measures import coarse, cosine, half_scores, jpeg
+from captum_m2ib.audit.measures import coarse, cosine, flat, half_scores, thumbnail
 from captum_m2ib.audit.processes import survive_fork
-from captum_m2ib.audit.rows import read_boxes
+from captum_m2ib.audit.rows import Row, read_boxes
+from captum_m2ib.encoders.timelines import to_plain
 from captum_m2ib.explanations.checking import MODALITIES
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import clean_token
@@ -62,6 +65,8 @@ RESULTS = (
     *CHECKS,
     "method",
     "unit",
+    "kind",
+    "timeline",
     "map",
     "tokens",
     "special",
@@ -74,6 +79,7 @@ RESULTS = (
 )
 
 _TOO_LONG = re.compile(r"captions: the model reads (\d+) tokens, .* has (\d+)", re.DOTALL)
+_OF_MEDIA = re.compile(r"(images|sounds|videos|frames)\[")
 _LONGEST_REASON = 500
 
 
@@ -81,7 +87,7 @@ _LONGEST_REASON = 500
 class _Ready:
     """A row that was read; ``result`` gathers what it will hold."""
 
-    picture: Image
+    media: Any
     caption: str
     contrast: str | None
     region: Image | None
@@ -110,12 +116,13 @@ class Worker:
         contrast (str, optional): A caption whose image map every row's is compared with, unless the row has its own;
             takes half as long again. Default: None
         halves (bool, optional): Also score the picture with only the half of its pixels that holds the most bits, and
-            with only the other half. Default: False
+            with only the other half; not of sounds and videos. Default: False
         check (bool, optional): Also look at what the score loses where the maps' top positions are hidden; see
             :mod:`captum_m2ib.engine.check`. Default: True
         cut_captions (bool, optional): Explain the beginning of captions that the model cannot read to their end.
             Default: False (such a row is an error)
-        thumbnail (int, optional): Longer side of the picture kept for looking at, in pixels; 0 for none. Default: 128
+        thumbnail (int, optional): Longer side of the picture kept for looking at, in pixels; of a sound its spectrogram
+            or wave, of a video its frames in rows; 0 for none. Default: 128
         batch_size (int, optional): Most pairs explained at once; changes no result. Default: 8
         internal_batch_size (int, optional): Most rows (pairs times draws) in one forward pass; changes no result.
             Default: None (as many as M2IB's ``memory_budget`` has room for; 80 for other methods)
@@ -192,7 +199,17 @@ class Worker:
         self.batch_size, self.internal_batch_size = batch_size, internal_batch_size
         self._method: Any = None
 
-    read_ahead = staticmethod(read_ahead)
+    def read_ahead(self, row: Row) -> Row:
+        r"""Read what a row holds before its turn; fit for any thread.
+
+        Args:
+
+            row (Row): As the manifest gives it.
+
+        Returns:
+            Row: the same; as it is while no model is there that says what it reads.
+        """
+        return row if self._method is None else read_ahead(row, self._kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The model stays behind: another process loads its own.
@@ -243,12 +260,15 @@ class Worker:
         encoder = load_named(self.model or CHECKPOINT, revision=self.revision, device=self.device)
         if encoder.processor is None:
             raise ValueError(f"model: {self.model} has no processor that turns pictures and captions into inputs.")
-        kind = encoder.sides[0].modality
-        if kind != "image":
+        first, second = (side.modality for side in encoder.sides)
+        if first not in KINDS or second != "text" or encoder.reads_tokens(0):
+            compared = f"{first} as codes" if encoder.reads_tokens(0) and first != "text" else first
             raise ValueError(
-                f"model: audits take pictures and captions, and {self.model} reads {kind}; explain its pairs with "
-                "captum_m2ib.explain, or a few of them side by side with captum_m2ib.compare."
+                f"model: audits take pictures, sounds or videos and captions, and {self.model} compares {compared} "
+                f"with {second}; explain its pairs one by one."
             )
+        if self.halves and first != "image":
+            raise ValueError(f"halves: are those of pictures, and {self.model} reads {first}; leave it out.")
         return method_named(self.method, encoder, self.layers)
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
@@ -256,9 +276,11 @@ class Worker:
 
         Args:
 
-            batch (mapping): Columns of one length: ``image`` (path, bytes, PIL image, array, or mapping with ``bytes``
-                or ``path``) and ``caption``; optionally ``row``, ``id``, ``boxes``, ``mask``, ``contrast`` and
-                ``problem``.
+            batch (mapping): Columns of one length: ``caption``, and what the model reads: ``image`` (path, bytes, PIL
+                image, array, or mapping with ``bytes`` or ``path``), ``sound`` (path, bytes or :class:`Sound`, or such
+                a mapping, or one with ``array`` and ``sampling_rate``) or ``video`` (folder, frames, GIF file or its
+                bytes, or :class:`Video`); optionally ``row``, ``id``, ``boxes``, ``mask``, ``contrast``,
+                ``frames_per_second`` and ``problem``.
 
         Returns:
             dict: columns of the same length and order: ``row``, ``id`` and ``caption`` as given, and :data:`RESULTS`.
@@ -300,12 +322,16 @@ class Worker:
         caption = read_caption(row["caption"])
         contrast = row.get("contrast")
         contrast = self.contrast if contrast is None else read_caption(contrast)
-        picture = read_picture(row["image"])
+        media = read_media(row, self._kind)
         try:
             boxes = read_boxes(row.get("boxes"))
         except ValueError as error:
             raise RowError("boxes", str(error)) from None
-        return _Ready(picture, caption, contrast, read_region(picture.size, boxes, row.get("mask")))
+        if self._kind.name == "image":
+            return _Ready(media, caption, contrast, read_region(media.size, boxes, row.get("mask")))
+        told = f"boxes and masks lie in pictures, and this is a {self._kind.name}: they are not looked at"
+        is_told = boxes is not None or row.get("mask") is not None
+        return _Ready(media, caption, contrast, None, {"warning": told} if is_told else {})
 
     def _readable(self, ready: list[_Ready]) -> tuple[list[_Ready], Pairs | None]:
         """Those whose inputs the model's processor can make, and the inputs if they were made for all at once."""
@@ -318,14 +344,16 @@ class Worker:
             return [pair for one in ready for pair in self._readable([one])[0]], None
         result = ready[0].result
         if failure is not None:
-            result.update(_failed("model", failure))
+            is_medias = isinstance(failure, ValueError) and _OF_MEDIA.match(str(failure))
+            result.update(_failed(self._kind.name if is_medias else "model", failure))
             return [], None
         too_long = next((found for message in warned if (found := _TOO_LONG.match(message))), None)
         if too_long and not self.cut_captions:
             reason = f"the caption has {too_long[2]} tokens, more than the {too_long[1]} that the model reads"
             result.update(_failed("caption", reason))
             return [], None
-        result["warning"] = _short("; ".join(message.removeprefix("captions: ") for message in warned))
+        told = [result["warning"]] if "warning" in result else []
+        result["warning"] = _short("; ".join([*told, *(message.removeprefix("captions: ") for message in warned)]))
         return ready, pairs
 
     def _try_inputs(self, ready: list[_Ready]) -> tuple[Pairs | None, list[str], Exception | None]:
@@ -341,7 +369,12 @@ class Worker:
 
     def _inputs(self, ready: Sequence[_Ready], contrast: bool = False) -> Pairs:
         captions = [pair.contrast or "" if contrast else pair.caption for pair in ready]
-        return self._encoder.prepare([pair.picture for pair in ready], captions)
+        return self._encoder.prepare([pair.media for pair in ready], captions)
+
+    @property
+    def _kind(self) -> Kind:
+        """What the model compares with captions."""
+        return KINDS[self._encoder.sides[0].modality]
 
     @property
     def _encoder(self) -> DualEncoder:
@@ -385,24 +418,20 @@ class Worker:
         from captum_m2ib.explanations.methods import maps_of
 
         encoder = self._encoder
+        if len(ready) > 1 and encoder.holds_sizes(pairs):
+            return [self._attribute([one], self._inputs([one]))[0] for one in ready]
         maps = maps_of(encoder, self.load(), pairs, self.internal_batch_size, self.check, self._options)
-        grids, pixels = _grids(maps.pixels, maps.patches), [one.float().cpu().numpy() for one in maps.pixels]
+        grids, has_pixels = self._grids(maps.pixels, maps.patches), pairs.inputs[0].ndim == 4
         real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
-        has_totals, has_pixels = WORDINGS[maps.unit].has_totals, pairs.inputs[0].ndim == 4
         results = [
             {
                 "score": float(maps.scores[i]),
-                "image_bits": float(grids[i].sum(dtype=np.float64)) if has_totals else None,
-                "text_bits": float(maps.tokens[i].sum()) if has_totals else None,
-                "method": self.method,
-                "unit": maps.unit,
-                # Bits compress better with fewer digits; other units may be tiny.
-                "map": grids[i].astype(np.float16 if maps.unit == "bits" else np.float32),
+                **self._shown(maps.unit, grids[i], pairs, i),
                 "tokens": [_storable(clean_token(pairs.tokens[i][j])) for j in real[i]],
                 "special": [pairs.special[i][j] for j in real[i]],
                 "token_bits": maps.tokens[i, real[i]].float().cpu().numpy(),
-                "thumbnail": jpeg(pairs.pictures[i], self.thumbnail) if self.thumbnail else None,
-                **self._inside(pair, pixels[i] if has_pixels else grids[i]),
+                "text_bits": float(maps.tokens[i].sum()) if WORDINGS[maps.unit].has_totals else None,
+                **self._inside(pair, maps.pixels[i].float().cpu().numpy() if has_pixels else grids[i]),
                 **({} if maps.records is None else _gated_scores(maps.records[i])),
                 **({} if maps.checks is None else _checked(maps.checks[i])),
             }
@@ -418,6 +447,21 @@ class Worker:
                 results[i]["contrast_similarity"] = cosine(grids[i], other)
                 results[i]["contrast"] = ready[i].contrast
         return results
+
+    def _shown(self, unit: str, grid: np.ndarray, pairs: Pairs, index: int) -> dict[str, Any]:
+        """The map of a pair's picture, sound or video, and what it lies on."""
+        kind = self._kind.name
+        timeline = pairs.timelines[index] if pairs.timelines else None
+        return {
+            "method": self.method,
+            "unit": unit,
+            "kind": kind,
+            "timeline": None if timeline is None else json.dumps(to_plain(timeline)),
+            "image_bits": float(grid.sum(dtype=np.float64)) if WORDINGS[unit].has_totals else None,
+            # Bits compress better with fewer digits; other units may be tiny.
+            "map": flat(grid, kind).astype(np.float16 if unit == "bits" else np.float32),
+            "thumbnail": thumbnail(pairs.pictures[index], kind, len(grid), self.thumbnail) if self.thumbnail else None,
+        }
 
     def _inside(self, pair: _Ready, bits: np.ndarray) -> dict[str, float | None]:
         """Which share of the map above zero, and of its area, lies inside the given boxes or mask."""
@@ -435,13 +479,13 @@ class Worker:
         from captum_m2ib.explanations.methods import pictures_alone
 
         pairs = self._inputs(ready, contrast=True)
-        return _grids(*pictures_alone(self._encoder, self.load(), pairs, self.internal_batch_size, self._options))
+        return self._grids(*pictures_alone(self._encoder, self.load(), pairs, self.internal_batch_size, self._options))
 
-
-def _grids(pixels: Sequence[Tensor], patches: Sequence[Tensor] | None) -> list[np.ndarray]:
-    """Maps per patch, (gh, gw) for each pair; where the model has no patch grid, per cell of a coarse one."""
-    grids = coarse(pixels) if patches is None else patches
-    return [grid.float().cpu().numpy() for grid in grids]
+    @staticmethod
+    def _grids(pixels: Sequence[Tensor], patches: Sequence[Tensor] | None) -> list[np.ndarray]:
+        """Maps per patch, (gh, gw), of a video (frames, gh, gw); without a patch grid per cell of a coarse one."""
+        grids = coarse(pixels) if patches is None else patches
+        return [grid.float().cpu().numpy() for grid in grids]
 
 
 def _gated_scores(record: Mapping[str, Any]) -> dict[str, float]:

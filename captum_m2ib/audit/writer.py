@@ -58,6 +58,8 @@ def schema() -> Any:
             ("error", text),
             ("method", text),
             ("unit", text),
+            ("kind", text),
+            ("timeline", text),
             ("model", text),
             ("settings", text),
         ]
@@ -161,6 +163,16 @@ def verdict_counts(folder: Path) -> dict[str, dict[str, int]]:
                 counts = found.setdefault(name, dict.fromkeys(VERDICTS, 0))
                 counts[pair["values"]] += pair["counts"]
     return found
+
+
+def kind_in(folder: str | os.PathLike[str]) -> str:
+    """What an audit compares with captions: ``"image"``, ``"sound"`` or ``"video"``."""
+    for path in shards(folder):
+        found = read_shard(path, ["kind"])["kind"].drop_null()
+        if len(found):
+            return str(found[0])
+    # Earlier releases knew pictures alone; of errors nothing is known.
+    return "image"
 
 
 def write_run(folder: Path, run: Mapping[str, Any]) -> None:

@@ -26,7 +26,7 @@ from captum_m2ib.encoders.checkpoints import (
 )
 from captum_m2ib.encoders.families import family_of
 from captum_m2ib.encoders.late_interaction import LateInteraction
-from captum_m2ib.encoders.pairs import Media, Pairs, prepare_pairs
+from captum_m2ib.encoders.pairs import Media, Pairs, prepare_media, prepare_pairs
 from captum_m2ib.encoders.scores import MaxSim, cosine
 from captum_m2ib.encoders.towers import config_of
 from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout, real_tokens
@@ -283,15 +283,21 @@ class DualEncoder(LateInteraction):
             bool: False for most models, whose pictures all have one size.
         """
         layout = self.layouts[0]
-        if isinstance(layout, PatchLayout) and layout.mask_argument is not None:
+        if any(isinstance(one, PatchLayout) and one.mask_argument is not None for one in self.layouts):
             arguments = (*pairs.inputs, *pairs.additional_forward_args)
+            places = [one.mask_argument for one in self.layouts if isinstance(one, PatchLayout)]
             # Whatever the mask says, a tower that begins with convolutions reads padding at the end of a short sound.
-            mask = arguments[layout.mask_argument] if layout.mask_argument < len(arguments) else None
-            return mask is not None and len(set(mask.sum(1).tolist())) > 1
+            masks = [arguments[place] for place in places if place is not None and place < len(arguments)]
+            return any(mask is not None and len(set(mask.sum(1).tolist())) > 1 for mask in masks)
         if isinstance(layout, PackedLayout) and layout.drops_padding:
             real = real_tokens(layout, pairs.inputs[0], (*pairs.inputs, *pairs.additional_forward_args))
             return real is not None and len(set(real.sum(1).tolist())) > 1
         return len(set(map(len, pairs.tiles))) > 1
+
+    @property
+    def compares_media(self) -> bool:
+        """Whether sounds are compared with videos, without captions."""
+        return {side.modality for side in self.sides} == {"audio", "video"}
 
     @property
     def _join(self) -> Callable[[nn.Module, Any, Any], tuple[Tensor, Tensor]] | None:
@@ -313,7 +319,7 @@ class DualEncoder(LateInteraction):
         outputs = (first, second) if self._is_in_order else (second, first)
         return score(*outputs) if counted is None else cast(MaxSim, score)(*outputs, counted)
 
-    def prepare(self, images: Media, captions: str | Sequence[str]) -> Pairs:
+    def prepare(self, images: Media, captions: str | Sequence[str] | Media) -> Pairs:
         r"""Turn pictures, sounds or videos and captions into model inputs with the model's own processor.
 
         Args:
@@ -323,7 +329,8 @@ class DualEncoder(LateInteraction):
                 that can be gone through. Sounds: paths of WAV files, :class:`Sound` objects or mappings with ``array``
                 and ``sampling_rate``. Videos: lists of pictures, uint8 arrays (frames, H, W, 3), folders, GIF files or
                 :class:`Video` objects. A single one is paired with every caption.
-            captions (str or sequence of str): A single caption is paired with every picture, sound or video.
+            captions (str or sequence of str): A single caption is paired with every picture, sound or video. Of a model
+                that compares sounds with videos, the second ones: videos for sounds, sounds for videos.
 
         Returns:
             Pairs: the inputs on the model's device, captions padded as the model was trained. ``timelines`` say which
@@ -341,6 +348,11 @@ class DualEncoder(LateInteraction):
             )
         kinds = tuple(side.modality for side in self.sides)
         is_codes = kinds[0] == "audio" and self.reads_tokens(0)
+        dtype = next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32)
+        frames = getattr(config_of(self.tower_of(0), "vision_config"), "num_frames", None)
+        if self.compares_media:
+            kind = kinds[0], kinds[1]
+            return prepare_media(self.processor, self.argument_names, (images, captions), kind, dtype).to(self.device)
         if kinds[1] != "text" or kinds[0] == "text" or is_codes:
             compared = "sounds as codes" if is_codes else kinds[0]
             raise ValueError(
@@ -352,12 +364,12 @@ class DualEncoder(LateInteraction):
             self.processor,
             self.argument_names,
             images,
-            captions,
+            cast("str | Sequence[str]", captions),
             getattr(config_of(self.tower_of(1), "text_config"), "max_position_embeddings", None),
             self.sides[1].padding,
-            next((p.dtype for p in self.parameters() if p.is_floating_point()), torch.float32),
+            dtype,
             kinds[0],
-            getattr(config_of(self.tower_of(0), "vision_config"), "num_frames", None),
+            frames,
         )
         return pairs.to(self.device)
 

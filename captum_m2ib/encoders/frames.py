@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -24,7 +25,7 @@ from captum_m2ib.encoders.views import View, view_of
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-VideoLike: TypeAlias = "Video | Sequence[PictureLike] | np.ndarray | Tensor | str | os.PathLike[str]"
+VideoLike: TypeAlias = "Video | Sequence[PictureLike] | np.ndarray | Tensor | bytes | str | os.PathLike[str]"
 
 _PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _MOST_FRAMES = 10_000
@@ -94,7 +95,7 @@ def load_video(video: VideoLike, name: str = "video") -> Video:
 
         video (Video, sequence, array or path): A :class:`Video`; pictures or paths of pictures, one per frame; a uint8
             array or tensor, (frames, H, W, 3); a folder of pictures, taken in the order of their names; or an animated
-            GIF or WebP file, which says when each frame begins.
+            GIF or WebP file, which says when each frame begins, or what is in one.
         name (str, optional): What errors call it. Default: "video"
 
     Returns:
@@ -107,7 +108,12 @@ def load_video(video: VideoLike, name: str = "video") -> Video:
         return video
     if isinstance(video, str | os.PathLike):
         path = Path(video)
-        return _of_folder(path, name) if path.is_dir() else _of_file(checked_path(video, name, "video"), name)
+        if path.is_dir():
+            return _of_folder(path, name)
+        found = checked_path(video, name, "video")
+        return _of_file(found, name, found)
+    if isinstance(video, bytes):
+        return _of_file(io.BytesIO(video), name, "the given bytes")
     if isinstance(video, np.ndarray | Tensor) or _is_frames(video):
         return Video(video)
     raise ValueError(
@@ -118,7 +124,9 @@ def load_video(video: VideoLike, name: str = "video") -> Video:
 
 def load_videos(videos: VideoLike | Iterable[VideoLike]) -> list[Video]:
     """Read one video or several, naming in errors which one is at fault."""
-    is_one = isinstance(videos, Video | str | os.PathLike) or _is_frames(videos) or not isinstance(videos, Iterable)
+    is_one = (
+        isinstance(videos, Video | bytes | str | os.PathLike) or _is_frames(videos) or not isinstance(videos, Iterable)
+    )
     is_one = is_one or (isinstance(videos, np.ndarray | Tensor) and videos.ndim <= 4)
     given: list[Any] = [videos] if is_one else list(videos)  # type: ignore[arg-type]
     if not given:
@@ -150,33 +158,35 @@ def _in_order(file: Path) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", file.name)]
 
 
-def _of_file(path: str, name: str) -> Video:
+def _of_file(opened: str | io.BytesIO, name: str, called: str) -> Video:
     from PIL import Image, UnidentifiedImageError
 
     frames, seconds, now = [], [], 0.0
     try:
-        with Image.open(path, formats=("GIF", "WEBP", "PNG")) as file:
-            check_size(file.size, name, path, MAXIMUM_PIXELS)
+        with Image.open(opened, formats=("GIF", "WEBP", "PNG")) as file:
+            check_size(file.size, name, called, MAXIMUM_PIXELS)
             count = getattr(file, "n_frames", 1)
             if count * file.width * file.height > _MOST_PIXELS:
-                raise _too_large(name, path)
+                raise _too_large(name, called)
             for index in range(min(count, _MOST_FRAMES + 1)):
                 file.seek(index)
                 frames.append(file.convert("RGB"))
                 seconds.append(now)
                 now += float(file.info.get("duration", 0)) / 1000
     except Image.DecompressionBombError:
-        raise _too_large(name, path) from None
+        raise _too_large(name, called) from None
     except (UnidentifiedImageError, OSError, EOFError, SyntaxError, IndexError, struct.error):
         raise ValueError(
-            f"{name}: cannot read {path} as frames; expected an animated GIF, WebP or PNG. Of other videos write the "
+            f"{name}: cannot read {called} as frames; expected an animated GIF, WebP or PNG. Of other videos write the "
             "frames to a folder first, e.g. ffmpeg -i FILE FOLDER/%05d.png."
         ) from None
     return Video(frames, seconds=seconds if now > 0 or len(frames) == 1 else None)
 
 
-def _too_large(name: str, path: str) -> ValueError:
-    return ValueError(f"{name}: {path} has too many pixels to read whole; take some of its frames, or resize it first.")
+def _too_large(name: str, called: str) -> ValueError:
+    return ValueError(
+        f"{name}: {called} has too many pixels to read whole; take some of its frames, or resize it first."
+    )
 
 
 def read_videos(

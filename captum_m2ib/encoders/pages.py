@@ -7,13 +7,15 @@ thumbnail of the whole; each tile is looked for on the page like any model's vie
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from captum_m2ib.encoders.patches import side_by_side
+from captum_m2ib.encoders.patches import separated, side_by_side
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.encoders.views import View, view_of
 from captum_m2ib.engine.layouts import unpacked
@@ -21,7 +23,7 @@ from captum_m2ib.engine.layouts import unpacked
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-_TOKENS = ("input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids")
+_TOKENS = ("input_ids", "attention_mask", "position_ids", "mm_token_type_ids", "token_type_ids")
 
 
 class Pages(NamedTuple):
@@ -37,6 +39,75 @@ class Pages(NamedTuple):
     found: dict[str, Any]
     views: list[View]
     tiles: tuple[tuple[Region | None, ...], ...]
+
+
+class TaskedProcessor:
+    r"""A processor whose chat template is told whether it writes a document or a query, as NeoMME's is.
+
+    Args:
+
+        processor: Of transformers.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+
+    @property
+    def image_processor(self) -> Any:
+        """What reads pictures."""
+        return self._processor.image_processor
+
+    def process_images(self, images: Sequence[Image]) -> dict[str, Tensor]:
+        r"""Prepare pages.
+
+        Args:
+
+            images (sequence of PIL.Image.Image): The pages.
+
+        Returns:
+            dict[str, Tensor]: what the model reads, each with one row per page.
+        """
+        found = self._written("document", [{"type": "image", "image": image} for image in images])
+        found["position_ids"] = found["position_ids"].movedim(0, 1)
+        # Two tokens come before a page's patches, and a mark stands behind each row of them.
+        found["spatial_shapes"] = found["position_ids"].amax(-1) - torch.tensor([1, 2])
+        found["pixel_values"] = separated(found["pixel_values"], found["spatial_shapes"])
+        return found
+
+    def process_queries(self, text: Sequence[str]) -> dict[str, Tensor]:
+        r"""Prepare queries.
+
+        Args:
+
+            text (sequence of str): The queries.
+
+        Returns:
+            dict[str, Tensor]: what the model reads, each with one row per query.
+        """
+        return self._written("query", [{"type": "text", "text": one} for one in text])
+
+    def _written(self, task: str, contents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if not getattr(self._processor, "chat_template", None):
+            raise ValueError(
+                f"processor: expected {type(self._processor).__name__} with a chat template, which writes pages and "
+                "queries; load it from the checkpoint, or pass chat_template=..."
+            )
+        return dict(
+            self._processor.apply_chat_template(
+                [[{"role": "user", "content": [content]}] for content in contents],
+                task=task,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"padding": True, "return_tensors": "pt"},
+            )
+        )
+
+
+def with_tasks(processor: Any) -> Any:
+    """A processor whose chat template knows documents and queries becomes one that :func:`reads_pages`."""
+    write = getattr(processor, "apply_chat_template", None)
+    is_tasked = callable(write) and "task" in inspect.signature(write).parameters
+    return TaskedProcessor(processor) if is_tasked and not reads_pages(processor) else processor
 
 
 def reads_pages(processor: Any) -> bool:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.encoders.frames import VideoLike, load_videos, read_videos
-from captum_m2ib.encoders.pages import read_pages, reads_pages
+from captum_m2ib.encoders.pages import read_pages, reads_pages, with_tasks
 from captum_m2ib.encoders.patches import side_by_side
 from captum_m2ib.encoders.pictures import PictureLike, load_pictures
-from captum_m2ib.encoders.processors import parts_of, read_captions, read_picture, warn_of_captions, warn_of_cut
+from captum_m2ib.encoders.processors import (
+    parts_of,
+    read_captions,
+    read_picture,
+    reader_of,
+    warn_of_captions,
+    warn_of_cut,
+)
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.encoders.sounds import SoundLike, load_sounds, read_sounds
 from captum_m2ib.encoders.spelling import Speller, vocabulary_of
@@ -44,6 +51,9 @@ class Pairs:
         timelines (tuple[SoundTimeline or VideoTimeline, ...]): Per pair, where in time the sound or the frames lie, of
             which ``pictures`` then holds the spectrogram or the wave, (height, width, 3), or all frames, (frames,
             height, width, 3). Default: () (pictures have no time)
+        partners (tuple[numpy.ndarray, ...]): Of sounds paired with videos, what ``pictures`` holds, of the second ones;
+            captions are then empty. Default: ()
+        partner_timelines (tuple[SoundTimeline or VideoTimeline, ...]): The same for ``timelines``. Default: ()
     """
 
     inputs: tuple[Tensor, Tensor]
@@ -55,6 +65,8 @@ class Pairs:
     regions: tuple[Region | None, ...] = ()
     tiles: tuple[tuple[Region | None, ...], ...] = ()
     timelines: tuple[Timeline, ...] = ()
+    partners: tuple[np.ndarray, ...] = ()
+    partner_timelines: tuple[Timeline, ...] = ()
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -69,16 +81,12 @@ class Pairs:
         Returns:
             Pairs: a copy; what is no tensor is shared.
         """
-        return Pairs(
-            (self.inputs[0].to(device), self.inputs[1].to(device)),
-            tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.additional_forward_args),
-            self.captions,
-            self.tokens,
-            self.special,
-            self.pictures,
-            self.regions,
-            self.tiles,
-            self.timelines,
+        return replace(
+            self,
+            inputs=(self.inputs[0].to(device), self.inputs[1].to(device)),
+            additional_forward_args=tuple(
+                a.to(device) if isinstance(a, Tensor) else a for a in self.additional_forward_args
+            ),
         )
 
     def select(self, rows: slice) -> Pairs:
@@ -95,9 +103,14 @@ class Pairs:
         def of(given: Any) -> Any:
             return given[rows] if isinstance(given, (Tensor, tuple)) else given
 
-        inputs = (self.inputs[0][rows], self.inputs[1][rows])
-        others = (self.captions, self.tokens, self.special, self.pictures, self.regions, self.tiles, self.timelines)
-        return Pairs(inputs, tuple(map(of, self.additional_forward_args)), *map(of, others))
+        return replace(
+            self,
+            **{name: of(value) for name, value in vars(self).items()}
+            | {
+                "inputs": (self.inputs[0][rows], self.inputs[1][rows]),
+                "additional_forward_args": tuple(map(of, self.additional_forward_args)),
+            },
+        )
 
 
 def prepare_pairs(
@@ -135,9 +148,10 @@ def prepare_pairs(
     texts, pictures = _align(_captions(captions), load_media(images, modality), modality)
     tiles: tuple[tuple[Region | None, ...], ...] = ()
     timelines: Sequence[Timeline] = ()
-    if modality == "image" and reads_pages(processor):
-        found, views, tiles = read_pages(processor, pictures)
-        found.update(processor.process_queries(texts))
+    pages = with_tasks(processor)
+    if modality == "image" and reads_pages(pages):
+        found, views, tiles = read_pages(pages, pictures)
+        found.update(pages.process_queries(texts))
     elif "page_input_ids" in names:
         raise ValueError(
             "processor: this model reads pictures among the tokens of a prompt; expected a processor that writes it "
@@ -147,21 +161,16 @@ def prepare_pairs(
     else:
         if modality == "image":
             found, views = _read_pictures(processor, reader, pictures, names[0])
-        elif modality == "audio":
-            found, views, timelines = read_sounds(reader, pictures, names[0])
         else:
-            found, views, timelines = read_videos(reader, pictures, names[0], frames)
+            found, views, timelines = _read_timed(reader, pictures, modality, names[0], frames)
         found[names[1]], found["attention_mask"] = _read_captions(tokenizer, texts, longest, padding)
     ids = found[names[1]]
     speller = Speller(tokenizer)
     tokens = tuple(speller.row(row) for row in ids.tolist())
     special = tuple(tuple(token in speller.special for token in row) for row in ids.tolist())
-    extras = [found.get(name) for name in names[2:]]
-    while extras and extras[-1] is None:
-        extras.pop()
     return Pairs(
         (found[names[0]].to(dtype), found[names[1]]),
-        tuple(extras),
+        _extras(found, names),
         tuple(texts),
         tokens,
         special,
@@ -172,8 +181,79 @@ def prepare_pairs(
     )
 
 
+def prepare_media(
+    processor: Any,
+    names: Sequence[str],
+    given: tuple[Any, Any],
+    modalities: tuple[str, str],
+    dtype: torch.dtype,
+) -> Pairs:
+    r"""Pairs of sounds and videos, without captions.
+
+    Args:
+
+        processor: A transformers processor with what reads both.
+        names (sequence of str): What ``forward_func`` reads, in its order: first the two inputs.
+        given (tuple): What :func:`load_media` reads, of each modality; a single one is paired with every other.
+        modalities (tuple[str, str]): ``"audio"`` and ``"video"``, in the model's order.
+        dtype (torch.dtype): Type of the inputs.
+
+    Returns:
+        Pairs: on the CPU, with ``partners``.
+
+    Raises:
+        ValueError: if their numbers differ, one cannot be read, or the processor does not prepare what is read.
+    """
+    loaded = [load_media(media, modality) for media, modality in zip(given, modalities, strict=True)]
+    count = max(map(len, loaded))
+    if any(len(media) not in (1, count) for media in loaded):
+        kinds = [_KINDS.get(modality, modality) for modality in modalities]
+        raise ValueError(
+            f"{kinds[1]}s: expected one per {kinds[0]} or a single one for all, got {len(loaded[0])} {kinds[0]}s and "
+            f"{len(loaded[1])} {kinds[1]}s."
+        )
+    found: dict[str, Any] = {}
+    views, timelines = [], []
+    for media, modality, name in zip(loaded, modalities, names, strict=False):
+        reader = reader_of(processor, modality)
+        if reader is None:
+            raise ValueError(
+                f"processor: expected one with what reads {modality}, got {type(processor).__name__}; pass tensors."
+            )
+        read, shown, times = _read_timed(reader, media * (count // len(media)), modality, name, None)
+        found.update(read)
+        views.append(tuple(view.picture for view in shown))
+        timelines.append(tuple(times))
+    return Pairs(
+        (found[names[0]].to(dtype), found[names[1]].to(dtype)),
+        _extras(found, names),
+        ("",) * count,
+        ((),) * count,
+        ((),) * count,
+        views[0],
+        timelines=timelines[0],
+        partners=views[1],
+        partner_timelines=timelines[1],
+    )
+
+
+def _extras(found: Mapping[str, Any], names: Sequence[str]) -> tuple[Any, ...]:
+    """What is read beside the two inputs, without what is missing at the end."""
+    extras = [found.get(name) for name in names[2:]]
+    while extras and extras[-1] is None:
+        extras.pop()
+    return tuple(extras)
+
+
+def _read_timed(
+    reader: Any, media: list[Any], modality: str, name: str, frames: int | None
+) -> tuple[dict[str, Any], list[View], Sequence[Timeline]]:
+    return read_sounds(reader, media, name) if modality == "audio" else read_videos(reader, media, name, frames)
+
+
 Media: TypeAlias = "PictureLike | SoundLike | VideoLike | Iterable[PictureLike | SoundLike | VideoLike]"
 
+_KINDS = {"image": "picture", "audio": "sound"}
 _LOADERS: dict[str, Callable[[Any], list[Any]]] = {"image": load_pictures, "audio": load_sounds, "video": load_videos}
 
 
@@ -280,7 +360,7 @@ def _captions(captions: str | Sequence[str]) -> list[str]:
 def _align(captions: list[str], pictures: list[Any], modality: str) -> tuple[list[str], list[Any]]:
     count = max(len(captions), len(pictures))
     if len(captions) not in (1, count) or len(pictures) not in (1, count):
-        kind = {"image": "picture", "audio": "sound"}.get(modality, modality)
+        kind = _KINDS.get(modality, modality)
         raise ValueError(
             f"captions: expected one per {kind} or a single one for all, got {len(pictures)} {kind}s and "
             f"{len(captions)} captions."

@@ -103,14 +103,18 @@ def parts_of(processor: Any, modality: str = "image") -> tuple[Any, Any]:
     Raises:
         ValueError: if it lacks one of them.
     """
-    names = _READERS[modality]
-    reader = next((part for name in names if (part := getattr(processor, name, None)) is not None), None)
-    tokenizer = getattr(processor, "tokenizer", None)
+    reader, tokenizer = reader_of(processor, modality), getattr(processor, "tokenizer", None)
     if reader is None or tokenizer is None:
-        got = f"{type(processor).__name__} without {names[0] if reader is None else 'tokenizer'}"
-        expected = _EXPECTED if modality == "image" else _OTHERS.format(names[0])
+        name = _READERS[modality][0]
+        got = f"{type(processor).__name__} without {name if reader is None else 'tokenizer'}"
+        expected = _EXPECTED if modality == "image" else _OTHERS.format(name)
         raise ValueError(f"processor: {expected}; got {got}.")
     return reader, tokenizer
+
+
+def reader_of(processor: Any, modality: str) -> Any:
+    """What a processor reads pictures, sounds or videos with, or None where it has nothing for them."""
+    return next((part for name in _READERS[modality] if (part := getattr(processor, name, None)) is not None), None)
 
 
 def read_picture(transform: PictureFunction, picture: Image) -> Tensor:

@@ -3,7 +3,8 @@
 Adapters wrap a table, copy it or compute its rows anew, and a model may hold a table that nothing reads. What counts is
 what happens: the tower is given two captions that differ in one token, and a module that receives the ids and returns
 rows of which only that token's differ embeds them. Of several, one inside the other, the outermost is read; several one
-after the other are :class:`captum_m2ib.encoders.token_rows.TokenRows`.
+after the other are :class:`captum_m2ib.encoders.token_rows.TokenRows`. Where all of them return the same rows for both
+captions, the tower has to return the same, too: else it reads the ids where no module does.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from captum_m2ib.engine.statistics import ChannelStatistics, RunningStatistics
 # Ids that no tokenizer pads with, of which the second stands at one place.
 _ID, _OTHER, _PLACE = 2, 3, 1
 _LENGTH = 8
+# Others at that place, of which one at most ends a caption, before the highest id, at which some towers let one end.
+_OTHERS, _HIGHEST = (3, 5, 7), 8
+# How much of what a token changes may go another way before it is no rounding.
+_AROUND = 1e-3
 # What rounding may change of a row, as a share of what the changed token changes of its own.
 _ROUNDING = 1e-6
 # How many tokens of a vocabulary are embedded together.
@@ -38,11 +43,13 @@ class TokenModules(NamedTuple):
         embeddings (nn.Module or None): From ids to rows, with their positions where it adds them.
         table (nn.Module or None): The part of it that knows no positions.
         further (tuple[nn.Module, ...]): What else the same ids enter, from ids to rows of its own.
+        are_all (bool): Whether nothing but these reads which token is where, as far as a pass shows.
     """
 
     embeddings: nn.Module | None
     table: nn.Module | None
     further: tuple[nn.Module, ...] = ()
+    are_all: bool = True
 
 
 def find_token_modules(tower: nn.Module, call: Callable[[Tensor], Any] | None = None) -> TokenModules:
@@ -62,7 +69,7 @@ def find_token_modules(tower: nn.Module, call: Callable[[Tensor], Any] | None = 
     if call is None or table is None:
         return TokenModules(whole, table)
     seen = _follow(tower, call)
-    return TokenModules(seen.embeddings or whole, seen.table or table, seen.further)
+    return TokenModules(seen.embeddings or whole, seen.table or table, seen.further, seen.are_all)
 
 
 def vocabulary_statistics(embeddings: nn.Module) -> ChannelStatistics | None:
@@ -111,10 +118,41 @@ def _follow(tower: nn.Module, call: Callable[[Tensor], Any]) -> TokenModules:
     ids = torch.full((2, _length(tower)), _ID, device=device)
     ids[1, _PLACE] = _OTHER
     follower = _Follower(ids)
+    are_all = True
     # A tower that wants other ids is asked for its layers by name, where none were seen before.
-    with contextlib.suppress(Exception), borrowing(tower, warn=False), intercept(follower), torch.no_grad():
-        call(ids)
-    return follower.found
+    with contextlib.suppress(Exception), borrowing(tower, warn=False), torch.no_grad():
+        with intercept(follower):
+            call(ids)
+        are_all = not all(_goes_around(follower.found, call, ids, other) for other in _OTHERS)
+    return follower.found._replace(are_all=are_all)
+
+
+def _goes_around(found: TokenModules, call: Callable[[Tensor], Any], ids: Tensor, other: int) -> bool:
+    """Whether a tower still tells two captions apart whose token modules return the same rows."""
+    modules = {found.embeddings, *found.further} - {None}
+    if not modules or ids.shape[1] <= _PLACE + 1:
+        return False
+    ids = ids.clone()
+    ids[1, _PLACE], ids[:, -1] = other, _HIGHEST
+
+    def alike(proceed: Handler, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        output = proceed(module, *args, **kwargs)
+        if module not in modules or not isinstance(output, Tensor):
+            return output
+        rows = output.clone()
+        one, two = ((0, _PLACE), (1, _PLACE)) if rows.shape[:2] == ids.shape else ((_PLACE, 0), (_PLACE, 1))
+        rows[two] = rows[one]
+        return rows
+
+    apart = _apart(call(ids))
+    with intercept(alike):
+        return _apart(call(ids)) > _AROUND * apart
+
+
+def _apart(output: Any) -> float:
+    """How far what a tower returns for two captions lies apart."""
+    found = [tensor.float() for tensor in tensors_in(output) if tensor.is_floating_point() and tensor.shape[:1] == (2,)]
+    return max((float((tensor[0] - tensor[1]).abs().max()) for tensor in found), default=0.0)
 
 
 def _length(tower: nn.Module) -> int:

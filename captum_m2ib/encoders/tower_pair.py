@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, overload
@@ -329,8 +330,16 @@ class TowerPair(nn.Module):
             found = find_token_modules(tower, call if self.reads_tokens(index) else None)
             if found.embeddings is not None and found.further:
                 rows = TokenRows([found.embeddings, *found.further])
-                found = TokenModules(rows, rows if found.table is found.embeddings else found.table, found.further)
+                found = found._replace(embeddings=rows, table=rows if found.table is found.embeddings else found.table)
                 call.__dict__["rows"] = rows
+            if not found.are_all:
+                warnings.warn(
+                    f"model: {type(tower).__name__} reads which token is where outside of the modules that embed them, "
+                    "such as by torch.nn.functional.embedding; what it reads there goes round gates, and no bits of "
+                    "the caption count it. Make that table an nn.Embedding of the tower, and it is found.",
+                    UserWarning,
+                    stacklevel=2,
+                )
             known = modules, found
             self.__dict__["_tokens"][index] = known
         tokens: TokenModules = known[1]

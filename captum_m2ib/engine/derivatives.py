@@ -165,7 +165,9 @@ class _Watch:
         frame = self._frames.leave()
         self.dependence.mark(tensors_in(made), NOTHING)
         call = self._recording.calls[place]
-        for tensor, _ in frame.unseen.values() if call.reach & self._indices else ():
+        # A layer whose output is given does not run: what it returns beside that was kept of another pass.
+        is_given = call.tap in self._indices and not self._recording.taps[call.tap].at_input
+        for tensor, _ in frame.unseen.values() if call.reach & self._indices and not is_given else ():
             with self.dependence.resting():
                 if not tensor.requires_grad and not any(_is_kept(kept, tensor) for kept in self._unseen):
                     raise RuntimeError(

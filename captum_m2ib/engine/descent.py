@@ -11,7 +11,7 @@ all noise is at its mean, 0: one draw that no seed changes. That share trades th
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -218,14 +218,14 @@ def _descend(
     idle = {gate: gate.alpha.detach().clone().requires_grad_() for gate in gates if gate.shared is not None}
     adrift = _adam(list(idle.values()), list(idle), settings) if idle else None
     history = []
-    shares = weight.new_tensor(course.shares)
     for step in range(course.n_steps):
-        drawn = [_draw(gate, settings, step, course.n_samples, course.has_middle) for gate in gates]
+        shares = weight.new_tensor(course.shares(step))
+        drawn = [_draw(gate, settings, step, len(shares), course.has_middle) for gate in gates]
         scores = []
         for gate in gates:
             gate.alpha.grad = torch.zeros_like(gate.alpha)
-        for part in parts_of(settings, course.n_samples):
-            score = through(suffix, gates, [noise_[part] for noise_ in drawn], dtype=settings.dtype)
+        for part, dtype in _passes(gates, settings, len(shares), course.has_middle):
+            score = through(suffix, gates, [noise_[part] for noise_ in drawn], dtype=dtype)
             _accumulate(gates, score * shares[part], weight)
             scores.append(score.detach())
         totals = [_add_information(gate) for gate in gates]
@@ -250,6 +250,24 @@ def _over_input(gate: Gates, layout: Layout | None, inputs: Tensor) -> Tensor:
     if layout is None:
         raise ValueError("layouts: expected one for each layer that guides others, got None.")
     return to_input(layout, to_units(layout, _bits(gate), inputs, gate.real), inputs)
+
+
+def _passes(
+    gates: list[Gates], settings: LayerSettings, draws: int, has_middle: bool
+) -> Iterator[tuple[slice, torch.dtype | None]]:
+    """The draws of a step that go through the model together, and what they run in.
+
+    Noise hides what a lower precision rounds. A draw without noise does not, nor do whole numbers such as token ids,
+    whose gates, one for each number of a token's embedding, part where rounding tips one.
+    """
+    lowered = None if any(gate.is_discrete for gate in gates) else settings.dtype
+    for part in parts_of(settings, draws):
+        if lowered is None or part.start or not has_middle:
+            yield part, lowered
+            continue
+        yield slice(0, 1), None
+        if part.stop > 1:
+            yield slice(1, part.stop), lowered
 
 
 def _adam(alphas: list[Tensor], gates: list[Gates], settings: LayerSettings) -> torch.optim.Adam:

@@ -67,7 +67,8 @@ class Gates:
 
     ``stream`` tells their noise from that of other layers. ``shared`` is a dimension along which elements have one
     gate in common. ``idle``, where it is known, is what ``alpha`` would have become if no score had asked for anything:
-    gates that are hardly further open shut.
+    gates that are hardly further open shut. ``is_discrete`` says that what is explained are whole numbers, such as
+    token ids.
     """
 
     index: int
@@ -82,6 +83,7 @@ class Gates:
     shared: int | None = None
     filter: GateFilter | None = None
     channels: int = -1
+    is_discrete: bool = False
     idle: Tensor | None = None
     alpha: Tensor = field(init=False)
 
@@ -142,7 +144,8 @@ def gates_of(
     mean, std = prior_of(prior, hidden, real, settings.variance[index], channels, is_input)
     beta, start = settings.beta[index], settings.initial_gate[index]
     stream = index if stream is None else stream
-    return Gates(index, stream, hidden, mean, std, real, beta, start, held.dtype, shared, channels=channels)
+    discrete = inputs is not None and not inputs.is_floating_point()
+    return Gates(index, stream, hidden, mean, std, real, beta, start, held.dtype, shared, None, channels, discrete)
 
 
 def prior_of(

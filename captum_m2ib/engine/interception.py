@@ -137,8 +137,10 @@ def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refuse_compiled(module: nn.Module) -> None:
-    compiled = getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-    if compiled and not hasattr(torch.compiler, "set_stance"):
+    # Asked first, for every call of every module: what a module lacks takes long to find out.
+    if hasattr(torch.compiler, "set_stance"):
+        return
+    if getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod"):
         raise RuntimeError(
             f"forward_func: {type(module).__name__} is compiled, and this version of torch ({torch.__version__}) "
             "cannot run it eagerly; pass the module that torch.compile was given."

@@ -7,6 +7,7 @@ what is read of its outputs. Nothing is guessed: of an operation that is not kno
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -20,13 +21,15 @@ from captum_m2ib.engine.interception import Handler, is_untouched
 Key: TypeAlias = tuple[Any, ...]
 Need: TypeAlias = Tensor | Literal[True]
 
-# Operations that only move values; those that leave some of them out; and those that do so by an argument.
+# Operations that only move values: those that keep them in order, those that undo themselves, those that leave some of
+# them out, and those that do so by an argument.
+_IN_ORDER = {"_unsafe_view", "alias", "clone", "detach", "squeeze", "unsqueeze", "view"}
+_UNDOING = {"t", "transpose"}
 _BY_INDEX = {"gather", "index", "index_select"}
 _LEAVING_OUT = {*_BY_INDEX, "select", "slice"}
 _MOVING = {
-    *_LEAVING_OUT,
-    *("_unsafe_view", "alias", "cat", "clone", "detach", "expand", "permute", "split", "split_with_sizes", "squeeze"),
-    *("stack", "t", "transpose", "unbind", "unsqueeze", "view"),
+    *(*_IN_ORDER, *_UNDOING, *_LEAVING_OUT),
+    *("cat", "expand", "permute", "split", "split_with_sizes", "stack", "unbind"),
 }
 
 # The argument of which a row, its last dimension, makes the same row of what comes out; of the others all is read.
@@ -69,9 +72,12 @@ class _Place(NamedTuple):
 
 
 class _Operation(NamedTuple):
+    """What an operation was given, the tensors among that which depend on what is followed, and what it made."""
+
     function: Any
     args: Any
     kwargs: Any
+    dependent: list[_Place]
     made: tuple[Key, ...]
 
 
@@ -94,8 +100,9 @@ class Trace:
         """An operation took, by position and by name, what descends from sources."""
         args, kwargs = given
         if self._follows(reach):
-            noted = self._noted(args), self._noted(kwargs or {})
-            self._operations.append(_Operation(function, *noted, tuple(map(_key_of, made))))
+            dependent: list[_Place] = []
+            noted = self._noted(args, dependent), self._noted(kwargs or {}, dependent)
+            self._operations.append(_Operation(function, *noted, dependent, tuple(map(_key_of, made))))
 
     def note_layer(self, place: int, made: Any) -> None:
         """A linear layer was called as the call ``place``."""
@@ -108,9 +115,8 @@ class Trace:
         # Memory that an operation works in: what it held before may have been read under any name.
         changed: set[Any] = set()
         for operation in reversed(self._operations):
-            schema = getattr(operation.function, "_schema", None)
-            if schema is None or schema.is_mutable:
-                keys = [*operation.made, *(place.key for place in _dependent(operation))]
+            if _may_change(operation.function):
+                keys = [*operation.made, *(place.key for place in operation.dependent)]
                 changed.update(key[0] for key in keys)
                 continue
             wanted = [True if key[0] in changed else needs.get(key) for key in operation.made]
@@ -128,17 +134,17 @@ class Trace:
     def _follows(self, reach: Reach) -> bool:
         return not reach <= self._others
 
-    def _noted(self, item: Any) -> Any:
+    def _noted(self, item: Any, dependent: list[_Place]) -> Any:
         if isinstance(item, Tensor):
-            depends = self._follows(self._sources_of([item]))
+            if self._follows(self._sources_of([item])):
+                dependent.append(_Place(_key_of(item), item.shape))
+                return dependent[-1]
             # Indices are what some operations move by.
-            if not depends and not item.is_floating_point():
-                return item
-            return _Place(_key_of(item) if depends else (), item.shape)
+            return _Place((), item.shape) if item.is_floating_point() else item
         if isinstance(item, (list, tuple)):
-            return [self._noted(one) for one in item]
+            return [self._noted(one, dependent) for one in item]
         if isinstance(item, dict):
-            return {name: self._noted(one) for name, one in item.items()}
+            return {name: self._noted(one, dependent) for name, one in item.items()}
         return item
 
 
@@ -168,7 +174,7 @@ def narrowed(proceed: Handler, module: nn.Module, args: Any, kwargs: Any, needed
 
 def _key_of(tensor: Tensor) -> Key:
     try:
-        return storage_of(tensor), tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype
+        return storage_of(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype
     except (NotImplementedError, RuntimeError):
         return (id(tensor),)
 
@@ -180,22 +186,10 @@ def _joined(one: Need | None, other: Need) -> Need:
     return True if bool(both.all()) else both
 
 
-def _places(item: Any) -> Iterator[_Place]:
-    if isinstance(item, _Place):
-        yield item
-    elif isinstance(item, (list, dict)):
-        for one in item.values() if isinstance(item, dict) else item:
-            yield from _places(one)
-
-
-def _dependent(operation: _Operation) -> list[_Place]:
-    return [place for place in _places([operation.args, operation.kwargs]) if place.key]
-
-
 def _pulled(operation: _Operation, wanted: Sequence[Need | None]) -> Iterator[tuple[Key, Need]]:
     """What an operation reads of its inputs for what is read of its outputs."""
     name = _name_of(operation.function)
-    places = _dependent(operation)
+    places = operation.dependent
     if name in _MOVING and not (name in _BY_INDEX and len(places) > 1):
         yield from _moved(name, operation, places, wanted)
         return
@@ -205,6 +199,14 @@ def _pulled(operation: _Operation, wanted: Sequence[Need | None]) -> Iterator[tu
         yield place.key, _read_of(name, operation, need, place) if is_known else True  # type: ignore[arg-type]
 
 
+@functools.cache
+def _may_change(function: Any) -> bool:
+    """Whether an operation may change what it is given."""
+    schema = getattr(function, "_schema", None)
+    return schema is None or schema.is_mutable
+
+
+@functools.cache
 def _name_of(function: Any) -> str:
     """An operation of torch's own by its name; nothing of others."""
     space, _, name = function.name().partition("::")
@@ -248,6 +250,13 @@ def _moved(
     """Have the operation move the numbers of values, and see which arrive where something is read."""
     if name not in _LEAVING_OUT and all(need is True for need in wanted):
         yield from ((place.key, True) for place in places)
+        return
+    need = wanted[0]
+    if name in _IN_ORDER and isinstance(need, Tensor) and need.numel() == places[0].shape.numel():
+        yield places[0].key, need.reshape(places[0].shape)
+        return
+    if name in _UNDOING and isinstance(need, Tensor):
+        yield places[0].key, operation.function(need, *operation.args[1:], **operation.kwargs)
         return
     starts, count = {}, 0
     for place in places:

@@ -63,7 +63,7 @@ def portions_of(
     Returns:
         iterator of Portion: all pairs, in order.
     """
-    pairs, draws = arguments[0].shape[0], max(settings.n_samples)
+    pairs, draws = arguments[0].shape[0], settings.most_draws
     given = settings.internal_batch_size
     fitting = None if given is None else [given] * len(objectives)
     at_once, start = max(1, (given or FIRST_ROWS) // draws), 0
@@ -85,7 +85,7 @@ def portions_of(
 
 def parts_of(settings: LayerSettings, count: int) -> Iterator[slice]:
     """So many draws, cut into those that go through the model together; a portion's settings count draws of a pair."""
-    most = max(settings.n_samples)
+    most = settings.most_draws
     if not torch.is_grad_enabled():
         # Without a graph a row holds one layer's activations instead of all, and cores are busier with more rows.
         most *= ROWS_WITHOUT_GRAPH

@@ -183,6 +183,10 @@ class _Opened(NamedTuple):
     hidden: Tensor
 
 
+# While it is open, no mode is told of what tensors are asked: looking on is no part of a pass.
+_looking_on = torch._C.DisableTorchFunction
+
+
 class _Recorder:
     """Runs every call, opens the taps, and notes what each output depends on."""
 
@@ -212,21 +216,24 @@ class _Recorder:
         self._calls.append(Call(module, tap))
         if tap is not None and self._taps[tap].at_input:
             args, kwargs = self._open(tap, (args, kwargs))
-        received = tensors_in((args, kwargs))
-        versions = [tensor._version for tensor in received]
-        self._frames.enter(module, self.dependence.of(received))
+        with _looking_on():
+            received = tensors_in((args, kwargs))
+            versions = [tensor._version for tensor in received]
+            self._frames.enter(module, self.dependence.of(received))
         output = proceed(module, *args, **kwargs)
-        for tensor in tensors_in(output):
-            if not self.dependence.has_seen(tensor):
-                self.dependence.mark([tensor], self.dependence.of([tensor]))
-        frame = self._frames.leave()
+        with _looking_on():
+            for tensor in tensors_in(output):
+                if not self.dependence.has_seen(tensor):
+                    self.dependence.mark([tensor], self.dependence.of([tensor]))
+            frame = self._frames.leave()
         if tap is not None and not self._taps[tap].at_input:
             output = self._open(tap, output)
             self._structures[tap] = self._keep(output)
-        if can_narrow(module, args, kwargs) and tap is None:
-            self._trace.note_layer(start, output)
-        is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
-        reach = self._close(start, received, output, is_changed)
+        with _looking_on():
+            if can_narrow(module, args, kwargs) and tap is None:
+                self._trace.note_layer(start, output)
+            is_changed = versions != [tensor._version for tensor in received] or _is_refilled(args, kwargs, received)
+            reach = self._close(start, received, output, is_changed)
         self._calls[start] = Call(
             module=module,
             tap=tap,

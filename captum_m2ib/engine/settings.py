@@ -19,7 +19,7 @@ MEMORY_BUDGET = 3 * 2**29
 
 
 PRECISIONS = {"bf16": torch.bfloat16}
-"""What the passes of a descent may run in, by its name."""
+"""What draws of noise may run in, by its name."""
 
 
 def check_count(name: str, number: Any, least: int = 1) -> int:
@@ -66,12 +66,34 @@ class Course:
         return self.noiseless > 0 and self.n_samples > 1
 
     @property
-    def shares(self) -> tuple[float, ...]:
-        """What the score of each draw counts for, 1 in all."""
-        if not self.has_middle:
-            return (1 / self.n_samples,) * self.n_samples
-        others = self.n_samples - 1
-        return (self.noiseless, *((1 - self.noiseless) / others for _ in range(others)))
+    def most(self) -> int:
+        """The most draws that a step takes."""
+        return max(map(self.draws, range(self.n_steps)))
+
+    def draws(self, step: int) -> int:
+        r"""How many draws a step takes, ``n_samples`` in the mean.
+
+        Where one of them is without noise, the first and the last of four steps or more take it alone, and their
+        neighbours take their noise as well: at the ends noise hardly changes a map, but between them it does.
+
+        Args:
+
+            step (int): From 0.
+
+        Returns:
+            int: with the draw without noise.
+        """
+        last, noisy = self.n_steps - 1, self.n_samples - 1
+        if not self.has_middle or last < 3:
+            return self.n_samples
+        return {0: 1, last: 1, 1: 1 + 2 * noisy, last - 1: 1 + 2 * noisy}.get(step, self.n_samples)
+
+    def shares(self, step: int) -> tuple[float, ...]:
+        """What the score of each draw of a step counts for, 1 in all."""
+        draws = self.draws(step)
+        if not self.has_middle or draws == 1:
+            return (1 / draws,) * draws
+        return (self.noiseless, *((1 - self.noiseless) / (draws - 1) for _ in range(draws - 1)))
 
 
 @dataclass(frozen=True)
@@ -162,7 +184,7 @@ class LayerSettings(Settings):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type in which the descent's passes run where torch allows it; None for the model's own."""
+        """The type in which draws of noise run where torch allows it; None for the model's own."""
         return None if self.precision is None else PRECISIONS[self.precision]
 
     def with_guides(self, guided: Sequence[int], defaults: Defaults) -> LayerSettings:
@@ -184,6 +206,11 @@ class LayerSettings(Settings):
         spread["n_steps"] = (*self.n_steps, *steps)
         spread["n_samples"] = (*self.n_samples, *(max(1, self.n_samples[layer] - 1) for layer in guided))
         return replace(self, **spread, lr=(*self.lr, *(defaults.rate(count) for count in steps)))
+
+    @property
+    def most_draws(self) -> int:
+        """The most draws that a step takes at any layer."""
+        return max(self.course(layer).most for layer in range(len(self.n_steps)))
 
     def course(self, layer: int) -> Course:
         """What holds for a layer, and for all that descend together with it."""

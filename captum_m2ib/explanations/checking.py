@@ -83,13 +83,14 @@ def ensure_check(value: Any) -> dict[str, Any]:
     return {**found, "verdict": value["verdict"]}
 
 
-def told(check: Mapping[str, Any], kind: str = "image") -> list[str]:
+def told(check: Mapping[str, Any], kind: str = "image", beside: str = "text") -> list[str]:
     r"""A check in words, one line per modality.
 
     Args:
 
         check (mapping): Of :func:`pair_checks`.
         kind (str, optional): What the image is called. Default: "image"
+        beside (str, optional): What the text is called. Default: "text"
 
     Returns:
         list[str]: verdicts and what they rest on.
@@ -99,7 +100,7 @@ def told(check: Mapping[str, Any], kind: str = "image") -> list[str]:
         >>> told(explain(encoder, images[0], captions[0])[0].check)[0].split(": ")[0]
         'image map holds'
     """
-    names = zip((kind, "text"), MODALITIES, strict=True)
+    names = zip((kind, beside), MODALITIES, strict=True)
     return [f"{called} map {_VERBS[check[name]['verdict']]}: {_reason(check[name])}" for called, name in names]
 
 

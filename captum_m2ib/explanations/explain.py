@@ -83,6 +83,8 @@ def explain(
         raise ValueError("instead_of: compares whole captions; leave out tokens, or leave out instead_of.")
     if method is None or method == "m2ib":
         method = MultiModalInfoBottleneck(encoder) if instead_of is None else ContrastiveInfoBottleneck(encoder)
+    if encoder.compares_media:
+        raise ValueError("encoder: compares sounds with videos, without captions; use explain_media(encoder, ...).")
     images = load_media(images, encoder.sides[0].modality)
     pairs = encoder.prepare(images, captions)
     if encoder.holds_sizes(pairs):

@@ -45,7 +45,8 @@ _PARTS = {"image": "pixels", "sound": "bins and steps of time", "video": "frames
 class Explanation:
     r"""What each part of one pair contributes to the model's score, in bits unless ``unit`` says otherwise.
 
-    A pair is a picture, a sound or a video, and a caption; what is said of the image below holds for all three.
+    A pair is a picture, a sound or a video, and a caption; what is said of the image below holds for all three. Of a
+    sound paired with a video each has an explanation of its own (:func:`captum_m2ib.explain_media`), without tokens.
 
     Arrays are copied and made read-only; ``settings`` and ``record`` are copied as JSON: tuples become lists.
 
@@ -116,7 +117,8 @@ class Explanation:
             expected = f"({', '.join([*map(str, frames), 'H', 'W', '3'])})"
             raise ValueError(f"image must be uint8 of shape {expected}, got {image.dtype} of shape {image.shape}")
         tokens, special = tuple(map(str, self.tokens)), tuple(map(bool, self.special))
-        token_bits = _frozen_floats(self.token_bits, "token_bits", ndim=1)
+        can_be_empty = timeline is not None and not tokens
+        token_bits = _frozen_floats(self.token_bits, "token_bits", ndim=1, can_be_empty=can_be_empty)
         if not len(tokens) == len(special) == len(token_bits):
             raise ValueError(
                 "tokens, special and token_bits must have one length, "
@@ -160,9 +162,10 @@ class Explanation:
             wording.amount(total) if wording.has_totals else wording.name
             for total in (self.image_total_bits, self.token_total_bits)
         )
+        beside = f", text: {text} over {len(self.tokens)} tokens" if self.tokens else ""
         return (
-            f"Explanation({caption!r}, score={self.score:.4g}, {self.kind}: {image} over {sizes} {_PARTS[self.kind]}, "
-            f"text: {text} over {len(self.tokens)} tokens{check})"
+            f"Explanation({caption!r}, score={self.score:.4g}, {self.kind}: {image} over {sizes} {_PARTS[self.kind]}"
+            f"{beside}{check})"
         )
 
     @property
@@ -216,7 +219,7 @@ class Explanation:
     @property
     def check_lines(self) -> list[str]:
         """The check in words, one line per modality; none where it was left out."""
-        return [] if self.check is None else told(self.check, self.kind)
+        return [] if self.check is None else told(self.check, self.kind, self.settings.get("beside", "text"))
 
     @property
     def notes(self) -> list[str]:
@@ -393,10 +396,10 @@ def _loaded(original: PictureLike) -> Image:
     return load_picture(original, "original")
 
 
-def _frozen_floats(values: Any, name: str, *, ndim: int) -> NDArray[np.float32]:
+def _frozen_floats(values: Any, name: str, *, ndim: int, can_be_empty: bool = False) -> NDArray[np.float32]:
     """A read-only float32 copy, after a check of its dimensions and values."""
     array: NDArray[np.float32] = np.array(values, dtype=np.float32)
-    if array.ndim != ndim or array.size == 0:
+    if array.ndim != ndim or (array.size == 0 and not can_be_empty):
         raise ValueError(f"{name} must have {ndim} dimension(s) and not be empty, got shape {array.shape}")
     if not np.isfinite(array).all():
         raise ValueError(f"{name} must be finite, got NaN or infinity")

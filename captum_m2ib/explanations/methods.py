@@ -6,7 +6,7 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -45,6 +45,7 @@ class Maps:
         settings (dict): How they were made, as JSON.
         records (list[dict] or None): Per pair the optimisation's course.
         checks (list[dict] or None): Per pair the check.
+        second (tuple or None): Of pairs without captions, ``pixels`` and ``patches`` of the second ones.
     """
 
     pixels: list[Tensor]
@@ -55,6 +56,7 @@ class Maps:
     settings: dict[str, Any]
     records: list[dict[str, Any]] | None = None
     checks: list[dict[str, Any]] | None = None
+    second: tuple[list[Tensor], list[Tensor] | None] | None = None
 
 
 def maps_of(
@@ -150,7 +152,17 @@ def _by_bottleneck(
         },
         [{"image": _course(image, i), "text": _course(text, i)} for i in range(len(pairs))],
         pair_checks(found) if found else None,
+        _second(method.layouts[1], token_bits, text.units, pairs),
     )
+
+
+def _second(
+    layout: Layout | None, maps: Tensor, units: Tensor | None, pairs: Pairs
+) -> tuple[list[Tensor], list[Tensor] | None] | None:
+    """The second sound's or video's map, or None where there is a caption."""
+    if not pairs.partner_timelines:
+        return None
+    return over_time(layout, maps, units, replace(pairs, timelines=pairs.partner_timelines))
 
 
 def _picture_in_bits(
@@ -246,6 +258,7 @@ def _by_attribution(
         units.pop() if len(units) == 1 else "relative",
         _told(methods, settings),
         checks=_checks(encoder, arguments, (image_map, tokens), internal_batch_size) if check else None,
+        second=_second(encoder.layouts[1], tokens, None, pairs),
     )
 
 

@@ -70,18 +70,26 @@ def to_html(
         raise ValueError(
             f"original, interactions: these are laid over a picture, and this is a {explanation.kind}; leave them out."
         )
-    caption = html.escape(explanation.caption) or "(empty caption)"
-    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
-    how = ' <span class="quiet" id="how" hidden>· click one to see its patches</span>' if data else ""
+    beside = explanation.settings.get("beside")
+    empty = "(empty caption)" if beside is None else f"{explanation.kind}, compared with a {html.escape(str(beside))}"
+    caption = html.escape(explanation.caption) or empty
     body = f"""<h1><bdi>{caption}</bdi></h1>
 <p class="totals">{" · ".join(_totals(explanation))}</p>
 {_notes(explanation)}{maps}
-<h2>tokens, {WORDINGS[explanation.unit].name} below each{how}</h2>
+{_tokens(explanation, data is not None)}{_details(explanation)}"""
+    return html_page(caption, body, data)
+
+
+def _tokens(explanation: Explained, can_be_clicked: bool) -> str:
+    if not explanation.tokens:
+        return ""
+    tokens = token_html(explanation.tokens, explanation.token_bits, explanation.special, unit=explanation.unit)
+    how = ' <span class="quiet" id="how" hidden>· click one to see its patches</span>' if can_be_clicked else ""
+    return f"""<h2>tokens, {WORDINGS[explanation.unit].name} below each{how}</h2>
 <div id="tokens">
 {tokens}
 </div>
-{_details(explanation)}"""
-    return html_page(caption, body, data)
+"""
 
 
 def html_page(title: str, body: str, data: str | None = None) -> bytes:
@@ -164,7 +172,8 @@ def _totals(explanation: Explained) -> list[str]:
     totals = [f"{html.escape(explanation.score_name)} {explanation.score:.3f}"]
     if wording.has_totals:
         both = ((explanation.kind, explanation.image_total_bits), ("text", explanation.token_total_bits))
-        totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in both]
+        shown = both if explanation.tokens else both[:1]
+        totals += [f"{name} {html.escape(wording.amount(total))}" for name, total in shown]
     return totals
 
 

@@ -93,18 +93,21 @@ class Sheet(Page):
         tokens_top = caption_top + 0.3 + 0.24 * len(heading)
         numbers = [wording.number(value) for value in words.values]
         rows = token_rows([visible(token) for token in words.tokens], numbers, ROOM)
-        super().__init__(tokens_top + ROW_PITCH * len(rows) + 0.2)
+        super().__init__(tokens_top + ROW_PITCH * len(rows) + 0.2 if words.tokens else self.top + body + 0.2)
 
         page = self.page
         write(page, MARGIN, 0.36, title, size=15, weight="bold")
         if wording.has_totals:
             name, total = first
-            totals = f"{name} {wording.amount(total)}   ·   text {wording.amount(sum(words.values))}"
+            text = f"   ·   text {wording.amount(sum(words.values))}" if words.tokens else ""
+            totals = f"{name} {wording.amount(total)}{text}"
             write(page, WIDTH - MARGIN, 0.36, totals, size=11.5, ha="right")
         page.plot((MARGIN, WIDTH - MARGIN), (0.6, 0.6), color=EDGE, linewidth=0.8)
         for line, note in enumerate(notes):
             write(page, MARGIN, 0.8 + 0.22 * line, elide(note, ROOM, 9), size=9, color=QUIET)
 
+        if not words.tokens:
+            return
         count = f"{len(words.tokens)} token{'' if len(words.tokens) == 1 else 's'}, {wording.name} below each"
         write(page, MARGIN, caption_top, f"caption: {count}", size=10, color=QUIET)
         for line, text in enumerate(heading):

@@ -77,13 +77,20 @@ def shut(gate: Tensor, idle: Tensor) -> Tensor:
     return gate * torch.maximum((gate / idle - 1.1) / 0.4, (idle - 0.2) / 0.1).clamp(0, 1)
 
 
+def draw_counts(n_steps: int, n_samples: int, noiseless: float) -> list[int]:
+    """Draws of each step: with one without noise, the ends of four steps or more leave the others to the next step."""
+    counts = [n_samples] * n_steps
+    if noiseless and n_steps > 3:
+        for end, inner in ((0, 1), (-1, -2)):
+            counts[end], counts[inner] = 1, counts[inner] + n_samples - 1
+    return counts
+
+
 def draw_shares(n_samples: int, noiseless: float) -> list[float]:
     """What the score of each draw counts for, where the first is without noise."""
-    return (
-        [noiseless] + [(1 - noiseless) / (n_samples - 1)] * (n_samples - 1)
-        if noiseless
-        else [1 / n_samples] * n_samples
-    )
+    if not noiseless or n_samples == 1:
+        return [1 / n_samples] * n_samples
+    return [noiseless] + [(1 - noiseless) / (n_samples - 1)] * (n_samples - 1)
 
 
 def draws_of(layer: int, step: int, n_samples: int, shape: Sequence[int], noiseless: float, seed: int = 0) -> Tensor:

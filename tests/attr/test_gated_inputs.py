@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import draw_shares, draws_of, ground, measure_range, shut
+from attr_oracles import draw_counts, draw_shares, draws_of, ground, measure_range, shut
 from families import family_named
 from torch import Tensor, nn
 
@@ -92,11 +92,11 @@ def second_implementation(
 
     idle = logits.detach().clone().requires_grad_()
     adam, adrift = torch.optim.Adam([logits], lr=lr), torch.optim.Adam([idle], lr=lr)
-    for step in range(n_steps):
+    for step, draws in enumerate(draw_counts(n_steps, n_samples, noiseless)):
         gate = torch.sigmoid(mirrored(logits, sigma) if sigma else logits)
-        drawn = draws_of(0, step, n_samples, pixels.shape, noiseless)
+        drawn = draws_of(0, step, draws, pixels.shape, noiseless)
         values = [through(gate, eps)[0] for eps in drawn]
-        kept = sum(share * value for share, value in zip(draw_shares(n_samples, noiseless), values, strict=True))
+        kept = sum(share * value for share, value in zip(draw_shares(draws, noiseless), values, strict=True))
         adam.zero_grad()
         (beta * nats(gate).mean() - kept / range_).backward()
         adam.step()
@@ -108,12 +108,12 @@ def second_implementation(
 
 
 @pytest.mark.parametrize(
-    ("smoothing", "variance", "beta", "lr", "noiseless", "closes"),
-    [(0.0, 0.25, 0.3, 0.2, 0.0, False), (1 / 14, 0.25, 0.3, 0.2, 0.6, False), (0.2, 1.0, 0.3, 0.2, 1.0, False)]
-    + [(smoothing, 0.25, 1.2, 1.5, 0.3, True) for smoothing in (0.0, 1 / 14)],
+    ("smoothing", "variance", "beta", "lr", "noiseless", "steps", "closes"),
+    [(0.0, 0.25, 0.3, 0.2, 0.0, 3, False), (1 / 14, 0.25, 0.3, 0.2, 0.6, 5, False), (0.2, 1.0, 0.3, 0.2, 1.0, 3, False)]
+    + [(smoothing, 0.25, 1.2, 1.5, 0.3, 3, True) for smoothing in (0.0, 1 / 14)],
 )
 def test_equals_a_second_implementation(
-    smoothing: float, variance: float, beta: float, lr: float, noiseless: float, closes: bool
+    smoothing: float, variance: float, beta: float, lr: float, noiseless: float, steps: int, closes: bool
 ):
     torch.manual_seed(0)
     score = reader(slice(2, 9), slice(3, 10)).double()
@@ -122,10 +122,11 @@ def test_equals_a_second_implementation(
     pixels[1, :, 6:] = torch.tensor([0.9, -0.2, 0.4], dtype=torch.float64).view(3, 1, 1)
     assert ground(pixels[1]).tolist() == pytest.approx([0.9, -0.2, 0.4])
     assert torch.equal(ground(pixels[0]), pixels[0].flatten(1).median(1).values)
-    settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, "noiseless": noiseless, **FEW}
+    settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, "noiseless": noiseless}
+    settings |= {"n_steps": steps, "n_samples": 4}
     bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, smoothing=smoothing, **settings)
     for one, picture in zip(bits, pixels, strict=True):
-        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, 3, 4, noiseless)
+        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, steps, 4, noiseless)
         torch.testing.assert_close(one.sum(0), expected, rtol=0, atol=1e-6 * float(expected.max()))
         for channel in one:
             torch.testing.assert_close(channel, one.mean(0))

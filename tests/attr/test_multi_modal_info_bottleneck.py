@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import draw_shares, measure_range
+from attr_oracles import draw_counts, draw_shares, measure_range
 from families import Case, family_named
 from torch import Tensor, nn
 
@@ -31,27 +31,26 @@ def one_pair(case: Case, pair: int = 0) -> Case:
     return case.with_inputs((pixels, ids[:, :length]), (case.additional[0][pair : pair + 1, :length],))
 
 
-@pytest.mark.parametrize("pair", [0, 1])
-@pytest.mark.parametrize("modality", [0, 1])
-@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-3), (torch.float64, 1e-6)])
-def test_parity_with_the_published_loop(dtype, share: float, modality: int, pair: int):
+@pytest.mark.parametrize(
+    ("dtype", "share", "pair"), [(torch.float32, 1e-3, 0), (torch.float64, 1e-6, 0), (torch.float64, 1e-6, 1)]
+)
+def test_parity_with_the_published_loop(dtype, share: float, pair: int):
     case = family_named("clip").build()
     case = one_pair(case.double() if dtype == torch.float64 else case, pair)
     model = case.roots[0]
-    layer = (model.vision_model, model.text_model)[modality].encoder.layers[2]
     inputs = (*case.inputs, *case.additional)
-    published = published_map(DualEncoder(model), inputs, modality, layer, n_steps=10)
-    model.zero_grad(set_to_none=True)
     layers = [model.vision_model.encoder.layers[2], model.text_model.encoder.layers[2]]
     ours = LayerMultiModalInfoBottleneck(case.forward, layers).attribute(
         case.inputs, additional_forward_args=case.additional, beta=0.1, score_range=1.0, n_steps=9, n_samples=10
-    )[modality][0]
-    assert ours.dtype == dtype
-    nats = ours * math.log(2)
-    # Adam's first steps are sign-like, so gradients at rounding level may flip single gates in float32.
-    if dtype == torch.float32:
-        nats, published = nats.sum(-1), published.sum(-1)
-    assert float((nats - published).abs().max()) < share * float(published.abs().max())
+    )
+    for modality, (layer, bits) in enumerate(zip(layers, ours, strict=True)):
+        published = published_map(DualEncoder(model), inputs, modality, layer, n_steps=10)
+        assert bits.dtype == dtype
+        nats = bits[0] * math.log(2)
+        # Adam's first steps are sign-like, so gradients at rounding level may flip single gates in float32.
+        if dtype == torch.float32:
+            nats, published = nats.sum(-1), published.sum(-1)
+        assert float((nats - published).abs().max()) < share * float(published.abs().max())
 
 
 OPEN = 1 / (1 + math.exp(-5.0))
@@ -113,9 +112,10 @@ def second_implementation(
     def score(indices, step: int) -> Tensor:
         total = 0.0
         middles = 1 if noiseless else 0
-        others = n_samples - middles
+        draws = draw_counts(n_steps, n_samples, noiseless)[step]
+        others = draws - middles
         half = (others + 1) // 2
-        for draw, share in enumerate(draw_shares(n_samples, noiseless)):
+        for draw, share in enumerate(draw_shares(draws, noiseless)):
             drawn = []
             for index in indices:
                 shape, at = hidden[index].shape[1:], draw - middles

@@ -346,7 +346,14 @@ def test_thumbnails_are_small_pictures_of_what_the_model_saw(whole: dict[str, li
     assert make(str(checkpoint), thumbnail=0, **QUICK)(part(BATCH, [0]))["thumbnail"] == [None]
 
 
-@pytest.mark.parametrize(("model", "kind"), [("listener", "audio"), ("watcher", "video")])
-def test_a_model_of_sounds_or_videos_is_refused(model: str, kind: str):
-    with pytest.raises(ValueError, match=rf"^model: audits take pictures and captions, and .* reads {kind}; .*compare"):
-        Worker(f"captum_m2ib.scenes.events:{model}").load()
+def test_a_model_of_other_pairs_is_refused(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = f"""from captum_m2ib import DualEncoder
+
+def model():
+    loaded = DualEncoder.from_pretrained({str(checkpoint)!r})
+    return DualEncoder(loaded.model, modalities=("image", "image"), processor=loaded.processor)
+"""
+    (tmp_path / "own_siamese_model.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"^model: audits take pictures, sounds or .* compares image with image; "):
+        Worker("own_siamese_model:model").load()

@@ -227,14 +227,14 @@ def test_a_phone_needs_no_scrolling_sideways(name: str, browser: Browser, report
         assert opened.page.evaluate(f"Math.min(...{controls}.map(e => e.offsetHeight))") >= 36
 
 
-def test_five_thousand_pairs_keep_the_page_small(browser: Browser, tmp_path: Path):
+def test_thousands_of_pairs_keep_the_page_small(browser: Browser, tmp_path: Path):
     picture = jpeg()
-    path = write_report(make_audit(tmp_path / "big", [make_row(i, thumbnail=picture) for i in range(5000)], 1000))
+    path = write_report(make_audit(tmp_path / "big", [make_row(i, thumbnail=picture) for i in range(3000)], 1000))
     with visit(browser, path.as_uri(), phone=True) as opened:
-        opened.expect(STATUS, "1–24 of 5,000 pairs, page 1 of 209")
+        opened.expect(STATUS, "1–24 of 3,000 pairs, page 1 of 125")
         choose(opened, "sort", "score")
         choose(opened, "order", "down")
-        opened.expect(f"{IDS}[0]", 4999)
+        opened.expect(f"{IDS}[0]", 2999)
         # What makes a page stall is the number of elements: it does not grow with the pairs.
         assert opened.page.evaluate("document.querySelectorAll('*').length") < 2500
         assert opened.complaints == []

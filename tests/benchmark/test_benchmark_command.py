@@ -59,18 +59,7 @@ def test_models_of_any_size_are_averaged(run: Run, tmp_path: Path):
     for seed, name in enumerate(("first", "second")):
         save_checkpoint(build_model(image_size=32, seed=seed, **sizes), tmp_path / name)
     models = ("--model", tmp_path / "first", tmp_path / "second")
-    given = (
-        "--probes",
-        1,
-        *models,
-        "--method",
-        "m2ib-published",
-        "m2ib",
-        "legrad",
-        "--without-cost",
-        "--output",
-        "run",
-    )
+    given = ("--probes", 1, *models, "--method", "m2ib", "legrad", "--without-cost", "--output", "run")
     status, out, err = run(*given)
     assert (status, err) == (0, "") and "of 2 models)" in out
     rows = list(csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines()))

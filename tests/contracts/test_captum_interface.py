@@ -30,46 +30,51 @@ def check(attributions: tuple, inputs: tuple) -> None:
         assert bool(attribution.isfinite().all()) and bool((attribution >= 0).all()) and float(attribution.sum()) > 0
 
 
-def test_tuple_in_tuple_out(case: Case):
-    attributions = case.attribute()
-    assert isinstance(attributions, tuple)
-    check(attributions, case.inputs)
-
-
 def test_every_layer_choice_gives_attributions(case: Case):
     for choice in range(1, max(map(len, case.layers))):
         check(case.attribute(case.method(choice), n_steps=1), case.inputs)
 
 
-def test_tensor_in_tensor_out(case: Case):
+def test_tuple_in_tuple_out_and_tensor_in_tensor_out(case: Case):
     first, *others = case.inputs
-    alone = case.with_inputs((first,), (*others, *case.additional))
-    (expected,) = (case.attribute()[0],)
-    method = alone.method()
-    attribution = alone.attribute(method)
-    assert isinstance(attribution, tuple)
-    torch.testing.assert_close(attribution[0], expected, rtol=1e-3, atol=1e-3 * float(expected.max()))
+    attributions = case.attribute(**FEW)
+    assert isinstance(attributions, tuple)
+    check(attributions, case.inputs)
     if case.training:
         case.forward.eval()
-    one = method.attribute(first, additional_forward_args=(*others, *case.additional), n_steps=2, n_samples=3)
+    one = case.method().attribute(first, additional_forward_args=(*others, *case.additional), **FEW)
     assert isinstance(one, torch.Tensor)
-    torch.testing.assert_close(one, attribution[0], rtol=0, atol=0)
+    torch.testing.assert_close(one, attributions[0], rtol=1e-3, atol=1e-3 * float(one.max()))
 
 
-def test_callers_without_gradients(case: Case):
-    few = {"n_steps": 2, "n_samples": 2}
-    expected = case.attribute(**few)
-    with torch.no_grad():
-        in_no_grad = case.attribute(**few)
+def test_a_tuple_of_one_gives_a_tuple_of_one():
+    case = family_named("clip").build()
+    first, *others = case.inputs
+    extra = (*others, *case.additional)
+    (found,) = case.with_inputs((first,), extra).attribute(**FEW)
+    assert torch.equal(found, case.method().attribute(first, additional_forward_args=extra, **FEW))
+
+
+def test_callers_in_inference_mode(distinct: Family):
+    case = distinct.build()
+    expected = case.attribute(**FEW)
     with torch.inference_mode():
-        in_inference = case.attribute(**few)
         made = tuple(tensor.clone() for tensor in case.inputs)
         extra = tuple(tensor.clone() for tensor in case.additional)
-        made_in_inference = case.with_inputs(made, extra).attribute(**few)
-    for attributions in (in_no_grad, in_inference, made_in_inference):
-        check(attributions, case.inputs)
-        for attribution, same in zip(attributions, expected, strict=True):
-            torch.testing.assert_close(attribution, same, rtol=0, atol=0)
+        found = case.with_inputs(made, extra).attribute(**FEW)
+    check(found, case.inputs)
+    assert all(map(torch.equal, found, expected))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["clip", "closure"])
+def test_callers_without_gradients(name: str, mode):
+    case = family_named(name).build()
+    expected = case.attribute(**FEW)
+    with mode():
+        found = case.attribute(**FEW)
+    check(found, case.inputs)
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("method", METHODS)

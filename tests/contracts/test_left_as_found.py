@@ -31,26 +31,34 @@ def last_linear_that_runs(case: Case) -> nn.Module:
     return ran[-1]
 
 
-@pytest.mark.parametrize("joint", [False, True])
-def test_after_a_run(family: Family, joint: bool):
+def test_after_a_run(family: Family):
     case = family.build()
     if "late" in family.features:
         # ColPali puts hooks of its own on itself when it first runs.
         case.forward(*case.inputs, *case.additional)
     disturb(case)
     before = snapshot(case)
-    case.attribute(joint=joint)
+    case.attribute()
     assert_as_found(case, before)
 
 
-@pytest.mark.parametrize("call", [1, 4])
-def test_after_an_error_in_the_forward_pass(family: Family, call: int):
+@pytest.mark.parametrize("name", ["clip", "closure", "shared_tower"])
+def test_after_a_joint_run(name: str):
+    case = family_named(name).build()
+    disturb(case)
+    before = snapshot(case)
+    case.attribute(joint=True)
+    assert_as_found(case, before)
+
+
+# While the pass is recorded, and in the descent.
+@pytest.mark.parametrize(("call", "error"), [(1, Stop), (4, KeyboardInterrupt)])
+def test_after_an_error_in_the_forward_pass(family: Family, call: int, error: type[BaseException]):
     case = family.build()
     disturb(case)
     # What embeds tokens is found by a pass of its own, once, in which an error is no error yet.
     case.method()
     inner = last_linear_that_runs(case)
-    error: type[BaseException] = Stop
     seen = 0
 
     def fail(*_):
@@ -61,11 +69,9 @@ def test_after_an_error_in_the_forward_pass(family: Family, call: int):
 
     inner.register_forward_hook(fail)
     before = snapshot(case)
-    for error in (Stop, KeyboardInterrupt):
-        seen = 0
-        with pytest.raises(error):
-            case.attribute(n_steps=10)
-        assert_as_found(case, before)
+    with pytest.raises(error):
+        case.attribute(n_steps=10)
+    assert_as_found(case, before)
     case.attribute(n_steps=1)
 
 

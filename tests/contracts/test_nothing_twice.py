@@ -191,7 +191,9 @@ def test_only_the_explained_modality_runs():
     assert calls[case.roots[0].vision_model.encoder.layers[3]] == 1 + 1 + 1 + 5
 
 
-def test_parameters_receive_no_gradient(case: Case):
+@pytest.mark.parametrize("name", ["closure", "conv_maps"])
+def test_parameters_receive_no_gradient(name: str):
+    case = family_named(name).build()
     for root in case.roots:
         root.requires_grad_(True)
     case.attribute()

@@ -33,6 +33,13 @@ DTYPES = pytest.mark.parametrize("exact", [True, False], ids=["float64", "float3
 UNITS = {True: ((1e-3, 100.0), (1e3, -1e4)), False: ((1e3, 700.0),)}
 
 
+def some_in_float64(*names: str) -> pytest.MarkDecorator:
+    """Models in float64, and the first of them in float32 as well."""
+    cases = [*((name, True) for name in names), (names[0], False)]
+    ids = [f"{name}-{'float64' if exact else 'float32'}" for name, exact in cases]
+    return pytest.mark.parametrize(("name", "exact"), cases, ids=ids)
+
+
 def scaled(forward: Any, a: float, b: float) -> Any:
     """The same score in another unit and from another zero, for everything else the same model."""
     if not isinstance(forward, DualEncoder):
@@ -76,33 +83,39 @@ def with_forward(case: Case, forward: Any) -> Case:
     return changed
 
 
-@DTYPES
-def test_at_layers(family: Family, exact: bool):
-    case = case_of(family, exact)
-    exact = exact and "single" not in family.features
-    in_every_unit(lambda forward: with_forward(case, forward).attribute(**FEW), case.forward, exact)
+def at_layers(case: Case, forward: Any) -> Any:
+    return with_forward(case, forward).attribute(**FEW)
+
+
+def at_the_input_and_for_words(case: Case, forward: Any) -> Any:
+    changed = with_forward(case, forward)
+    if case.layouts is None:
+        return changed.attribute(MultiModalInfoBottleneck(forward), **FEW)
+    words = None if case.inputs[1].is_floating_point() else case.layers[1][-1]
+    method = MultiModalInfoBottleneck(forward, [None, words], case.layouts, statistics=["pair", "pair"])
+    return changed.attribute(method, **FEW)
+
+
+WHERE = pytest.mark.parametrize("attribute", [at_layers, at_the_input_and_for_words], ids=lambda one: one.__name__)
+
+
+@WHERE
+def test_every_family(distinct: Family, attribute: Callable[[Case, Any], Any]):
+    case = case_of(distinct, True)
+    (a, b), exact = UNITS[True][1], "single" not in distinct.features
+    same(attribute(case, scaled(case.forward, a, b)), attribute(case, case.forward), exact)
 
 
 @DTYPES
-def test_at_the_input_and_for_words(family: Family, exact: bool):
-    case = case_of(family, exact)
-    exact = exact and "single" not in family.features
-
-    def attribute(forward: Any) -> Any:
-        changed = with_forward(case, forward)
-        if "model" in family.features or family.name == "clip":
-            return changed.attribute(MultiModalInfoBottleneck(forward), **FEW)
-        second = case.inputs[1]
-        words = None if second.is_floating_point() else case.layers[1][-1]
-        method = MultiModalInfoBottleneck(forward, [None, words], case.layouts, statistics=["pair", "pair"])
-        return changed.attribute(method, **FEW)
-
-    in_every_unit(attribute, case.forward, exact)
+@WHERE
+@pytest.mark.parametrize("name", ["clip", "clip_bf16", "conv_maps", "shared_tower", "siglip2_naflex"])
+def test_every_unit(name: str, attribute: Callable[[Case, Any], Any], exact: bool):
+    case = case_of(family_named(name), exact)
+    in_every_unit(lambda forward: attribute(case, forward), case.forward, exact)
 
 
-@DTYPES
 @pytest.mark.parametrize("prior", [None, "pair"])
-@pytest.mark.parametrize("name", ["clip", "closure", "conv_maps", "shared_tower", "sequence_first"])
+@some_in_float64("clip", "closure", "conv_maps", "shared_tower", "sequence_first")
 def test_all_modalities_against_one_score(name: str, prior, exact: bool):
     case = case_of(family_named(name), exact)
 
@@ -113,8 +126,7 @@ def test_all_modalities_against_one_score(name: str, prior, exact: bool):
     in_every_unit(attribute, case.forward, exact)
 
 
-@DTYPES
-@pytest.mark.parametrize("name", ["clip", "closure", "conv_maps"])
+@some_in_float64("clip", "closure", "conv_maps")
 def test_elements_of_layers(name: str, exact: bool):
     case = case_of(family_named(name), exact)
     several = [choices[0] for choices in case.layers]
@@ -188,9 +200,8 @@ def test_one_modality_without_a_target(smoothing: float | None, exact: bool):
 
 # Where the score weighs a tenth, some maps are empty.
 @pytest.mark.filterwarnings("ignore:beta. no part of pair:captum_m2ib.NothingToExplainWarning")
-@DTYPES
 @pytest.mark.parametrize("joint", [False, True])
-@pytest.mark.parametrize("name", ["clip", "closure"])
+@some_in_float64("clip", "closure")
 def test_the_measured_range_may_be_given(name: str, joint: bool, exact: bool):
     case = case_of(family_named(name), exact)
     method = MultiModalInfoBottleneck(case.forward) if name == "clip" else case.method()
@@ -198,18 +209,18 @@ def test_the_measured_range_may_be_given(name: str, joint: bool, exact: bool):
     expected, record = method.attribute_with_record(case.inputs, **given)
     for index, modality in enumerate(record.modalities):
         if not joint or index == 0:
-            ranges = modality.score_range.tolist()
-            for score_range in (ranges, modality.score_range):
-                found = method.attribute(case.inputs, score_range=score_range, **given)
-                where = slice(None) if joint else slice(index, index + 1)
-                same(found[where], expected[where], exact)
+            # A tensor, and a list.
+            ranges = modality.score_range if index == 0 else modality.score_range.tolist()
+            found = method.attribute(case.inputs, score_range=ranges, **given)
+            where = slice(None) if joint else slice(index, index + 1)
+            same(found[where], expected[where], exact)
     # Apart from each other they have ranges of their own, against one score a common one.
     one, other = (modality.score_range for modality in record.modalities)
     assert torch.equal(one, other) == joint
     # A larger range makes the score weigh less, so fewer bits are kept.
-    less = method.attribute(case.inputs, score_range=[10 * r for r in ranges], **given)
+    less = method.attribute(case.inputs, score_range=10 * other, **given)
     assert float(less[1].sum()) < float(expected[1].sum())
-    chunked = method.attribute(case.inputs, score_range=ranges, internal_batch_size=3, **given)
+    chunked = method.attribute(case.inputs, score_range=other, internal_batch_size=3, **given)
     same(chunked[1:], expected[1:], exact)
 
 
@@ -245,7 +256,7 @@ def toy_score(words: Tensor) -> Callable[[Tensor], Tensor]:
     return score
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(
     logarithm=st.floats(-3, 3),
     zero=st.floats(-1e4, 1e4),

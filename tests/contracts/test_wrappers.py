@@ -47,15 +47,24 @@ def assert_equal(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> Non
         torch.testing.assert_close(one, other, rtol=0, atol=1e-6 * float(other.max()))
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+# A model of each library in every wrapper, and those that say otherwise what their embeddings are in one.
+@pytest.mark.parametrize(
+    ("wrapper", "name"),
+    [
+        (wrapper, name)
+        for name in MODELS
+        for wrapper in WRAPPERS
+        if name in ("clip", "open_clip_coca") or wrapper == "peft"
+    ],
+)
 def test_a_wrapped_model_has_the_map_of_the_plain_one(wrapper: str, name: str):
     case = family_named(name).build().double()
     model = case.forward.model
     wrapped = WRAPPERS[wrapper](model)
     encoder = DualEncoder(wrapped.eval())
     assert type(encoder.model) is type(model)
-    for forward in (encoder, wrapped):
+    # What is no encoder yet is made one by the method.
+    for forward in (encoder, wrapped) if name == "clip" else (wrapped,):
         assert_equal(bits_of(case, forward), bits_of_plain(name))
 
 

@@ -7,21 +7,16 @@ from typing import Any
 import late
 import numpy as np
 import pytest
-import tiny_parts
 import torch
 import zoo
 from PIL import Image
 from torch import Tensor
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck
+from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
 from captum_m2ib.engine.layouts import packed_grid
 
 QUERIES = ["revenue 2024", "a chart of the revenue 2025"]
 NAMES = [name for name in ("colpali", "colqwen2", "colmodernvbert") if name in {model.name for model in zoo.ZOO}]
-
-pytestmark = pytest.mark.skipif(
-    tiny_parts.LEGACY, reason="processors of this transformers take no tokenizer of another class"
-)
 
 
 def pages() -> list[Image.Image]:
@@ -32,6 +27,50 @@ def pages() -> list[Image.Image]:
 @pytest.fixture(params=NAMES)
 def encoder(request: pytest.FixtureRequest) -> DualEncoder:
     return zoo.encoder_of(zoo.model_named(request.param), processor=getattr(late, request.param)())
+
+
+def own_mean_scores(encoder: DualEncoder, given: list[Image.Image], queries: list[str]) -> Tensor:
+    """The same where each side is written by a template: the mean over a query's tokens of their best on the page."""
+    processor: Any = encoder.processor
+    page = [processor(images=[one], return_tensors="pt") for one in given]
+    conversations = [[{"role": "user", "content": [{"type": "text", "text": one}]}] for one in queries]
+    query = [processor.apply_chat_template(one, task="query", tokenize=True, return_dict=True) for one in conversations]
+    embedded = [
+        [
+            encoder.model(**{k: torch.as_tensor(v) for k, v in one.items()}, output_dense=False).embeddings[0]
+            for one in side
+        ]
+        for side in (page, query)
+    ]
+    return torch.tensor([[(q @ p.T).amax(-1).mean() for q in embedded[1]] for p in embedded[0]])
+
+
+@pytest.mark.skipif("neomme" not in {model.name for model in zoo.ZOO}, reason="of a later transformers")
+class TestTemplates:
+    @pytest.fixture
+    def encoder(self) -> DualEncoder:
+        return zoo.encoder_of(zoo.model_named("neomme"), processor=late.neomme())
+
+    @torch.no_grad()
+    def test_scores_are_the_models_own(self, encoder: DualEncoder):
+        pairs = encoder.prepare(pages(), QUERIES)
+        found = encoder(*pairs.inputs, *pairs.additional_forward_args)
+        expected = own_mean_scores(encoder, pages(), QUERIES)
+        torch.testing.assert_close(found, expected.diagonal(), rtol=0, atol=1e-5)
+        every = encoder.similarities(*pairs.inputs, *pairs.additional_forward_args)
+        torch.testing.assert_close(every, expected, rtol=0, atol=1e-5)
+
+    def test_a_page_and_its_query_are_explained(self, encoder: DualEncoder):
+        wide, tall = explain(encoder, pages(), QUERIES, n_steps=1, n_samples=1, check=False)
+        assert wide.patch_bits.shape == (3, 4) and tall.patch_bits.shape == (4, 3)
+        assert wide.tokens == ("[query]", "revenue", "2024", "[mask]", "[mask]") and (wide.token_bits > 0).all()
+        # Padded below to whole patches.
+        np.testing.assert_allclose(wide.region[:4], (0, 0, 64, 48), atol=0.25)
+
+    def test_a_processor_without_a_template_is_told_so(self):
+        encoder = zoo.encoder_of(zoo.model_named("neomme"), processor=late.neomme(chat_template=None))
+        with pytest.raises(ValueError, match=r"^processor: expected NeoMMEProcessor with a chat template"):
+            encoder.prepare(pages(), QUERIES)
 
 
 def own_scores(encoder: DualEncoder, given: list[Image.Image], queries: list[str]) -> Tensor:
@@ -77,6 +116,7 @@ def test_tokens_that_fill_a_query_are_real(encoder: DualEncoder):
     assert sum(pairs.special[0]) >= 10
 
 
+@pytest.mark.skipif("colmodernvbert" not in NAMES, reason="of a later transformers")
 def test_tiles_lie_where_they_were_cut_from():
     encoder = zoo.encoder_of(zoo.model_named("colmodernvbert"), processor=late.colmodernvbert())
     pairs = encoder.prepare(pages()[0], QUERIES[0])

@@ -199,6 +199,18 @@ def test_what_a_network_reads_and_is_not_known_is_refused(checkpoint: Path, tmp_
         DualEncoder.from_sentence_transformers(made).prepare(pictures()[0], TEXTS[0])
 
 
+def test_videos_and_texts(tmp_path: Path):
+    torch.manual_seed(0)
+    embedders.save_videoprism(tmp_path)
+    made = SentenceTransformer(str(tmp_path), device="cpu")
+    encoder = DualEncoder.from_sentence_transformers(made)
+    frames = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3), dtype=np.uint8)
+    own = [np.asarray(made.encode([one])).reshape(-1) for one in ({"video": frames}, TEXTS[0])]
+    (shown,) = explain(encoder, frames, TEXTS[0], **FEW)
+    assert shown.score == pytest.approx(float(made.similarity(*own)), abs=1e-4)
+    assert shown.kind == "video" and shown.image_bits.shape == (4, 32, 32) and shown.image_total_bits > 0
+
+
 def test_sounds_and_texts(tmp_path: Path):
     torch.manual_seed(0)
     embedders.save_clap(tmp_path)

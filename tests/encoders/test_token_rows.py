@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from families import LAYOUTS, captions, image_tower, pictures
 from torch import Tensor, nn
@@ -82,6 +84,46 @@ def test_one_of_several_tables_is_refused(encoder: DualEncoder):
     for table in encoder.embeddings_of(1).tables:
         with pytest.raises(ValueError, match=r"^layers: the token ids enter .*tokens and .*values.*embeddings_of\(1\)"):
             MultiModalInfoBottleneck(encoder, layers=(None, table))
+
+
+class Bare(TwoTables):
+    """The second table is a parameter, which no module reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = self._modules.pop("values").weight
+
+    def values(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.rows)
+
+
+def test_ids_that_no_module_reads_are_noticed():
+    torch.manual_seed(0)
+    encoder = DualEncoder(image_tower(), Bare(), layouts=LAYOUTS).eval()
+    with pytest.warns(UserWarning, match=r"^model: Bare reads which token is where outside of .*functional\.embedding"):
+        assert encoder.embeddings_of(1) is encoder.text_tower.tokens
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        encoder.embeddings_of(1)
+
+
+class EndsAtHighest(nn.Module):
+    """Where a caption ends is told by its highest id, and by an id of its own: neither says which token is where."""
+
+    def __init__(self, end: int | None) -> None:
+        super().__init__()
+        self.tokens, self.head, self.end = nn.Embedding(64, 16), nn.Linear(16, 8), end
+
+    def forward(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+        ends = ids.argmax(1) if self.end is None else (ids == self.end).int().argmax(1)
+        return self.head(self.tokens(ids).cumsum(1))[torch.arange(len(ids)), ends]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("end", [None, 3, 7, 63])
+def test_where_a_caption_ends_is_no_table(end: int | None):
+    encoder = DualEncoder(image_tower(), EndsAtHighest(end), layouts=LAYOUTS)
+    assert encoder.embeddings_of(1) is encoder.text_tower.tokens
 
 
 class PerLayer(nn.Module):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from test_consistency import model_of, moved, opaque_model, suffix_of
 from test_suffix import Parts
 from torch import Tensor, nn
 
+from captum_m2ib import LayerMultiModalInfoBottleneck
 from captum_m2ib.engine.interception import borrowing
 
 pytestmark = pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad=True to a scalar")
@@ -92,3 +94,29 @@ def test_what_only_looks_like_it_is_not_refused(kind: type[nn.Module], which: in
     with borrowing(model):
         suffix = suffix_of(model, model.first, dtype=dtype)
         assert suffix.run({0: moved(suffix)}, 1).requires_grad
+
+
+class Beside(nn.Module):
+    """Returns beside its hidden state a tensor that nothing reads, as blocks return attention weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.linear(x), x @ x.transpose(-1, -2)
+
+
+class Halved(nn.Module):
+    """Computes with a number from NumPy, whose making nobody saw, and on which nothing depends."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.from_numpy(np.full(1, 0.5, np.float32))
+
+
+def test_what_a_layer_returns_beside_its_hidden_state_was_not_computed_outside_of_torch():
+    torch.manual_seed(0)
+    block, halved = Beside().eval(), Halved().eval()
+    method = LayerMultiModalInfoBottleneck(lambda x: halved(block(x)[0]).tanh().sum((1, 2)), block)
+    bits = method.attribute(torch.randn(3, 4, 6), n_steps=2, n_samples=2)
+    assert bits.shape == (3, 4, 6) and bool((bits.flatten(1).sum(1) > 0).all())

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import tiny_clip
+from tiny_parts import LEGACY
 from torch import Tensor, nn
 
 from captum_m2ib import MultiModalInfoBottleneck
@@ -165,6 +166,7 @@ def test_a_model_that_looks_at_positions_that_it_does_not_read_is_run_as_it_is()
         assert not suffix._reuse.is_narrowing
 
 
+@pytest.mark.skipif(LEGACY, reason="in CLIP of this transformers nothing is left out")
 def test_maps_of_a_dual_encoder_are_the_same_for_fewer_operations(monkeypatch: pytest.MonkeyPatch):
     encoder = tiny_clip().double()
     generator = torch.Generator().manual_seed(0)

@@ -46,7 +46,7 @@ def attribute(pairs: int, **settings) -> tuple[Tensor, dict[bool, list[int]]]:
     model = Score().eval().double()
     given = torch.randn(pairs, POSITIONS, WIDTH, generator=torch.Generator().manual_seed(1)).double()
     method = MultiModalInfoBottleneck(model, ["entry"])
-    return method.attribute(given, n_steps=2, n_samples=4, **settings), model.rows.seen
+    return method.attribute(given, **{"n_steps": 2, "n_samples": 4, **settings}), model.rows.seen
 
 
 def test_what_a_row_makes_is_counted():
@@ -85,6 +85,20 @@ def test_pairs_are_recorded_anew_once_at_most():
 def test_rows_without_a_graph_are_more():
     _, seen = attribute(1, memory_budget=10**9)
     assert max(seen[False]) <= 4 * ROWS_WITHOUT_GRAPH and max(seen[False]) > max(seen[True])
+
+
+@pytest.mark.parametrize(
+    ("steps", "draws"), [(3, [4, 4, 4]), (4, [1, 7, 7, 1]), (5, [1, 7, 4, 7, 1]), (6, [1, 7, 4, 4, 7, 1])]
+)
+def test_the_ends_of_a_descent_leave_their_noise_to_the_steps_beside_them(steps: int, draws: list[int]):
+    given = {"n_steps": steps, "n_samples": 4, "memory_budget": 10**9}
+    _, seen = attribute(1, noiseless=0.5, **given)
+    assert seen[True] == draws and sum(draws) == 4 * steps
+    _, seen = attribute(1, **given)
+    assert seen[True] == [4] * steps
+    found, seen = attribute(3, noiseless=0.5, **given, internal_batch_size=8)
+    assert max(seen[True]) <= 8 and sum(seen[True]) == 3 * 4 * steps
+    torch.testing.assert_close(found, attribute(3, noiseless=0.5, **given)[0], rtol=1e-9, atol=0)
 
 
 @pytest.mark.parametrize("most", [3, 4, 8, 9])

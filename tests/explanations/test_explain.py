@@ -30,6 +30,8 @@ def picture(seed: int = 0, height: int = 64, width: int = 64) -> np.ndarray:
 PICTURES = [picture(0), picture(1, 40, 90), picture(2)]
 
 
+# Random weights may have nothing to explain.
+@pytest.mark.filterwarnings("ignore::captum_m2ib.NothingToExplainWarning")
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("published", [False, True])
 def test_agrees_with_the_method(encoder: DualEncoder, published: bool, joint: bool):

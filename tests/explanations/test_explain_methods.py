@@ -35,6 +35,7 @@ FEWER: dict[str, dict[str, Any]] = {
     "m2ib": {"n_steps": 2, "n_samples": 2},
     "m2ib-published": {"n_steps": 2, "n_samples": 2},
     "rise": {"n_masks": 16},
+    "nib": {"n_steps": 2},
 }
 
 

@@ -136,7 +136,9 @@ def test_pages_of_several_sizes_are_explained_one_by_one():
     together = explain(encoder, [PAGES[0], PAGES[2]], [QUERY, "revenue 2025"], tokens="revenue", **FEW)
     alone = explain(encoder, PAGES[2], "revenue 2025", tokens="revenue", **FEW)[0]
     np.testing.assert_array_equal(together[1].image_bits, alone.image_bits)
-    assert [one.image_bits.shape for one in together] == [(16, 32), (32, 32)]
+    # How large they are is the processor's, and other from release to release.
+    (low, wide), (high, square) = (one.image_bits.shape for one in together)
+    assert low < wide and high == square
 
 
 @pytest.mark.skipif(tiny_parts.LEGACY, reason="this transformers has no model that reads tiles")

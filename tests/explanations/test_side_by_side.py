@@ -15,7 +15,7 @@ from captum_m2ib.scenes import CHECKPOINT, image_probes
 
 PROBE, OTHER = image_probes(2, seed=5)
 QUICK = {"n_steps": 2, "n_samples": 2}
-FEWER = {"m2ib": QUICK, "m2ib-published": QUICK, "rise": {"n_masks": 16}}
+FEWER = {"m2ib": QUICK, "m2ib-published": QUICK, "rise": {"n_masks": 16}, "nib": {"n_steps": 2}}
 
 
 @pytest.fixture(scope="module")

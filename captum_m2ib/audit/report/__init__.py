@@ -25,6 +25,7 @@ from captum_m2ib.audit.report.pairs import (
     as_data,
     colours,
     found_in,
+    have_one_place,
     picture_data,
     read_pairs,
 )
@@ -41,7 +42,10 @@ __all__ = ["write_report"]
 _HERE = Path(__file__).parent
 _CHUNK = 200
 _SCORE = ("score", "score (cosine similarity)")
-_TOTALS = (("image_bits", "image"), ("text_bits", "text"))
+_READING = {
+    "sound": "A sound is shown as its spectrogram, high above low, or as its wave; time goes from left to right.",
+    "video": "Frames of a video stand in rows, and time goes from left to right.",
+}
 
 
 def write_report(
@@ -99,6 +103,8 @@ def write_report(
         shown=len(chosen),
         methods=_methods(runs, [figures] if other is None else [figures, other]),
         unit=WORDINGS[figures.unit].name,
+        kind=figures.kind,
+        reading=_READING.get(figures.kind, ""),
         totals=_labels([figures] if other is None else [figures, other])[1:],
         tiles=_tiles([figures] if other is None else [figures, other]),
         distributions=_distributions([figures] if other is None else [figures, other]),
@@ -109,7 +115,15 @@ def write_report(
         tokens=quiet_tokens(figures),
         comparison=None if other is None or matched is None else _comparison(figures, other, matched, shown),
         data=trusted(
-            data_text({"pairs": shown, "colours": colours(), "compared": compare is not None, "chunk": _CHUNK})
+            data_text(
+                {
+                    "pairs": shown,
+                    "colours": colours(),
+                    "compared": compare is not None,
+                    "chunk": _CHUNK,
+                    "kind": figures.kind,
+                }
+            )
         ),
         chunks=[trusted(data_text(pictures[first : first + _CHUNK])) for first in range(0, len(pictures), _CHUNK)],
     )
@@ -126,20 +140,21 @@ def _shown_pairs(
     matched: Any,
 ) -> tuple[list[dict[str, Any]], list[str]]:
     found = found_in(findings)
-    shown, pictures, maps = [], [], []
+    shown, pictures, mine = [], [], []
     for index, pair in zip(chosen, read_pairs(audit, chosen), strict=True):
         shown.append(as_data(pair, found.get(index, {})))
         pictures.append(picture_data(pair))
-        maps.append(pair["map"] if compare is not None else None)
+        mine.append({name: pair[name] for name in ("map", "timeline")} if compare is not None else {})
     if compare is not None:
         places = {int(matched[index]): position for position, index in enumerate(chosen) if matched[index] >= 0}
         order = sorted(places)
         for place, pair in zip(order, read_pairs(compare, order), strict=True):
-            mine = shown[places[place]]
-            mine["other"] = as_data(pair, {})
-            mine["agreement"] = agreement(maps[places[place]], pair["map"])
-            if mine["score"] is not None and mine["other"]["score"] is not None:
-                mine["change"] = mine["other"]["score"] - mine["score"]
+            one = shown[places[place]]
+            one["other"] = as_data(pair, {})
+            before = mine[places[place]]
+            one["agreement"] = agreement(before["map"], pair["map"]) if have_one_place(before, pair) else None
+            if one["score"] is not None and one["other"]["score"] is not None:
+                one["change"] = one["other"]["score"] - one["score"]
     return shown, pictures
 
 
@@ -177,7 +192,8 @@ def _labels(audits: Sequence[Figures]) -> list[tuple[str, str]]:
     wording = WORDINGS[audits[0].unit]
     if len(units) > 1 or not wording.has_totals:
         return [_SCORE]
-    return [_SCORE, *((name, f"{wording.name} of the {what}") for name, what in _TOTALS)]
+    totals = (("image_bits", audits[0].kind), ("text_bits", "text"))
+    return [_SCORE, *((name, f"{wording.name} of the {what}") for name, what in totals)]
 
 
 def _tiles(audits: Sequence[Figures]) -> list[dict[str, Any]]:

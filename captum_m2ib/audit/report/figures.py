@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_m2ib.audit.writer import read_shard, shards
+from captum_m2ib.audit.writer import kind_in, read_shard, shards
 from captum_m2ib.engine.verdict import VERDICTS, worst
 
 NUMBERS = (
@@ -36,6 +36,7 @@ CHECKS = ("image_check", "text_check")
 SILENT = 0.05
 _FEWEST_WORDS = 3
 _NAME = re.compile(r"[^\s(]*[/\\]\S*?(?=[;,.:)]*$)")
+_WITHOUT_BOXES = ("The manifest has no boxes or masks.", "Boxes and masks lie in pictures.")
 _FOUND = 24
 _TOKENS = 15
 
@@ -55,6 +56,7 @@ class Figures:
         examples (dict): Per kind of error, its commonest reasons with their numbers.
         checks (dict): Per name in :data:`CHECKS` the verdicts, None where there is none.
         unit (str): What the maps are in, as :attr:`captum_m2ib.Explanation.unit` says it.
+        kind (str): What is compared with captions: ``"image"``, ``"sound"`` or ``"video"``.
     """
 
     ids: list[str]
@@ -66,6 +68,7 @@ class Figures:
     examples: dict[str, dict[str, int]]
     checks: dict[str, list[str | None]]
     unit: str = "bits"
+    kind: str = "image"
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,7 +106,7 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
     rows, silent = joined.pop("row").astype(np.int64), joined.pop("silent")
     # Earlier releases wrote no unit: they knew bits alone.
     unit = units.pop() if units else "bits"
-    return Figures(ids, rows, joined, silent, kinds, tokens, examples, checks, unit)
+    return Figures(ids, rows, joined, silent, kinds, tokens, examples, checks, unit, kind_in(folder))
 
 
 def _count(counts: dict[str, int], name: str, most: int = 200) -> None:
@@ -194,7 +197,7 @@ def find(figures: Figures) -> list[Finding]:
             "Map outside the boxes",
             "Least of the map above zero inside the given boxes or mask for their area; at 1 it knows nothing of them.",
             _top(np.where(lift < 1, -lift, np.nan)),
-            "" if np.isfinite(lift).any() else "The manifest has no boxes or masks.",
+            "" if np.isfinite(lift).any() else _WITHOUT_BOXES[figures.kind != "image"],
         ),
         Finding(
             "unchanged",
@@ -225,9 +228,14 @@ def _failing(figures: Figures) -> np.ndarray:
 
 
 def verdict_table(figures: Figures) -> list[dict[str, Any]]:
-    """How many maps of pictures and of captions, and how many pairs, got each verdict; empty where none was checked."""
+    """How many maps of each side, and how many pairs, got each verdict; empty where none was checked."""
     of_pairs = [pair_verdict(pair) for pair in zip(*figures.checks.values(), strict=True)]
-    rows = {"pictures": figures.checks["image_check"], "captions": figures.checks["text_check"], "pairs": of_pairs}
+    media = "pictures" if figures.kind == "image" else f"{figures.kind}s"
+    rows = {
+        media: figures.checks["image_check"],
+        "captions": figures.checks["text_check"],
+        "pairs": of_pairs,
+    }
     if not any(of_pairs):
         return []
     return [

@@ -1,7 +1,7 @@
 "use strict";
 (() => {
   const byId = (id) => document.getElementById(id);
-  const { pairs, colours, compared, chunk } = JSON.parse(byId("data").textContent);
+  const { pairs, colours, compared, chunk, kind } = JSON.parse(byId("data").textContent);
   const PAGE = 24;
   const STRIP = 6;
   const chunks = new Map();
@@ -269,11 +269,11 @@
     const facts = element("dl", "facts");
     for (const [name, value] of [
       ["score", side.score === null ? null : number(side.score, 4)],
-      [`${side.unit} of the image`, side.image_bits === null ? null : amount(side.image_bits, side.unit)],
+      [`${side.unit} of the ${kind}`, side.image_bits === null ? null : amount(side.image_bits, side.unit)],
       [`${side.unit} of the text`, side.text_bits === null ? null : amount(side.text_bits, side.unit)],
-      ["score through the image's gates", side.image_score === null ? null : number(side.image_score, 4)],
+      [`score through the ${kind}'s gates`, side.image_score === null ? null : number(side.image_score, 4)],
       ["score through the text's gates", side.text_score === null ? null : number(side.text_score, 4)],
-      ["check of the image's map", verdictOf(side, "image")],
+      [`check of the ${kind}'s map`, verdictOf(side, "image")],
       ["check of the text's map", verdictOf(side, "text")],
       ["score of the best half", side.best_half_score === null ? null : number(side.best_half_score, 4)],
       ["score of the other half", side.other_half_score === null ? null : number(side.other_half_score, 4)],
@@ -281,6 +281,7 @@
       ["share of the area inside", side.inside_area === null ? null : number(side.inside_area, 3)],
       ["likeness to the other caption's map", side.contrast_similarity === null ? null : number(side.contrast_similarity, 3)],
       ["other caption", side.contrast || null],
+      ["time", side.time || null],
     ]) {
       if (value === null) continue;
       const entry = element("div");

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 
 from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
 from captum_m2ib.audit.writer import read_shard, shards
+from captum_m2ib.encoders.timelines import VideoTimeline, ensure_timeline
 from captum_m2ib.explanations.embedding import ramps
 from captum_m2ib.explanations.lettering import shown_text
 from captum_m2ib.explanations.units import WORDINGS
@@ -24,6 +26,7 @@ _COLUMNS = (
     *NUMBERS,
     *CHECKS,
     "unit",
+    "timeline",
     "map",
     "tokens",
     "special",
@@ -69,9 +72,10 @@ def as_data(pair: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]
         "check": pair_verdict([pair[name] for name in CHECKS]),
         **explanation_data(pair),
     }
-    for name in ("contrast", "warning", "error_kind", "error"):
-        if pair[name] is not None:
-            shown[name] = shown_text(pair[name])
+    texts = {name: pair[name] for name in ("contrast", "warning", "error_kind", "error")}
+    for name, text in {**texts, "time": _time(pair)}.items():
+        if text is not None:
+            shown[name] = shown_text(text)
     return shown
 
 
@@ -99,6 +103,25 @@ def explanation_data(pair: Mapping[str, Any]) -> dict[str, Any]:
 def picture_data(pair: Mapping[str, Any]) -> str:
     """The picture in base64, or nothing."""
     return base64.b64encode(pair["thumbnail"]).decode("ascii") if pair["thumbnail"] else ""
+
+
+def _time(pair: Mapping[str, Any]) -> str | None:
+    """When a sound or a video begins and ends, and what was taken of it."""
+    if pair["timeline"] is None:
+        return None
+    timeline = ensure_timeline(json.loads(pair["timeline"]))
+    if isinstance(timeline, VideoTimeline):
+        told = f"{timeline.names[0]} to {timeline.names[-1]}"
+    else:
+        told = f"0 to {timeline.seconds:.4g} s"
+    return f"{told}; {timeline.taken}" if timeline.taken else told
+
+
+def have_one_place(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether a pair's maps in two audits lie on the same: of a sound or a video both models have taken the same."""
+    if first["timeline"] != second["timeline"]:
+        return False
+    return first["timeline"] is None or np.shape(first["map"]) == np.shape(second["map"])
 
 
 def agreement(first: Any, second: Any) -> float | None:
