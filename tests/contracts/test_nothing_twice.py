@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import Block, Case, Family, family_named
+from tiny_parts import LEGACY
 from torch import nn
 
 from captum_m2ib import MultiModalInfoBottleneck
@@ -92,6 +93,7 @@ def test_work_of_towers(after: int):
     assert 0.9 * expected <= counted <= 1.1 * expected
 
 
+@pytest.mark.skipif(LEGACY, reason="in CLIP of this transformers nothing is left out")
 @pytest.mark.parametrize("after", [0, 2])
 def test_work_of_clip(after: int):
     case = family_named("clip").build()
