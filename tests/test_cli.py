@@ -317,7 +317,7 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "unknown method": (
         ("--method", "legard"),
-        r"--method: expected one of m2ib, .*legrad, similarity-map, rise, got 'legard'",
+        r"--method: expected one of m2ib, .*legrad, m2ib-guided, similarity-map, rise, got 'legard'",
     ),
     "two methods": (("--published", "--method", "legrad"), r"--published.*--method legrad"),
     "words of a cosine": (("--tokens", "red"), r"tokens: CLIPModel scores a caption as a whole.*leave tokens out"),

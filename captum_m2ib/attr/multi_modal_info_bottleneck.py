@@ -165,7 +165,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
             >>> method = MultiModalInfoBottleneck.guided(encoder)
             >>> method.guides[0].layer.name
-            'vision_model.encoder.layers.1'
+            'vision_model.encoder.layers.2'
         """
         forward_func = as_forward_func(forward_func)
         encoder = encoder_of(forward_func, "guided", "None, model.text_tower.embeddings")
