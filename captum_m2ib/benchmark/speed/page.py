@@ -1,7 +1,8 @@
-"""What a page of a full-size ColPali costs: ``python -m captum_m2ib.benchmark.speed.page [--seconds]``.
+"""What a page of a full-size ColPali costs: ``python -m captum_m2ib.benchmark.speed.page [--seconds] [--map]``.
 
 The model is built from its published sizes with random weights. Operations are counted on the meta device, where
-nothing is computed; ``--seconds`` makes the weights (6 GB in bfloat16) and times single passes.
+nothing is computed; ``--seconds`` makes the weights (6 GB in bfloat16) and times single passes, ``--map`` times the
+map of the page for a query, and counts its operations, too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 
+from captum_m2ib.attr import MultiModalInfoBottleneck
 from captum_m2ib.benchmark.meters import Flops
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 
@@ -57,6 +59,15 @@ def colpali() -> nn.Module:
     return cast(nn.Module, model.eval().requires_grad_(False))
 
 
+def _pair(device: str, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """A page and a query of random pixels and like tokens, and what the model takes beside them."""
+    pixels = torch.rand(1, 3, _SIDE, _SIDE, dtype=dtype, device=device)
+    patches = torch.full((1, (_SIDE // _PATCH) ** 2), _IMAGE_TOKEN, device=device)
+    prompt = torch.cat([patches, torch.full((1, _PROMPT), 5, device=device)], 1)
+    query = torch.full((1, _QUERY), 7, device=device)
+    return pixels, query, torch.ones_like(query), prompt, torch.ones_like(prompt)
+
+
 def passes(encoder: DualEncoder, device: str, dtype: torch.dtype) -> dict[str, Callable[[], Any]]:
     r"""One pass of each side, forwards, and one of the page forwards and back to its pixels.
 
@@ -69,11 +80,7 @@ def passes(encoder: DualEncoder, device: str, dtype: torch.dtype) -> dict[str, C
     Returns:
         dict: functions of nothing, by what they run.
     """
-    pixels = torch.rand(1, 3, _SIDE, _SIDE, dtype=dtype, device=device)
-    patches = torch.full((1, (_SIDE // _PATCH) ** 2), _IMAGE_TOKEN, device=device)
-    prompt = torch.cat([patches, torch.full((1, _PROMPT), 5, device=device)], 1)
-    query = torch.full((1, _QUERY), 7, device=device)
-    ids, mask = (prompt, torch.ones_like(prompt)), torch.ones_like(query)
+    pixels, query, mask, *ids = _pair(device, dtype)
 
     def page(given: Tensor) -> Tensor:
         return encoder.embed(0, given, mask, *ids)
@@ -113,6 +120,29 @@ def seconds_of_passes(repeats: int) -> dict[str, list[float]]:
     Returns:
         dict: seconds from the shortest to the longest, by what runs.
     """
+    encoder = _made()
+    found = passes(encoder, "cpu", torch.bfloat16)
+    taken: dict[str, list[float]] = {name: [] for name in found}
+    for _ in range(repeats):
+        for name, run in found.items():
+            start = time.process_time()
+            run()
+            taken[name].append(time.process_time() - start)
+    return {name: sorted(values) for name, values in taken.items()}
+
+
+def cost_of_map() -> tuple[float, float]:
+    """Operations of a page's map for a query at the defaults, in 10^9, and its seconds on this process's cores."""
+    encoder = _made()
+    pixels, query, *additional = _pair("cpu", torch.bfloat16)
+    start = time.process_time()
+    with Flops() as counter:
+        MultiModalInfoBottleneck(encoder).attribute(pixels, additional_forward_args=(query, *additional))
+    return counter.total / 1e9, time.process_time() - start
+
+
+def _made() -> DualEncoder:
+    """The model with small random weights, in bfloat16 on the CPU."""
     with torch.device("meta"):
         encoder = DualEncoder(colpali())
     encoder = encoder.bfloat16().to_empty(device="cpu")
@@ -122,14 +152,7 @@ def seconds_of_passes(repeats: int) -> dict[str, list[float]]:
             one.data.uniform_(-0.02, 0.02)
         else:
             one.zero_()
-    found = passes(encoder, "cpu", torch.bfloat16)
-    taken: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(repeats):
-        for name, run in found.items():
-            start = time.process_time()
-            run()
-            taken[name].append(time.process_time() - start)
-    return {name: sorted(values) for name, values in taken.items()}
+    return encoder
 
 
 def table(gflop: dict[str, float], seconds: dict[str, list[float]]) -> str:
@@ -147,9 +170,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", action="store_true", help="also run the passes, in bfloat16 on the CPU")
     parser.add_argument("--repeats", type=int, default=3, help="timed runs of each pass (default: %(default)s)")
+    parser.add_argument("--map", action="store_true", help="also the page's map for the query, once")
     given = parser.parse_args(arguments)
     gflop = gflop_of_passes()
     seconds = seconds_of_passes(given.repeats) if given.seconds else {}
+    if given.map:
+        name = "map of the page for a query"
+        gflop[name], taken = cost_of_map()
+        seconds[name] = [taken]
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}\n")
     print(table(gflop, seconds))
 

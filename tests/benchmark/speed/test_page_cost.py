@@ -16,12 +16,14 @@ def test_a_page_of_a_small_model_is_counted_and_timed(
     monkeypatch.setattr(page, "TEXT", {**page.TEXT, **text})
     page.main([])
     counted = rows_of(capsys.readouterr().out)
-    page.main(["--seconds", "--repeats", "2"])
-    timed = rows_of(capsys.readouterr().out)
+    page.main(["--seconds", "--map", "--repeats", "2"])
+    *timed, whole = rows_of(capsys.readouterr().out)
     assert [row[:2] for row in timed] == [row[:2] for row in counted] and not any(row[2] for row in counted)
     forwards, tower, query, back = page.gflop_of_passes().values()
     assert forwards > tower > query and 1.9 * forwards < back < 3.1 * forwards
     assert all(row[2].count(",") == 1 for row in timed)
+    # Twelve passes forwards and backwards, and forwards what measures the range and holds reruns against the model.
+    assert whole[0] == "map of the page for a query" and whole[2] and 12 * back < float(whole[1]) < 25 * back
 
 
 def rows_of(printed: str) -> list[list[str]]:
