@@ -97,6 +97,16 @@ def ensure_guides(
     return tuple(found)
 
 
+def check_pictures(inputs: Sequence[Tensor], guided: Sequence[int]) -> None:
+    """Raise where an input whose bits are to be moved is no batch of pictures."""
+    for index in guided:
+        if inputs[index].ndim != 4:
+            raise ValueError(
+                f"guides: expected pictures, (N, C, H, W), as input {index}, whose bits are guided, got a tensor of "
+                f"shape {tuple(inputs[index].shape)}; leave guides out."
+            )
+
+
 def late_guides(encoder: DualEncoder, layers: Sequence[LayerLike | None]) -> list[LayerLike | None]:
     """Per input the layer at three quarters of its tower's depth, for pictures that are gated themselves."""
     pictures = [layer is None and encoder.gates_input(index) for index, layer in enumerate(layers)]

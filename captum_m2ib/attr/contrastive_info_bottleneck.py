@@ -44,6 +44,7 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         statistics (mapping or sequence, optional): As for :class:`MultiModalInfoBottleneck`. Default: None
         floor (float, optional): The score below which the rival's counts no further; None for the plain difference.
                     It is in the score's own unit. Default: 0.0 (unrelated, for a cosine similarity)
+        guides (sequence, optional): As for :class:`MultiModalInfoBottleneck`. Default: ()
 
     Raises:
         ValueError: if a layer is unknown, or cannot be recommended for this model.
@@ -69,8 +70,9 @@ class ContrastiveInfoBottleneck(MultiModalInfoBottleneck):
         layouts: Sequence[Layout | None] | None = None,
         statistics: Statistics | None = None,
         floor: float | None = 0.0,
+        guides: Sequence[LayerLike | None] = (),
     ) -> None:
-        super().__init__(forward_func, layers, layouts, statistics)
+        super().__init__(forward_func, layers, layouts, statistics, guides)
         if len(self.layers) != 2:
             raise ValueError(
                 f"layers: expected two, of the first and of the second input's towers, got {len(self.layers)}."

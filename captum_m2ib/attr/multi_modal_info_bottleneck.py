@@ -15,6 +15,7 @@ from captum_m2ib.attr._arguments import Explained
 from captum_m2ib.attr._layers import (
     Guide,
     check_entry,
+    check_pictures,
     encoder_of,
     ensure_guides,
     ensure_layers,
@@ -370,8 +371,9 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             settings = replace(settings, score_range=1.0)
         defaults = [PUBLISHED] * count if self.is_published else defaults_of(layers, priors)
         applied = settings.per_layer(defaults)
-        guides = [guide for guide in self.guides if guide.guided < count and given.inputs[guide.guided].ndim == 4]
+        guides = [guide for guide in self.guides if guide.guided < count]
         guided = [guide.guided for guide in guides]
+        check_pictures(given.inputs, guided)
         late = [guide.layer for guide in guides]
         own: list[Prior] = ["pair" for _ in guides]
         gated = optimise(

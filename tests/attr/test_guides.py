@@ -9,7 +9,7 @@ import torch
 from families import Case, family_named
 from torch import Tensor, nn
 
-from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PatchLayout
+from captum_m2ib import ContrastiveInfoBottleneck, DualEncoder, MultiModalInfoBottleneck, PatchLayout
 
 FEW: dict[str, Any] = {"n_steps": 2, "n_samples": 2}
 
@@ -104,6 +104,18 @@ def test_only_pictures_that_are_gated_themselves_are_guided(case: Case):
         MultiModalInfoBottleneck.guided(lambda pixels, ids: encoder(pixels, ids))
 
 
+def test_a_contrast_is_guided_too(case: Case):
+    pixels, ids = case.inputs
+    given = (pixels, ids, ids.roll(1, 0)), (*case.additional, *(one.roll(1, 0) for one in case.additional))
+    found = []
+    for make in (ContrastiveInfoBottleneck, ContrastiveInfoBottleneck.guided):
+        found.append(make(case.forward).attribute(given[0], additional_forward_args=given[1], **FEW))
+    plain, guided = found
+    assert torch.equal(guided[1], plain[1]) and torch.equal(guided[2], plain[2])
+    torch.testing.assert_close(guided[0].sum((1, 2, 3)), plain[0].sum((1, 2, 3)))
+    assert not torch.allclose(guided[0], plain[0])
+
+
 class Towers(nn.Module):
     """Patches of 4 pixels, each embedded by itself; the score is the mean of one channel, times that of the words."""
 
@@ -131,3 +143,7 @@ def test_a_function_is_guided_by_the_layer_that_it_is_given():
     assert not torch.allclose(*found)
     with pytest.raises(ValueError, match=r"guides: cannot tell how .* maps onto input 0; pass its layout"):
         MultiModalInfoBottleneck(lambda a, b: model(a, b), layers=(None, None), guides=(model.mix, None))
+    with pytest.raises(
+        ValueError, match=r"guides: expected pictures, .* as input 0, .* got a tensor of shape \(2, 16\)"
+    ):
+        guided.attribute(torch.randn(2, 16).double(), additional_forward_args=(words,), **FEW)
