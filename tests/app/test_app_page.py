@@ -135,7 +135,8 @@ def test_one_run_through_the_page(opened: Visit, tmp_path: Path):
     page.click("#go")
     page.locator("#shown", has_text=re.compile(r"explaining|Information bottleneck|Pair Interaction")).wait_for()
     frame = answer_to(opened, "there is a white ring")
-    assert re.search("check: image map (holds|is weak).*\ncheck: text map holds", frame.locator(".check").inner_text())
+    told = frame.locator(".check").inner_text()
+    assert re.search(r"image map (holds|is weak): hiding what it marks takes 1\d\d %.*\ncheck: text map holds", told)
 
     # The pointer reads a patch, the slider fades the map, and a click on a word shows its patches.
     frame.locator("#view").hover(position={"x": 40, "y": 40})
