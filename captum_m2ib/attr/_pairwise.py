@@ -24,7 +24,8 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike
-from captum_m2ib.engine.layouts import Layout, check_masks
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import check_masks
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Explain: TypeAlias = Callable[[Suffix, int, tuple[Any, ...]], Tensor]

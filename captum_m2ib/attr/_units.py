@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
-from captum_m2ib.engine.layouts import Layout, PatchLayout, real_elements, to_input, to_units
+from captum_m2ib.engine.layouts import Layout, PatchLayout
+from captum_m2ib.engine.real_units import real_elements
+from captum_m2ib.engine.units import to_input, to_units
 
 
 def sum_units(layout: Layout | None, elements: Tensor, modality: int, arguments: tuple[Any, ...]) -> Tensor:

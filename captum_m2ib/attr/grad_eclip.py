@@ -14,7 +14,8 @@ from captum_m2ib.attr._pairwise import AttentionAttribution, Formula, last_block
 from captum_m2ib.attr._units import sum_units
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import TextLayout, real_elements
+from captum_m2ib.engine.layouts import TextLayout
+from captum_m2ib.engine.real_units import real_elements
 from captum_m2ib.engine.suffix import Suffix
 
 

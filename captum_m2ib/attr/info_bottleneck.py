@@ -19,8 +19,9 @@ from captum_m2ib.attr._units import to_units_and_input
 from captum_m2ib.encoders.towers import image_layout
 from captum_m2ib.engine.descent import optimise
 from captum_m2ib.engine.gates import GateFilter, Prior, unit_positions
+from captum_m2ib.engine.grids import channel_axis
 from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import Layout, PatchLayout, channel_axis
+from captum_m2ib.engine.layouts import Layout, PatchLayout
 from captum_m2ib.engine.settings import PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import smooth_logits
 from captum_m2ib.engine.statistics import estimate_statistics

@@ -17,7 +17,8 @@ from captum_m2ib.attr._scoring import Forward
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.interception import Handler, interpose
 from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
-from captum_m2ib.engine.layouts import Layout, real_elements
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import real_elements
 from captum_m2ib.engine.suffix import Suffix
 
 

@@ -29,7 +29,8 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.descent import LayerRecord, optimise
 from captum_m2ib.engine.gates import GateFilter, Prior
 from captum_m2ib.engine.layers import Layer, LayerLike
-from captum_m2ib.engine.layouts import Layout, check_masks
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import check_masks
 from captum_m2ib.engine.settings import MEMORY_BUDGET, LayerSettings, PerModality, ScoreRange, Settings
 from captum_m2ib.engine.smoothing import over_neighbours
 from captum_m2ib.engine.suffix import Tap

@@ -18,7 +18,8 @@ from captum_m2ib.attr._scoring import roots_of
 from captum_m2ib.attr._units import sum_units
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layouts import Layout, TextLayout, check_masks, real_tokens
+from captum_m2ib.engine.layouts import Layout, TextLayout
+from captum_m2ib.engine.real_units import check_masks, real_tokens
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 

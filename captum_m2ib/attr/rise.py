@@ -20,7 +20,8 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, input_layer
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, check_masks
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.real_units import check_masks
 from captum_m2ib.engine.settings import check_count
 from captum_m2ib.engine.suffix import Suffix, Tap
 

@@ -25,7 +25,9 @@ from captum_m2ib.attr._scoring import as_forward_func
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.late_interaction import Interaction
 from captum_m2ib.engine.gates import check_finite
-from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, packed_grid, real_tokens, to_input
+from captum_m2ib.engine.layouts import PackedLayout, PatchLayout
+from captum_m2ib.engine.real_units import real_tokens
+from captum_m2ib.engine.units import packed_grid, to_input
 
 
 class SimilarityMap(_captum.Attribution):

@@ -18,7 +18,8 @@ from captum_m2ib.composition import EmbeddingForward, TokenGradCam, feature_mask
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.engine.layers import LayerLike
-from captum_m2ib.engine.layouts import PatchLayout, to_input
+from captum_m2ib.engine.layouts import PatchLayout
+from captum_m2ib.engine.units import to_input
 
 Inputs = Tensor | tuple[Tensor, ...]
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from captum_m2ib.audit.decode import cover_of, seen_region
-from captum_m2ib.engine.layouts import PackedLayout, packed_grid
+from captum_m2ib.engine.layouts import PackedLayout
+from captum_m2ib.engine.units import packed_grid
 from captum_m2ib.metrics import auroc, pointing_game, relevance_mass
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from captum_m2ib import _captum
 from captum_m2ib.attr._arguments import format_additional, format_inputs
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.real_units import real_tokens
 
 
 def feature_masks(

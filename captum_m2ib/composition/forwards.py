@@ -20,9 +20,12 @@ from torch import Tensor, nn
 from captum_m2ib import _captum
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.batch_axis import BatchAxis
+from captum_m2ib.engine.grids import channel_axis
 from captum_m2ib.engine.interception import Handler, borrowing, current_handler, intercept
 from captum_m2ib.engine.layers import Layer, LayerLike, find_hidden, get_at, replace_at, resolve_for
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, channel_axis, real_elements, to_units
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.real_units import real_elements
+from captum_m2ib.engine.units import to_units
 
 
 class _View(nn.Module):

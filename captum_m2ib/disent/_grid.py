@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from captum_m2ib.disent._checks import check_choice
 from captum_m2ib.encoders.towers import image_layout
-from captum_m2ib.engine.layouts import HALVINGS, PatchLayout, channel_axis, covered_side, resized, to_units
+from captum_m2ib.engine.grids import channel_axis
+from captum_m2ib.engine.layouts import HALVINGS, PatchLayout
+from captum_m2ib.engine.units import covered_side, resized, to_units
 
 INTERPOLATIONS = ("nearest", "bilinear")
 

@@ -29,7 +29,8 @@ from captum_m2ib.encoders.late_interaction import LateInteraction
 from captum_m2ib.encoders.pairs import Media, Pairs, prepare_media, prepare_pairs
 from captum_m2ib.encoders.scores import MaxSim, cosine
 from captum_m2ib.encoders.towers import config_of
-from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import PackedLayout, PatchLayout, TextLayout
+from captum_m2ib.engine.real_units import real_tokens
 
 __all__ = ["DualEncoder", "Pairs", "is_dual_encoder"]
 

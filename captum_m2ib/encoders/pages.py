@@ -18,7 +18,7 @@ from torch import Tensor
 from captum_m2ib.encoders.patches import separated, side_by_side
 from captum_m2ib.encoders.regions import Region
 from captum_m2ib.encoders.views import View, view_of
-from captum_m2ib.engine.layouts import unpacked
+from captum_m2ib.engine.units import unpacked
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -21,7 +21,8 @@ from captum_m2ib.encoders.token_rows import TokenRows
 from captum_m2ib.encoders.towers import device_of, refine, stages_of, token_tables
 from captum_m2ib.encoders.wrappers import no_towers, processor_in, unwrap
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_for
-from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout, real_tokens
+from captum_m2ib.engine.layouts import Layout, PatchLayout, TextLayout
+from captum_m2ib.engine.real_units import real_tokens
 from captum_m2ib.engine.statistics import ChannelStatistics
 
 _OWN = {

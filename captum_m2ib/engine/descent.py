@@ -28,11 +28,12 @@ from captum_m2ib.engine.guidance import moved
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer
-from captum_m2ib.engine.layouts import Layout, to_input, to_units
+from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.portions import parts_of, portions_of
 from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.stakes import NothingToExplainWarning, Stakes, nothing_to_lose
 from captum_m2ib.engine.suffix import Suffix, Tap
+from captum_m2ib.engine.units import to_input, to_units
 
 AFTER_DRAWS = 8
 """Least number of fresh draws from which the score through the final gates is measured."""

@@ -14,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from captum_m2ib.engine.grids import channel_axis
 from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import close_fully, information, sample
-from captum_m2ib.engine.layouts import Layout, channel_axis, covered_elements, real_elements, to_units
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import covered_elements, real_elements
 from captum_m2ib.engine.settings import LayerSettings
 from captum_m2ib.engine.statistics import ChannelStatistics, floor_std
 from captum_m2ib.engine.suffix import Suffix
+from captum_m2ib.engine.units import to_units
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 GateFilter: TypeAlias = Callable[[Tensor], Tensor]

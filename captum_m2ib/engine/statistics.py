@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from captum_m2ib.engine.grids import channel_axis
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, LayerLike, resolve_at
-from captum_m2ib.engine.layouts import Layout, channel_axis, real_elements
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import real_elements
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 # Channels that hardly vary would make any deviation infinitely surprising.

@@ -19,8 +19,9 @@ from captum_m2ib.attr.map_check import check_maps
 from captum_m2ib.attr.registry import method_named, unit_of
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.encoders.pairs import Pairs
-from captum_m2ib.engine.layouts import Layout, PackedLayout, PatchLayout, packed_grid, per_patch, to_input
+from captum_m2ib.engine.layouts import Layout, PackedLayout, PatchLayout
 from captum_m2ib.engine.rows import slice_pairs
+from captum_m2ib.engine.units import packed_grid, per_patch, to_input
 from captum_m2ib.explanations.checking import pair_checks
 from captum_m2ib.explanations.timed_maps import over_time
 

@@ -24,8 +24,10 @@ from captum_m2ib.encoders.spelling import blank_token
 from captum_m2ib.engine.gates import check_finite
 from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layouts import Layout, PackedLayout, TextLayout, packed_grid, real_tokens
+from captum_m2ib.engine.layouts import Layout, PackedLayout, TextLayout
+from captum_m2ib.engine.real_units import real_tokens
 from captum_m2ib.engine.settings import check_count
+from captum_m2ib.engine.units import packed_grid
 from captum_m2ib.explanations.visualization import clean_token
 from captum_m2ib.games.fit import Masks
 from captum_m2ib.metrics.curves import Substrate, substrate_of

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from captum_m2ib.attr.pair_interaction import embed
 from captum_m2ib.engine.gates import Prior, check_finite, noise, prior_of, unit_positions
+from captum_m2ib.engine.grids import channel_axis
 from captum_m2ib.engine.interception import Handler, interpose
 from captum_m2ib.engine.layers import Layer, tensors_in
-from captum_m2ib.engine.layouts import Layout, channel_axis, real_elements
+from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.real_units import real_elements
 from captum_m2ib.engine.suffix import Suffix, Tap
 
 Measure: TypeAlias = Literal["embedding", "score"]

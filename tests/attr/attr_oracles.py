@@ -15,7 +15,7 @@ from families import Case, family_named
 from torch import Tensor, nn
 
 from captum_m2ib.engine.gates import noise
-from captum_m2ib.engine.layouts import to_input
+from captum_m2ib.engine.units import to_input
 
 CLOSED, HALVES, FIELDS = 2**32, 2**32 + 1, 2**32 + 2
 """The steps whose noise fills closed gates, fills gates half of which are closed, and says which half."""

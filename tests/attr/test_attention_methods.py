@@ -23,7 +23,8 @@ from captum_m2ib.attr.attention_relevance import AttentionRelevance
 from captum_m2ib.attr.grad_eclip import GradECLIP
 from captum_m2ib.attr.le_grad import LeGrad
 from captum_m2ib.engine.interception import borrowing
-from captum_m2ib.engine.layouts import TextLayout, to_input
+from captum_m2ib.engine.layouts import TextLayout
+from captum_m2ib.engine.units import to_input
 
 METHODS = [AttentionRelevance, GradECLIP, LeGrad]
 

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PatchLayout
 from captum_m2ib.attr import ContrastiveInfoBottleneck, NarrowingInfoBottleneck
-from captum_m2ib.engine.layouts import covered_elements, per_patch
+from captum_m2ib.engine.real_units import covered_elements
 from captum_m2ib.engine.smoothing import blur
+from captum_m2ib.engine.units import per_patch
 from captum_m2ib.metrics.bypass import has_chosen_layers, measure_bypass, warn_of_bypass
 
 FEW = {"n_steps": 3, "n_samples": 4}

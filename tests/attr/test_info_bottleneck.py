@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from captum_m2ib import ChannelStatistics, MultiModalInfoBottleneck, PatchLayout, TextLayout
 from captum_m2ib.attr.info_bottleneck import InfoBottleneck, _smoothing
 from captum_m2ib.engine.gates import noise
-from captum_m2ib.engine.layouts import to_input
 from captum_m2ib.engine.smoothing import blur, smooth_logits
+from captum_m2ib.engine.units import to_input
 
 FEW = {"n_steps": 5, "n_samples": 3}
 PAPER = {"beta": 10.0, "lr": 1.0, "initial_gate": 1 / (1 + math.exp(-5)), "antithetic": False, "score_range": 1.0}

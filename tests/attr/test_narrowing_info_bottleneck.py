@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from captum_m2ib import PatchLayout
 from captum_m2ib.attr.narrowing_info_bottleneck import NarrowingInfoBottleneck
 from captum_m2ib.engine.layers import tensors_in
-from captum_m2ib.engine.layouts import to_units
+from captum_m2ib.engine.units import to_units
 
 PLACES = [(0, 1, True), (0, 2, True), (0, 2, False), (1, 1, True), (1, 2, True), (1, 2, False)]
 

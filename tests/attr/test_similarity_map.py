@@ -13,7 +13,7 @@ from PIL import Image
 
 from captum_m2ib import DualEncoder, SimilarityMap, explain
 from captum_m2ib.attr.registry import method_named, unit_of
-from captum_m2ib.engine.layouts import packed_grid
+from captum_m2ib.engine.units import packed_grid
 
 QUERY = "a chart of the revenue 2024"
 PAGE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 64, 3), dtype=np.uint8))

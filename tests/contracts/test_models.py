@@ -22,8 +22,9 @@ from captum_m2ib import MultiModalInfoBottleneck, OptimizationRecord, PackedLayo
 from captum_m2ib.benchmark.meters import Flops, count_flops
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layers import Layer, resolve_at
-from captum_m2ib.engine.layouts import real_elements, real_tokens, to_input, to_units
+from captum_m2ib.engine.real_units import real_elements, real_tokens
 from captum_m2ib.engine.suffix import Suffix, Tap
+from captum_m2ib.engine.units import to_input, to_units
 
 QUERY = ("input_ids", "attention_mask")
 FEW = {"n_steps": 2, "n_samples": 2}

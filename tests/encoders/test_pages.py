@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, explain
-from captum_m2ib.engine.layouts import packed_grid
+from captum_m2ib.engine.units import packed_grid
 
 QUERIES = ["revenue 2024", "a chart of the revenue 2025"]
 NAMES = [name for name in ("colpali", "colqwen2", "colmodernvbert") if name in {model.name for model in zoo.ZOO}]

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from families import captions, image_tower, pictures, text_tower, tiny_clip
+from families import captions, clip_case, image_tower, pictures, text_tower, tiny_clip
 from tiny_parts import LEGACY, embedded
 from torch import Tensor, nn
 
@@ -15,7 +15,8 @@ from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, PackedLayout, Pat
 from captum_m2ib.encoders.families import FAMILIES, family_of
 from captum_m2ib.encoders.tables import vocabulary_statistics
 from captum_m2ib.encoders.towers import refine, stages_of
-from captum_m2ib.engine.layouts import HALVINGS, to_units
+from captum_m2ib.engine.layouts import HALVINGS
+from captum_m2ib.engine.units import to_units
 
 HIERARCHY = HALVINGS[:5]
 MASKED = TextLayout(2)
@@ -362,3 +363,8 @@ def test_a_text_tower_of_any_length_is_followed():
     # As towers of open_clip say it whose positions are relative.
     tower.context_length = 0
     assert DualEncoder(image_tower(), tower).eval().embeddings_of(1) is tower.embed
+
+
+def test_a_legacy_configuration_says_so():
+    layouts = clip_case(end=2).forward.layouts
+    assert layouts[1] == TextLayout(mask_argument=2, end_token_id=None, ends_at_highest=True)

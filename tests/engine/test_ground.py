@@ -9,7 +9,7 @@ from torch import Tensor
 from captum_m2ib import MultiModalInfoBottleneck, PatchLayout
 from captum_m2ib.engine.gates import prior_of
 from captum_m2ib.engine.ground import BINS, LEAST_SHARE, ground_of
-from captum_m2ib.engine.layouts import covered_elements
+from captum_m2ib.engine.real_units import covered_elements
 
 DTYPES = [torch.float32, torch.float64]
 

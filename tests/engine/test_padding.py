@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from captum_m2ib import TextLayout
-from captum_m2ib.engine.layouts import PackedLayout, real_tokens
+from captum_m2ib.engine.layouts import PackedLayout
 from captum_m2ib.engine.padding import between_padding, trailing_runs
+from captum_m2ib.engine.real_units import real_tokens
 
 BY_PADDING = TextLayout(pad_token_id=1, reads_padding=True, source="the configuration")
 BY_END = TextLayout(2, end_token_id=9, source="the configuration")

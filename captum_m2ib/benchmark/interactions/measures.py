@@ -23,8 +23,9 @@ from captum_m2ib.attr import GradECLIP, MultiModalInfoBottleneck, PairInteractio
 from captum_m2ib.benchmark.interactions.regression import regression
 from captum_m2ib.benchmark.tables import Figure, Values
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.layouts import PatchLayout, per_patch
+from captum_m2ib.engine.layouts import PatchLayout
 from captum_m2ib.engine.stakes import NothingToExplainWarning
+from captum_m2ib.engine.units import per_patch
 from captum_m2ib.games import Fit, PairGame, interactions
 from captum_m2ib.games.fit import Draws, Floats, Masks, draw, explained
 from captum_m2ib.metrics.localisation import auroc, pointing_game, relevance_mass
