@@ -14,7 +14,7 @@ PACKAGE = Path(captum_m2ib.__file__).parent
 
 # A room imports only from itself and from lines above its own.
 FLOORS = (
-    {"_captum"},
+    {"_captum", "_lazy"},
     {"engine"},
     {"encoders"},
     {"attr", "scenes"},

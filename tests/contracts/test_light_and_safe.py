@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import subprocess
@@ -14,7 +15,18 @@ import pytest
 import captum_m2ib
 
 PACKAGE = Path(captum_m2ib.__file__).parent
-HEAVY = ["transformers", "PIL", "matplotlib.pyplot", "open_clip", "ray", "IPython", "safetensors", "torchvision"]
+HEAVY = [
+    "transformers",
+    "PIL",
+    "matplotlib.pyplot",
+    "open_clip",
+    "ray",
+    "IPython",
+    "safetensors",
+    "torchvision",
+    "torch",
+    "numpy",
+]
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -32,6 +44,20 @@ def test_import_loads_nothing_heavy():
     needed = loaded_by("import captum.attr, torch, numpy, tqdm.auto") if ours else set()
     assert ours <= needed, f"import captum_m2ib loads {sorted(ours - needed)}"
     assert "transformers" not in ours and "open_clip" not in ours and "ray" not in ours
+
+
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_the_command_line_tells_of_itself_at_once(option: str):
+    told = f"from captum_m2ib.cli import main\ntry:\n    main([{option!r}])\nexcept SystemExit:\n    pass"
+    assert loaded_by(told) == set()
+
+
+@pytest.mark.parametrize("room", ["captum_m2ib", "captum_m2ib.disent", "captum_m2ib.games", "captum_m2ib.scenes"])
+def test_every_name_of_a_room_is_found_late(room: str):
+    module = importlib.import_module(room)
+    assert set(module.__all__) <= set(dir(module)) and all(getattr(module, name) is not None for name in module.__all__)
+    with pytest.raises(AttributeError, match=rf"module '{room}' has no attribute 'nothing'"):
+        _ = module.nothing
 
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
