@@ -27,8 +27,9 @@ from captum_m2ib.engine.ground import ground_of
 from captum_m2ib.engine.information import NATS_PER_BIT, information
 from captum_m2ib.explanations.visualization import overlay
 from captum_m2ib.metrics import relevance_mass
-from captum_m2ib.scenes import CHECKPOINT, image_probes, pair_probes
+from captum_m2ib.scenes import CHECKPOINT, pair_probes
 from captum_m2ib.scenes.events import draw_sound, draw_video, listener, watcher
+from captum_m2ib.scenes.example import example_scene
 
 PHOTOS = Path(__file__).parent / "images" / "photos"
 
@@ -54,9 +55,6 @@ PARTS_OF_EACH, LEAST_PART = 30, 96
 
 HIDDEN = 1.5
 """The element whose distribution the first figure shows, in standard deviations from the mean."""
-
-SCENE = 8
-"""The scene of the second figure, the one that ``captum-m2ib explain`` shows."""
 
 FIGURES = Path(__file__).parent / "images" / "rivals.csv"
 """The figures of benchmark.md's table of methods: method, figure, mean, and the ends of the 95 % interval."""
@@ -132,7 +130,7 @@ def channel() -> Figure:
 def descent() -> Figure:
     """One picture: its gates, its bits, and how both came about."""
     encoder = DualEncoder.from_pretrained(CHECKPOINT)
-    probe = image_probes(SCENE + 1, 0, 384)[SCENE]
+    probe = example_scene()
     pairs = encoder.prepare(probe.image, probe.caption)
     arguments = {"additional_forward_args": pairs.additional_forward_args}
     _, record = MultiModalInfoBottleneck(encoder).attribute_with_record(pairs.inputs, **arguments)

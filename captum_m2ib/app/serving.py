@@ -14,13 +14,12 @@ from typing import Any
 
 from captum_m2ib.app.blocks import import_gradio, make_blocks
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.scenes import image_probes
+from captum_m2ib.scenes.example import EXAMPLE_SCENE, example_scene
 
 _HERE = Path(__file__).parent
 _FIRST_PORT = 7860
 _LARGEST_FILE = "64mb"
-_EXAMPLES = (8, 3, 5)
-_EXAMPLE_SIDE = 384
+_EXAMPLES = (EXAMPLE_SCENE, 3, 5)
 
 POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
@@ -173,9 +172,8 @@ def _drawn_examples(folder: Path) -> list[tuple[Path, str]]:
     from PIL import Image
 
     found = []
-    probes = image_probes(max(_EXAMPLES) + 1, 0, _EXAMPLE_SIDE)
     for number in _EXAMPLES:
-        path = folder / f"scene_{number}.png"
-        Image.fromarray(probes[number].image).save(path)
-        found.append((path, probes[number].caption))
+        path, scene = folder / f"scene_{number}.png", example_scene(number)
+        Image.fromarray(scene.image).save(path)
+        found.append((path, scene.caption))
     return found

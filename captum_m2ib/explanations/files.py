@@ -12,7 +12,7 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,9 +21,6 @@ from captum_m2ib.encoders.timelines import VideoTimeline, ensure_timeline, to_pl
 from captum_m2ib.explanations.embedding import encoded_picture, figure_bytes
 from captum_m2ib.explanations.page import to_html
 from captum_m2ib.explanations.shown import Drawing, Explained
-
-if TYPE_CHECKING:
-    pass
 
 _FORMAT, _VERSION = "captum_m2ib.explanation", 4
 _READ = (1, 2, 3, 4)
@@ -44,6 +41,11 @@ def check_output(path: str | os.PathLike[str], kinds: Mapping[str, Any] | None =
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the directory {str(path.parent)!r} does not exist: create it before saving there")
     return path
+
+
+def written_line(path: Path) -> str:
+    """What a command says of a file that it wrote."""
+    return f"{'picture' if path.suffix.lower() in FIGURES else 'written'}  {os.fspath(path)}"
 
 
 _AS_USUAL = Drawing()
