@@ -7,8 +7,9 @@ Names are imported when they are first used, so that the command line does not w
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from captum_m2ib._lazy import lazily
 
 if TYPE_CHECKING:
     from captum_m2ib.audit.manifest import Manifest
@@ -18,23 +19,13 @@ if TYPE_CHECKING:
     from captum_m2ib.audit.writer import read_run, shards
 
 _HOMES = {
-    "Manifest": "manifest",
-    "Summary": "run",
-    "Worker": "worker",
-    "read_run": "writer",
-    "run_audit": "run",
-    "shards": "writer",
-    "write_report": "report",
+    "manifest": ("Manifest",),
+    "report": ("write_report",),
+    "run": ("Summary", "run_audit"),
+    "worker": ("Worker",),
+    "writer": ("read_run", "shards"),
 }
 
 __all__ = ["Manifest", "Summary", "Worker", "read_run", "run_audit", "shards", "write_report"]
 
-
-def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazily(__name__, _HOMES)

@@ -7,91 +7,26 @@ that a row gets depends on which rows it shares a batch with.
 from __future__ import annotations
 
 import json
-import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from captum_m2ib.audit.decode import (
-    KINDS,
-    Kind,
-    RowError,
-    cover_of,
-    read_ahead,
-    read_caption,
-    read_media,
-    read_region,
-    seen_region,
-)
-from captum_m2ib.audit.measures import coarse, cosine, flat, half_scores, thumbnail
+from captum_m2ib.audit.decode import KINDS, RowError, read_ahead
+from captum_m2ib.audit.measures import cosine, half_scores
 from captum_m2ib.audit.processes import survive_fork
-from captum_m2ib.audit.rows import Row, read_boxes
-from captum_m2ib.encoders.timelines import to_plain
-from captum_m2ib.explanations.checking import MODALITIES
+from captum_m2ib.audit.reader import Reader, Ready, inside
+from captum_m2ib.audit.results import PASSED_ON, RESULTS, checked, failed, gated_scores, grids_of, shown, storable
+from captum_m2ib.audit.rows import Row
 from captum_m2ib.explanations.units import WORDINGS
 from captum_m2ib.explanations.visualization import clean_token
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
-    from torch import Tensor
-
     from captum_m2ib.encoders.dual_encoder import DualEncoder, Pairs
 
 PUBLISHED = "m2ib-published"
-PASSED_ON = ("row", "id", "caption")
-FIGURES = (
-    "score",
-    "image_bits",
-    "text_bits",
-    "image_score",
-    "text_score",
-    "image_margin",
-    "text_margin",
-    "image_kept",
-    "text_kept",
-    "best_half_score",
-    "other_half_score",
-    "inside_share",
-    "inside_area",
-    "contrast_similarity",
-)
-CHECKS = ("image_check", "text_check")
-RESULTS = (
-    *FIGURES,
-    *CHECKS,
-    "method",
-    "unit",
-    "kind",
-    "timeline",
-    "map",
-    "tokens",
-    "special",
-    "token_bits",
-    "contrast",
-    "thumbnail",
-    "warning",
-    "error_kind",
-    "error",
-)
-
-_TOO_LONG = re.compile(r"captions: the model reads (\d+) tokens, .* has (\d+)", re.DOTALL)
-_OF_MEDIA = re.compile(r"(images|sounds|videos|frames)\[")
-_LONGEST_REASON = 500
-
-
-@dataclass
-class _Ready:
-    """A row that was read; ``result`` gathers what it will hold."""
-
-    media: Any
-    caption: str
-    contrast: str | None
-    region: Image | None
-    result: dict[str, Any] = field(default_factory=dict)
 
 
 class Worker:
@@ -209,7 +144,7 @@ class Worker:
         Returns:
             Row: the same; as it is while no model is there that says what it reads.
         """
-        return row if self._method is None else read_ahead(row, self._kind)
+        return row if self._method is None else read_ahead(row, self._reader.kind)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The model stays behind: another process loads its own.
@@ -283,7 +218,8 @@ class Worker:
                 ``frames_per_second`` and ``problem``.
 
         Returns:
-            dict: columns of the same length and order: ``row``, ``id`` and ``caption`` as given, and :data:`RESULTS`.
+            dict: columns of the same length and order: ``row``, ``id`` and ``caption`` as given, and
+            :data:`captum_m2ib.audit.results.RESULTS`.
 
         Raises:
             ValueError, OSError: if the model cannot be loaded.
@@ -304,84 +240,29 @@ class Worker:
 
     def _explain(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         results: list[dict[str, Any]] = []
-        ready: list[_Ready] = []
+        ready: list[Ready] = []
+        reader = self._reader
         for row in rows:
             try:
-                pair = self._read(row)
+                pair = reader.read(row)
             except RowError as error:
-                results.append(_failed(error.kind, error))
+                results.append(failed(error.kind, error))
             else:
                 ready.append(pair)
                 results.append(pair.result)
-        self._explain_pairs(*self._readable(ready))
+        self._explain_pairs(*reader.readable(ready))
         return results
 
-    def _read(self, row: Mapping[str, Any]) -> _Ready:
-        if row.get("problem"):
-            raise RowError("manifest", row["problem"])
-        caption = read_caption(row["caption"])
-        contrast = row.get("contrast")
-        contrast = self.contrast if contrast is None else read_caption(contrast)
-        media = read_media(row, self._kind)
-        try:
-            boxes = read_boxes(row.get("boxes"))
-        except ValueError as error:
-            raise RowError("boxes", str(error)) from None
-        if self._kind.name == "image":
-            return _Ready(media, caption, contrast, read_region(media.size, boxes, row.get("mask")))
-        told = f"boxes and masks lie in pictures, and this is a {self._kind.name}: they are not looked at"
-        is_told = boxes is not None or row.get("mask") is not None
-        return _Ready(media, caption, contrast, None, {"warning": told} if is_told else {})
-
-    def _readable(self, ready: list[_Ready]) -> tuple[list[_Ready], Pairs | None]:
-        """Those whose inputs the model's processor can make, and the inputs if they were made for all at once."""
-        if not ready:
-            return [], None
-        pairs, warned, failure = self._try_inputs(ready)
-        if not warned and failure is None:
-            return ready, pairs
-        if len(ready) > 1:
-            return [pair for one in ready for pair in self._readable([one])[0]], None
-        result = ready[0].result
-        if failure is not None:
-            is_medias = isinstance(failure, ValueError) and _OF_MEDIA.match(str(failure))
-            result.update(_failed(self._kind.name if is_medias else "model", failure))
-            return [], None
-        too_long = next((found for message in warned if (found := _TOO_LONG.match(message))), None)
-        if too_long and not self.cut_captions:
-            reason = f"the caption has {too_long[2]} tokens, more than the {too_long[1]} that the model reads"
-            result.update(_failed("caption", reason))
-            return [], None
-        told = [result["warning"]] if "warning" in result else []
-        result["warning"] = _short("; ".join([*told, *(message.removeprefix("captions: ") for message in warned)]))
-        return ready, pairs
-
-    def _try_inputs(self, ready: list[_Ready]) -> tuple[Pairs | None, list[str], Exception | None]:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            try:
-                pairs = self._inputs(ready)
-            except Exception as error:
-                # Whatever a processor raises for one row is that row's.
-                return None, [], error
-        messages = [str(warning.message) for warning in caught]
-        return pairs, [message for message in messages if message.startswith("captions:")], None
-
-    def _inputs(self, ready: Sequence[_Ready], contrast: bool = False) -> Pairs:
-        captions = [pair.contrast or "" if contrast else pair.caption for pair in ready]
-        return self._encoder.prepare([pair.media for pair in ready], captions)
-
     @property
-    def _kind(self) -> Kind:
-        """What the model compares with captions."""
-        return KINDS[self._encoder.sides[0].modality]
+    def _reader(self) -> Reader:
+        return Reader(self._encoder, self.contrast, self.cut_captions)
 
     @property
     def _encoder(self) -> DualEncoder:
         encoder: DualEncoder = self.load().forward_func
         return encoder
 
-    def _explain_pairs(self, ready: list[_Ready], pairs: Pairs | None = None) -> None:
+    def _explain_pairs(self, ready: list[Ready], pairs: Pairs | None = None) -> None:
         if not ready:
             return
         from captum_m2ib.engine.stakes import NothingToExplainWarning
@@ -391,7 +272,7 @@ class Worker:
                 warnings.filterwarnings("ignore", message="captions:")
                 # The row's verdict says so.
                 warnings.filterwarnings("ignore", category=NothingToExplainWarning)
-                found = self._attribute(ready, self._inputs(ready) if pairs is None else pairs)
+                found = self._attribute(ready, self._reader.inputs(ready) if pairs is None else pairs)
         except Exception as error:
             # A worker must outlive whatever one pair does to the model; halving finds that pair.
             self._explain_halves(ready, error)
@@ -399,7 +280,7 @@ class Worker:
         for pair, result in zip(ready, found, strict=True):
             pair.result.update(result)
 
-    def _explain_halves(self, ready: list[_Ready], error: Exception) -> None:
+    def _explain_halves(self, ready: list[Ready], error: Exception) -> None:
         exhausted = _is_out_of_memory(error)
         if exhausted:
             _release_memory()
@@ -412,28 +293,29 @@ class Worker:
             self.internal_batch_size = (self.internal_batch_size or 2) // 2
             self._explain_pairs(ready)
         else:
-            ready[0].result.update(_failed("memory" if exhausted else "model", error))
+            ready[0].result.update(failed("memory" if exhausted else "model", error))
 
-    def _attribute(self, ready: Sequence[_Ready], pairs: Pairs) -> list[dict[str, Any]]:
+    def _attribute(self, ready: Sequence[Ready], pairs: Pairs) -> list[dict[str, Any]]:
         from captum_m2ib.explanations.methods import maps_of
 
         encoder = self._encoder
         if len(ready) > 1 and encoder.holds_sizes(pairs):
-            return [self._attribute([one], self._inputs([one]))[0] for one in ready]
+            return [self._attribute([one], self._reader.inputs([one]))[0] for one in ready]
         maps = maps_of(encoder, self.load(), pairs, self.internal_batch_size, self.check, self._options)
-        grids, has_pixels = self._grids(maps.pixels, maps.patches), pairs.inputs[0].ndim == 4
+        grids, has_pixels = grids_of(maps.pixels, maps.patches), pairs.inputs[0].ndim == 4
         real = [row.nonzero().flatten().tolist() for row in encoder.real_tokens(pairs)]
         results = [
             {
                 "score": float(maps.scores[i]),
-                **self._shown(maps.unit, grids[i], pairs, i),
-                "tokens": [_storable(clean_token(pairs.tokens[i][j])) for j in real[i]],
+                "method": self.method,
+                **shown(self._reader.kind.name, maps.unit, grids[i], pairs, i, self.thumbnail),
+                "tokens": [storable(clean_token(pairs.tokens[i][j])) for j in real[i]],
                 "special": [pairs.special[i][j] for j in real[i]],
                 "token_bits": maps.tokens[i, real[i]].float().cpu().numpy(),
                 "text_bits": float(maps.tokens[i].sum()) if WORDINGS[maps.unit].has_totals else None,
-                **self._inside(pair, maps.pixels[i].float().cpu().numpy() if has_pixels else grids[i]),
-                **({} if maps.records is None else _gated_scores(maps.records[i])),
-                **({} if maps.checks is None else _checked(maps.checks[i])),
+                **inside(encoder, pair, maps.pixels[i].float().cpu().numpy() if has_pixels else grids[i]),
+                **({} if maps.records is None else gated_scores(maps.records[i])),
+                **({} if maps.checks is None else checked(maps.checks[i])),
             }
             for i, pair in enumerate(ready)
         ]
@@ -448,70 +330,11 @@ class Worker:
                 results[i]["contrast"] = ready[i].contrast
         return results
 
-    def _shown(self, unit: str, grid: np.ndarray, pairs: Pairs, index: int) -> dict[str, Any]:
-        """The map of a pair's picture, sound or video, and what it lies on."""
-        kind = self._kind.name
-        timeline = pairs.timelines[index] if pairs.timelines else None
-        return {
-            "method": self.method,
-            "unit": unit,
-            "kind": kind,
-            "timeline": None if timeline is None else json.dumps(to_plain(timeline)),
-            "image_bits": float(grid.sum(dtype=np.float64)) if WORDINGS[unit].has_totals else None,
-            # Bits compress better with fewer digits; other units may be tiny.
-            "map": flat(grid, kind).astype(np.float16 if unit == "bits" else np.float32),
-            "thumbnail": thumbnail(pairs.pictures[index], kind, len(grid), self.thumbnail) if self.thumbnail else None,
-        }
-
-    def _inside(self, pair: _Ready, bits: np.ndarray) -> dict[str, float | None]:
-        """Which share of the map above zero, and of its area, lies inside the given boxes or mask."""
-        if pair.region is None:
-            return {}
-        cover = cover_of(seen_region(self._encoder, pair.region, pair.caption), bits.shape)
-        bits = bits.clip(min=0)
-        total = bits.sum(dtype=np.float64)
-        return {
-            "inside_share": float((bits * cover).sum() / total) if total > 0 else None,
-            "inside_area": float(cover.mean()),
-        }
-
-    def _contrast_maps(self, ready: Sequence[_Ready]) -> list[np.ndarray]:
+    def _contrast_maps(self, ready: Sequence[Ready]) -> list[np.ndarray]:
         from captum_m2ib.explanations.methods import pictures_alone
 
-        pairs = self._inputs(ready, contrast=True)
-        return self._grids(*pictures_alone(self._encoder, self.load(), pairs, self.internal_batch_size, self._options))
-
-    @staticmethod
-    def _grids(pixels: Sequence[Tensor], patches: Sequence[Tensor] | None) -> list[np.ndarray]:
-        """Maps per patch, (gh, gw), of a video (frames, gh, gw); without a patch grid per cell of a coarse one."""
-        grids = coarse(pixels) if patches is None else patches
-        return [grid.float().cpu().numpy() for grid in grids]
-
-
-def _gated_scores(record: Mapping[str, Any]) -> dict[str, float]:
-    return {f"{name}_score": record[name]["score_after"] for name in MODALITIES}
-
-
-def _checked(check: Mapping[str, Any]) -> dict[str, Any]:
-    found = {}
-    for name in MODALITIES:
-        part = check[name]
-        found[f"{name}_check"], found[f"{name}_kept"] = part["verdict"], part["kept"]
-        found[f"{name}_margin"] = part["lost_top"] - part["lost_random"]
-    return found
-
-
-def _failed(kind: str, reason: object) -> dict[str, str]:
-    return {"error_kind": kind, "error": _short(reason)}
-
-
-def _short(reason: object) -> str:
-    text = _storable(" ".join(str(reason).split()) or type(reason).__name__)
-    return text if len(text) <= _LONGEST_REASON else text[: _LONGEST_REASON - 1] + "…"
-
-
-def _storable(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+        pairs = self._reader.inputs(ready, contrast=True)
+        return grids_of(*pictures_alone(self._encoder, self.load(), pairs, self.internal_batch_size, self._options))
 
 
 def _is_out_of_memory(error: Exception) -> bool:

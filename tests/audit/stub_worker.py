@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from captum_m2ib.audit.worker import RESULTS
+from captum_m2ib.audit.results import RESULTS
 
 
 class StubWorker:

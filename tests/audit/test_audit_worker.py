@@ -18,7 +18,7 @@ from captum_m2ib import RISE, DualEncoder, MultiModalInfoBottleneck, explain
 from captum_m2ib.attr.registry import METHODS
 from captum_m2ib.audit import Worker
 from captum_m2ib.audit.measures import half_scores
-from captum_m2ib.audit.worker import CHECKS, FIGURES
+from captum_m2ib.audit.results import CHECKS, FIGURES
 from captum_m2ib.engine.units import per_patch
 from captum_m2ib.scenes import CHECKPOINT, draw_scene
 

@@ -14,7 +14,7 @@ from audit_cases import QUICK, png
 from test_audit_run import in_other_process
 
 from captum_m2ib.audit import Worker
-from captum_m2ib.audit.worker import FIGURES, RESULTS
+from captum_m2ib.audit.results import FIGURES, RESULTS
 from captum_m2ib.audit.writer import schema
 from captum_m2ib.scenes import draw_scene
 

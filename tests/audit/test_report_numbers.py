@@ -24,7 +24,7 @@ from captum_m2ib.audit.report.figures import (
     verdict_table,
 )
 from captum_m2ib.audit.report.pairs import agreement, as_data, read_pairs
-from captum_m2ib.audit.worker import RESULTS
+from captum_m2ib.audit.results import RESULTS
 from captum_m2ib.audit.writer import read_shard, schema, shard_path, shards, verdict_counts, write_run, write_shard
 
 Row = dict[str, Any]

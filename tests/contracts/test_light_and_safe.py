@@ -52,7 +52,9 @@ def test_the_command_line_tells_of_itself_at_once(option: str):
     assert loaded_by(told) == set()
 
 
-@pytest.mark.parametrize("room", ["captum_m2ib", "captum_m2ib.disent", "captum_m2ib.games", "captum_m2ib.scenes"])
+@pytest.mark.parametrize(
+    "room", ["captum_m2ib", "captum_m2ib.audit", "captum_m2ib.disent", "captum_m2ib.games", "captum_m2ib.scenes"]
+)
 def test_every_name_of_a_room_is_found_late(room: str):
     module = importlib.import_module(room)
     assert set(module.__all__) <= set(dir(module)) and all(getattr(module, name) is not None for name in module.__all__)
