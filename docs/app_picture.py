@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-CAPTIONS = "there is a white ring\na red moon"
+CAPTIONS = "here is a yellow moon\na blue star"
 
 
 def ask(page: Page, address: str) -> None:
@@ -25,8 +25,8 @@ def ask(page: Page, address: str) -> None:
     page.click("#go")
     page.locator("#download-json").wait_for()
     frame = page.frame_locator("iframe.explanation")
-    frame.locator("#view").hover(position={"x": 105, "y": 60})
-    frame.locator("#read", has_text="row 2 of 8").wait_for()
+    frame.locator("#view").hover(position={"x": 145, "y": 275})
+    frame.locator("#read", has_text="row 6 of 8").wait_for()
 
 
 def draw(page: Page, path: Path) -> None:

@@ -80,6 +80,15 @@ class TestExplain:
             word, bits = token.rsplit(" ", 1)
             assert word in words and float(bits) >= 0
 
+    def test_the_maps_of_the_example_hold(self, run: Run, tmp_path: Path):
+        done = run("explain", "--output", tmp_path / "example.json")
+        assert (done.status, done.err) == (0, "")
+        example = Explanation.load(tmp_path / "example.json")
+        assert example.check is not None
+        assert [example.check[name]["verdict"] for name in ("image", "text")] == ["holds", "holds"]
+        assert example.caption == "here is a yellow moon"
+        assert {token for token, _ in example.top_tokens(2)} == {"yellow", "moon"}
+
     @pytest.mark.parametrize("suffix", [".png", ".html", ".npz", ".json", ".PNG"])
     def test_a_pair_in_every_format(self, run: Run, checkpoint: Path, picture: Path, tmp_path: Path, suffix: str):
         target = tmp_path / f"result{suffix}"

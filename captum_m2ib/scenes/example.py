@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from captum_m2ib.scenes.probes import ImageProbe, image_probes
 
-EXAMPLE_SCENE = 8
+EXAMPLE_SCENE = 35
 _SIDE = 384
 
 

@@ -128,37 +128,37 @@ def hand_in(opened: Visit, path: Path) -> None:
 def test_one_run_through_the_page(opened: Visit, tmp_path: Path):
     page = opened.page
     assert page.locator("#head p").inner_text() == "the model of drawn scenes that is shipped"
-    page.locator("tbody tr", has_text="there is a white ring").click()
+    page.locator("tbody tr", has_text="here is a yellow moon").click()
     page.locator("#picture img").wait_for()
-    opened.expect("document.querySelector('#captions textarea').value", "there is a white ring")
-    page.locator("#captions textarea").fill("there is a white ring\na red moon")
+    opened.expect("document.querySelector('#captions textarea').value", "here is a yellow moon")
+    page.locator("#captions textarea").fill("here is a yellow moon\na blue star")
     page.click("#go")
     page.locator("#shown", has_text=re.compile(r"explaining|Information bottleneck|Pair Interaction")).wait_for()
-    frame = answer_to(opened, "there is a white ring")
+    frame = answer_to(opened, "here is a yellow moon")
     told = frame.locator(".check").inner_text()
-    assert re.search(r"image map (holds|is weak): hiding what it marks takes 1\d\d %.*\ncheck: text map holds", told)
+    assert re.search(r"image map holds: hiding what it marks takes [6-9]\d %.*\ncheck: text map holds", told)
 
     # The pointer reads a patch, the slider fades the map, and a click on a word shows its patches.
     frame.locator("#view").hover(position={"x": 40, "y": 40})
     assert re.match(r"patch, row 1 of 8, column 1 of 8: [\d.<]+ bits; most with", frame.locator("#read").inner_text())
     frame.locator("#strength").fill("30")
     assert frame.locator(".under").evaluate("node => node.style.opacity") == "0.3"
-    frame.locator("#tokens > span", has_text="ring").click()
-    assert frame.locator("#title").inner_text() == "what acts together with “ring”"
+    frame.locator("#tokens > span", has_text="moon").click()
+    assert frame.locator("#title").inner_text() == "what acts together with “moon”"
     # All of it is seen without scrolling inside the frame.
     height = frame.locator("html").evaluate("node => node.scrollHeight")
     box = page.locator("iframe.explanation").bounding_box()
     assert box is not None and box["height"] >= height
 
-    page.locator("#chosen label", has_text="a red moon").click()
-    answer_to(opened, "a red moon")
+    page.locator("#chosen label", has_text="a blue star").click()
+    answer_to(opened, "a blue star")
 
     page.locator("#method input").click()
     page.get_by_role("option", name="legrad").click()
     page.locator("#method", has_text="gradients of attention").wait_for()
     page.click("#go")
     page.locator("#notes", has_text="legrad").wait_for()
-    frame = answer_to(opened, "there is a white ring")
+    frame = answer_to(opened, "here is a yellow moon")
     assert "relative values" in frame.locator("body").inner_text()
 
     saved = {}
@@ -167,11 +167,11 @@ def test_one_run_through_the_page(opened: Visit, tmp_path: Path):
             page.click(f"#download-{kind}")
         saved[kind] = tmp_path / download.value.suggested_filename
         download.value.save_as(saved[kind])
-        assert saved[kind].name == f"there_is_a_white_ring-legrad.{kind}"
+        assert saved[kind].name == f"here_is_a_yellow_moon-legrad.{kind}"
     with Image.open(saved["png"]) as picture:
         assert picture.width > 1000
     found = Explanation.load(saved["json"])
-    assert (found.caption, found.settings["method"]) == ("there is a white ring", "LeGrad")
+    assert (found.caption, found.settings["method"]) == ("here is a yellow moon", "LeGrad")
     assert found.check_lines[0] in saved["html"].read_text(encoding="utf-8")
     assert json.loads(saved["json"].read_text())["unit"] == "relative"
 
@@ -194,11 +194,11 @@ def test_wrong_input_is_a_sentence(opened: Visit, tmp_path: Path):
 
     # And the page goes on.
     opened.page.locator("tbody tr").first.click()
-    opened.expect("document.querySelector('#captions textarea').value", "there is a white ring")
+    opened.expect("document.querySelector('#captions textarea').value", "here is a yellow moon")
     opened.page.get_by_label("off").check()
     opened.page.get_by_label("quick").check()
     opened.page.click("#go")
-    frame = answer_to(opened, "there is a white ring")
+    frame = answer_to(opened, "here is a yellow moon")
     assert frame.locator("#tokens [role=button]").count() == 0
     assert not opened.page.locator("#problem").is_visible()
 
