@@ -16,15 +16,14 @@ import peft
 import pytest
 import torch
 from commands import Run, assert_one_line, runner
+from hub_files import CAPTIONS, CLIP, FEW, PICTURES, open_clip_directory, write_json
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from test_loading import CAPTIONS, CHECKPOINTS, FEW, PICTURES, open_clip_directory, write_json
 from torch import Tensor
 
 from captum_m2ib import DualEncoder, Explanation, explain
 from captum_m2ib.encoders.naming import load_named
 
-CLIP = CHECKPOINTS[0]
 TARGETS = ["q_proj", "v_proj", "token_embedding"]
 
 
