@@ -70,8 +70,8 @@ def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Explained]]]) ->
         # Bold letters are wider than those that are measured.
         head = elide(f"{format_score(one.score)}  “{visible(one.caption)}”", 0.84 * (pitch - _GAP), _HEAD_SIZE)
         write(page, _MARGIN + column * pitch, _MARGIN, head, size=_HEAD_SIZE, weight="bold")
-    below = "numbers are cosine similarities; each map is coloured up to its own maximum"
-    write(page, _MARGIN, height - 0.2, elide(below, width - 2 * _MARGIN, 8), size=8, color=QUIET)
+    below = elide(how_to_read(rows[0][2]), width - 2 * _MARGIN, 8)
+    write(page, _MARGIN, height - 0.2, below, size=8, color=QUIET)
     y = _MARGIN + 0.35
     for (name, seconds, _), line, taken in zip(rows, cells, heights, strict=True):
         page.plot((_MARGIN, width - _MARGIN), (y, y), color=EDGE, linewidth=0.8)
@@ -85,6 +85,12 @@ def comparison_figure(rows: Sequence[tuple[str, float, Sequence[Explained]]]) ->
                 _draw_text(page, cell, x, top + high + 0.2)
         y += taken
     return figure
+
+
+def how_to_read(found: Sequence[Explained]) -> str:
+    """What the numbers before the captions are, and how far maps are coloured."""
+    names = ", ".join(dict.fromkeys(visible(one.score_name) for one in found))
+    return f"before each caption: {names}; each map is coloured up to its own maximum"
 
 
 def row_title(name: str, seconds: float, unit: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 
-from captum_m2ib.explanations.comparison_figure import row_title
+from captum_m2ib.explanations.comparison_figure import how_to_read, row_title
 from captum_m2ib.explanations.embedding import encoded_picture
 from captum_m2ib.explanations.lettering import format_score, visible
 from captum_m2ib.explanations.page import html_page
@@ -27,7 +27,7 @@ def comparison_page(rows: Sequence[tuple[str, float, Sequence[Explained]]]) -> b
     captions = [html.escape(visible(one.caption)) or "(empty caption)" for one in rows[0][2]]
     parts = [
         f"<h1><bdi>{' · '.join(captions)}</bdi></h1>",
-        '<p class="totals">each map is coloured up to its own maximum</p>',
+        f'<p class="totals">{html.escape(how_to_read(rows[0][2]))}</p>',
     ]
     for name, seconds, found in rows:
         parts.append(f"<h2>{html.escape(row_title(name, seconds, found[0].unit))}</h2>")

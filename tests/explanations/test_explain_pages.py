@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import late
@@ -12,8 +13,9 @@ import torch
 import zoo
 from PIL import Image
 
-from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, explain
+from captum_m2ib import DualEncoder, Explanation, MultiModalInfoBottleneck, compare, explain
 from captum_m2ib.encoders.spans import find_span
+from captum_m2ib.explanations.compare import Comparison
 from captum_m2ib.explanations.methods import _on_page
 
 QUERY = "a chart of the revenue 2024"
@@ -163,6 +165,20 @@ def test_files_and_figures_name_the_score(tmp_path: Path):
     page = found.save(tmp_path / "page.html").read_text(encoding="utf-8")
     assert "MaxSim of “revenue 2024”" in page and "cosine" not in page
     assert Explanation.load(found.save(tmp_path / "page.json")).score_name == found.score_name
+
+
+def test_comparisons_name_the_score(tmp_path: Path):
+    asked = {"tokens": ["chart", "revenue 2024"], "check": False}
+    found = compare(encoder_of("colpali"), PAGES[0], [QUERY, QUERY], ["similarity-map"], **asked)
+    told = "before each caption: MaxSim of “chart”, MaxSim of “revenue 2024”; each map"
+    drawn = " ".join(text.get_text() for text in found.plot().axes[0].texts)
+    page = found.save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert told in drawn and told in page and "cosine" not in drawn + page
+    # Whoever names a score writes no markup.
+    (row,) = found.rows
+    named = replace(row.explanations[0], settings={"score": "<b>"})
+    page = Comparison((replace(row, explanations=(named,)),)).save(tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "before each caption: &lt;b&gt;; each map" in page and "<b>" not in page
 
 
 def test_a_method_without_a_bar_is_asked_for_none():

@@ -57,6 +57,7 @@ def test_nothing_in_the_figure_is_cut_or_drawn_over_something_else(captions: lis
     assert len(figure.axes) - 1 == 2 * len(captions)
     drawn = " ".join(text.get_text() for text in texts)
     assert "nib   ·   units of the score" in drawn and "check: image map" in drawn
+    assert "before each caption: cosine similarity; each map" in drawn
 
 
 @pytest.mark.parametrize("ending", ["png", "pdf", "svg"])

@@ -41,7 +41,7 @@ __all__ = ["write_report"]
 
 _HERE = Path(__file__).parent
 _CHUNK = 200
-_SCORE = ("score", "score (cosine similarity)")
+_SCORE = ("score", "score")
 _READING = {
     "sound": "A sound is shown as its spectrogram, high above low, or as its wave; time goes from left to right.",
     "video": "Frames of a video stand in rows, and time goes from left to right.",
