@@ -14,7 +14,7 @@ from PIL import Image
 
 from captum_m2ib.benchmark.scenes import run as scenes_run
 from captum_m2ib.benchmark.tables import WIDTH
-from captum_m2ib.scenes import build_model, save_checkpoint
+from captum_m2ib.scenes import build_model, image_probes, save_checkpoint
 
 FEW = ("--method", "relevance", "centre", "--without-cost")
 
@@ -37,6 +37,7 @@ def test_the_shipped_model(run: Run, tmp_path: Path):
         "run.json",
         "parts",
         "figures.csv",
+        "probes.csv",
         "summary.csv",
         "table.md",
         "examples.png",
@@ -47,6 +48,13 @@ def test_the_shipped_model(run: Run, tmp_path: Path):
     assert sum(row["figure"] == "image auroc" for row in rows) == 2
     with Image.open(folder / "examples.png") as page:
         assert np.asarray(page).std() > 10
+    asked = list(csv.DictReader((folder / "probes.csv").read_text().splitlines()))
+    assert [row["kind"] for row in asked] == ["image", "text"] and {row["probe"] for row in asked} == {"0"}
+    probe = image_probes(1, seed=0)[0]
+    assert (asked[0]["caption"], asked[0]["other caption"]) == (probe.caption, probe.wrong_caption)
+    assert f"{asked[0]['colour']} {asked[0]['shape']}" in probe.caption
+    assert float(asked[0]["area"]) == pytest.approx(probe.mask.mean(), abs=1e-4)
+    assert asked[1]["colour"] in asked[1]["caption"] and 0 < int(asked[0]["ground"]) < 255
     # Again: nothing is measured, all is the same.
     before = {path: path.stat().st_mtime_ns for path in (folder / "parts").rglob("*.json")}
     assert run("--probes", 1, *FEW).out == out

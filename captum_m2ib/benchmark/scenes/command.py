@@ -30,7 +30,7 @@ def add_scenes(benchmarks: Any, load: Load) -> None:
         help="every method on held-out scenes whose truth is known",
         description="Image localisation and token relevance against ground truth, faithfulness, sanity, stability, "
         "robustness and cost of every method, on held-out scenes. The same command again goes on where an interrupted "
-        "one stopped. --output receives figures.csv, summary.csv, table.md and examples.png.",
+        "one stopped. --output receives figures.csv, probes.csv, summary.csv, table.md and examples.png.",
     )
     parser.add_argument(
         "--model",
@@ -111,14 +111,15 @@ def _chosen(given: argparse.Namespace) -> list[Method]:
 def _measure(models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:
     from captum_m2ib.benchmark.figure_page import make_examples, write_page
     from captum_m2ib.benchmark.parts import TABLES
-    from captum_m2ib.benchmark.scenes.run import measure_all, write_tables
+    from captum_m2ib.benchmark.scenes.run import measure_all, write_probes, write_tables
     from captum_m2ib.benchmark.tables import terminal
 
     values = measure_all(models, chosen, plan, store, show_progress=sys.stderr.isatty())
     print(terminal(write_tables(store.folder, models, chosen, values)))
+    write_probes(store.folder, plan)
     examples = make_examples(models[0].encoder, chosen, plan.probes_seed, ground=plan.ground)
     write_page(store.folder / "examples.png", examples, f"{models[0].name}: example maps of every method")
-    print_written(store.folder, (*TABLES, "examples.png"))
+    print_written(store.folder, (*TABLES, "probes.csv", "examples.png"))
 
 
 def _tune(given: argparse.Namespace, models: Any, chosen: list[Method], plan: Plan, store: Any) -> None:

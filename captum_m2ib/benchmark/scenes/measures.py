@@ -43,6 +43,9 @@ from captum_m2ib.scenes.grounds import TEXTURED
 BLOCK = 25
 """Probes whose maps are made at once."""
 
+REDRAWS = 3
+"""How often all parameters are redrawn: random models differ in how much of a picture's contrast they pass on."""
+
 _HEADS = {
     "localisation, pictures": {
         "image pointing": (1, "pointing"),
@@ -62,6 +65,7 @@ _HEADS = {
         "image prompt sensitivity": (1, "pictures: prompt"),
         "image random model": (-1, "pictures: random model"),
         "image random model, by chance": (0, "by chance"),
+        "image random model, signed": (0, "signed"),
         "text random model": (-1, "words: random model"),
     },
     "stability": {"image seeds": (1, "pictures: seeds"), "text seeds": (1, "words: seeds")},
@@ -244,38 +248,47 @@ def sanity(block: Block) -> Found:
     r"""Do maps depend on the caption, and on what the model has learnt?
 
     ``image prompt sensitivity`` is 1 - Spearman's correlation of a picture's maps for the two captions; ``random
-    model`` is the correlation's magnitude between maps of the model and of one with all parameters redrawn; ``by
-    chance`` is that with the redrawn model's maps of the other pictures of the block, NaN where there is none. For
-    these checks the prior of a bottleneck comes from the model that is explained, never from shipped statistics.
+    model`` is the correlation's magnitude between maps of the model and of one with all parameters redrawn, a mean over
+    :data:`REDRAWS` such models; ``by chance`` is that with the redrawn models' maps of the other pictures of the block,
+    NaN where there is none; ``signed`` is the correlation itself, whose mean over unrelated maps is 0 however smooth
+    they are. For these checks the prior of a bottleneck comes from the model that is explained, never from shipped
+    statistics.
     """
-    encoder, make = block.encoder, block.make
-    if make is None:
+    if block.make is None:
         raise ValueError("make: expected a function that makes the method anew for a randomised model, got None.")
     found = {"image prompt sensitivity": 1 - spearman(block.right_maps.sum(1), block.wrong_maps.sum(1))}
-    for name, pairs, modality in (("image", block.right, 0), ("text", block.worded, 1)):
-        made: list[Tensor] = []
-
-        def explain(
-            inputs: Any, additional_forward_args: Any, modality: int = modality, made: list[Tensor] = made
-        ) -> Tensor:
-            remade = Block(make(encoder), (), ())
-            pairs = _Given(inputs, additional_forward_args)
-            made.append(remade.image_maps(pairs) if modality == 0 else remade.caption_maps(pairs))  # type: ignore[arg-type]
-            return made[-1]
-
-        with _without_statistics(encoder):
-            changed = randomisation(
-                explain,
-                pairs.inputs,
-                encoder,
-                layers=[[encoder]],
-                valid=None if modality == 0 else faith.maskable_tokens(pairs),
-                additional_forward_args=pairs.additional_forward_args,
-            )
-        found[f"{name} random model"] = changed.similarities[0][:, 0].abs()
-        if modality == 0:
-            found["image random model, by chance"] = _among_others(made[0].sum(1), made[-1].sum(1))
+    changed, own, redrawn = _redrawn(block, 0, block.make)
+    found["image random model"] = changed.abs().mean(1)
+    chance = [_among_others(own.sum(1), maps.sum(1)) for maps in redrawn]
+    found["image random model, by chance"] = torch.stack(chance).mean(0)
+    found["image random model, signed"] = changed.mean(1)
+    found["text random model"] = _redrawn(block, 1, block.make)[0].abs().mean(1)
     return lists_of(found)
+
+
+def _redrawn(block: Block, modality: int, make: Callable[[DualEncoder], Any]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Spearman's correlation of maps with those of redrawn models, (N, models), the maps, and each model's."""
+    encoder = block.encoder
+    pairs = block.worded if modality else block.right
+    made: list[Tensor] = []
+
+    def explain(inputs: Any, additional_forward_args: Any) -> Tensor:
+        remade = Block(make(encoder), (), ())
+        given: Any = _Given(inputs, additional_forward_args)
+        made.append(remade.caption_maps(given) if modality else remade.image_maps(given))
+        return made[-1]
+
+    with _without_statistics(encoder):
+        changed = randomisation(
+            explain,
+            pairs.inputs,
+            encoder,
+            layers=[[encoder]] * REDRAWS,
+            cascading=False,
+            valid=faith.maskable_tokens(pairs) if modality else None,
+            additional_forward_args=pairs.additional_forward_args,
+        )
+    return changed.similarities[0], made[0], made[1:]
 
 
 def _among_others(maps: Tensor, others: Tensor) -> Tensor:

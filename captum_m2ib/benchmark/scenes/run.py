@@ -25,7 +25,7 @@ from captum_m2ib.benchmark.scenes.measures import BLOCK, FIGURES, GROUPS, Block,
 from captum_m2ib.benchmark.store import Store, write_atomically
 from captum_m2ib.benchmark.tables import Comparison, Values, csv_text
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.scenes import CHECKPOINT, GROUNDS
+from captum_m2ib.scenes import CHECKPOINT, GROUNDS, image_probes, token_probes
 from captum_m2ib.scenes.grounds import TEXTURED
 
 # No seed of the test split reaches the probes of the validation split.
@@ -233,6 +233,27 @@ def write_tables(folder: Path, models: Sequence[Model], methods: Sequence[Method
         Comparison: of ours with every other method.
     """
     return write_comparison(folder, [model.name for model in models], methods, values, FIGURES)
+
+
+def write_probes(folder: Path, plan: Plan) -> None:
+    r"""Write ``probes.csv``: what each probe of ``figures.csv`` asks, so that figures can be read by it.
+
+    Args:
+
+        folder (Path): Where.
+        plan (Plan): Says which probes.
+    """
+    lines: list[tuple[object, ...]] = []
+    for index, probe in enumerate(image_probes(plan.probes, plan.probes_seed, ground=plan.ground)):
+        thing = probe.scene.objects[probe.target]
+        bare = probe.image[~np.any(probe.scene.masks, axis=0)].mean()
+        told = (probe.caption, probe.wrong_caption, thing.colour, thing.shape, f"{probe.mask.mean():.4f}")
+        lines.append(("image", index, *told, f"{bare:.0f}"))
+    for index, worded in enumerate(token_probes(plan.probes, plan.probes_seed, ground=plan.ground)):
+        thing = worded.scene.objects[worded.target]
+        lines.append(("text", index, worded.scene.caption, "", thing.colour, thing.shape, "", ""))
+    heads = ("kind", "probe", "caption", "other caption", "colour", "shape", "area", "ground")
+    write_atomically(folder / "probes.csv", csv_text(heads, lines))
 
 
 def _block(model: Model, method: Method, probes: tuple[Sequence[Any], Sequence[Any]], span: slice) -> Block:
