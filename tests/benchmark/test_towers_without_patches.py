@@ -52,3 +52,16 @@ def test_a_window_is_two_cells_wide_and_smoothing_keeps_sums(encoder: DualEncode
     assert len(found.sum(1)[0, ::16, ::16].unique()) > 4
     assert all(len(cell.unique()) == 1 for cell in found[0, 0].unfold(0, 16, 16).unfold(1, 16, 16).flatten(0, 1))
     torch.testing.assert_close(smoothed(encoder, found.clamp(min=0)).sum(), found.clamp(min=0).sum())
+
+
+@pytest.mark.parametrize("method", [Ablation, OcclusionWindow])
+def test_large_pictures_go_through_the_model_a_few_at_a_time(encoder: DualEncoder, method: type):
+    pixels, ids = torch.rand(2, 3, 256, 256, generator=torch.Generator().manual_seed(2)), torch.tensor([[3], [4]])
+    seen: list[int] = []
+    handle = encoder.register_forward_pre_hook(lambda module, given: seen.append(given[0].shape[0]))
+    try:
+        method(encoder).attribute(pixels, ids)
+    finally:
+        handle.remove()
+    # Captum asks for the whole pairs' score first; four pictures of this size are 2 ** 18 pixels.
+    assert max(seen) == 4 and sum(seen) >= 2 * 15 * 15
