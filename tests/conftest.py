@@ -6,7 +6,7 @@ Nothing heavy is imported here: the process that only hands out the tests would 
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ import environment  # noqa: F401 - comes first
 import pytest
 
 if TYPE_CHECKING:
+    from commands import Run
     from families import Case, Family
     from playwright.sync_api import Browser
 
@@ -63,6 +64,30 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sizes = {"vision_width": 32, "vision_layers": 3, "text_width": 32, "text_layers": 2, "projection": 16}
     save_checkpoint(build_model(**sizes), folder)
     return folder
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """The command line, in this process."""
+    from commands import runner
+
+    return runner(capsys, monkeypatch)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    """A file for the command line to explain."""
+    from commands import picture_in
+
+    return picture_in(tmp_path)
+
+
+@pytest.fixture
+def refused(run: Run, checkpoint: Path, picture: Path, tmp_path: Path) -> Callable[..., None]:
+    """What ``captum-m2ib explain`` must refuse."""
+    from commands import refuser
+
+    return refuser(run, tmp_path, picture, checkpoint)
 
 
 @pytest.fixture(scope="module")

@@ -13,21 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import CAPTION, QUICK, Result, Run, assert_told, files_in, picture_in, runner
+from commands import CAPTION, QUICK, Result, Run, assert_told, files_in
 
 import captum_m2ib
 from captum_m2ib import MultiModalInfoBottleneck
 from captum_m2ib.cli import main
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    return picture_in(tmp_path)
 
 
 @pytest.mark.filterwarnings("always::UserWarning")

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from commands import CAPTION, QUICK, Run, picture_in, refuser, runner
+from commands import CAPTION, QUICK, Run
 from safetensors.torch import load_file, save_file
 
 # As a user meets them, not raised.
@@ -128,21 +128,6 @@ def own_model(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, monkey
     (folder / f"{name}.py").write_text(OWN.format(checkpoint=str(checkpoint)))
     monkeypatch.chdir(folder)
     return name
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    return picture_in(tmp_path)
-
-
-@pytest.fixture
-def refused(run: Run, checkpoint: Path, picture: Path, tmp_path: Path) -> Callable[..., None]:
-    return refuser(run, tmp_path, picture, checkpoint)
 
 
 def test_a_model_comes_from_a_function(run: Run, checkpoint: Path, own_model: str, picture: Path, tmp_path: Path):

@@ -9,22 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import CAPTION, IMAGE_BLOCK, QUICK, TEXT_BLOCK, Run, files_in, picture_in, runner
+from commands import CAPTION, IMAGE_BLOCK, QUICK, TEXT_BLOCK, Run, files_in
 from PIL import Image
 
 from captum_m2ib import DualEncoder, Explanation, explain
 from captum_m2ib.attr.registry import METHODS, method_named, unit_of
 from captum_m2ib.cli import main
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    return picture_in(tmp_path)
 
 
 def test_without_arguments_an_example_is_explained(run: Run, checkpoint: Path, tmp_path: Path, monkeypatch):

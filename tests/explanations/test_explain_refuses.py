@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from commands import CAPTION, IMAGE_BLOCK, TEXT_BLOCK, Run, picture_in, refuser, runner
+from commands import CAPTION, IMAGE_BLOCK, TEXT_BLOCK
 from PIL import Image
 
 pytestmark = pytest.mark.filterwarnings("always::UserWarning", "always::RuntimeWarning")
@@ -78,21 +78,6 @@ OPTIONS: dict[str, tuple[tuple[str, ...], str]] = {
     "whole picture as data": (("--whole", "--output", "result.npz"), r"--whole: is for the figure or page.*result.npz"),
     "unknown device": (("--device", "nonsense"), r"device"),
 }
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
-
-
-@pytest.fixture
-def picture(tmp_path: Path) -> Path:
-    return picture_in(tmp_path)
-
-
-@pytest.fixture
-def refused(run: Run, checkpoint: Path, picture: Path, tmp_path: Path) -> Callable[..., None]:
-    return refuser(run, tmp_path, picture, checkpoint)
 
 
 @pytest.mark.parametrize("name", PICTURES)

@@ -6,14 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from commands import Result, Run, assert_told, runner
+from commands import Result, Run, assert_told
 
 from captum_m2ib.scenes.grounds import GROUNDS
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
 
 
 @pytest.fixture

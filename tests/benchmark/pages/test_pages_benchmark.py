@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import Run, runner
+from commands import Run
 
 from captum_m2ib import DualEncoder
 from captum_m2ib.benchmark.methods import METHODS, Family, Method
@@ -21,11 +21,6 @@ from captum_m2ib.scenes.pages import PAGES_CHECKPOINT, page_probes
 @pytest.fixture(scope="module")
 def encoder() -> DualEncoder:
     return DualEncoder.from_pretrained(PAGES_CHECKPOINT)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
 
 
 class Knowing:

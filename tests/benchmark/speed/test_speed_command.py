@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from commands import Result, Run, assert_told, runner
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    return runner(capsys, monkeypatch)
+from commands import Result, Run, assert_told
 
 
 def test_speed(run: Run, monkeypatch: pytest.MonkeyPatch):
