@@ -10,27 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from captum_m2ib.audit.results import CHECKS, FIGURES
 from captum_m2ib.audit.writer import kind_in, read_shard, shards
 from captum_m2ib.engine.verdict import VERDICTS, worst
-
-NUMBERS = (
-    "score",
-    "image_bits",
-    "text_bits",
-    "image_score",
-    "text_score",
-    "image_margin",
-    "text_margin",
-    "image_kept",
-    "text_kept",
-    "best_half_score",
-    "other_half_score",
-    "inside_share",
-    "inside_area",
-    "contrast_similarity",
-)
-
-CHECKS = ("image_check", "text_check")
 
 # A word carries nothing if it has less than this share of what it would have were all words alike.
 SILENT = 0.05
@@ -49,12 +31,12 @@ class Figures:
 
         ids (list[str]): Their ids.
         rows (numpy.ndarray): Their positions in the manifest, (n,).
-        numbers (dict): Per name in :data:`NUMBERS` the values, NaN where there is none, (n,).
+        numbers (dict): Per name in :data:`captum_m2ib.audit.results.FIGURES` the values, NaN where there is none, (n,).
         silent (numpy.ndarray): Share of the caption's words that carry nothing, NaN where there are too few, (n,).
         kinds (list): Kind of error, or None.
         tokens (dict): Per token: occurrences, magnitudes of its values in all, and in how many it carried nothing.
         examples (dict): Per kind of error, its commonest reasons with their numbers.
-        checks (dict): Per name in :data:`CHECKS` the verdicts, None where there is none.
+        checks (dict): Per name in :data:`captum_m2ib.audit.results.CHECKS` the verdicts, None where there is none.
         unit (str): What the maps are in, as :attr:`captum_m2ib.Explanation.unit` says it.
         kind (str): What is compared with captions: ``"image"``, ``"sound"`` or ``"video"``.
     """
@@ -83,7 +65,7 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
     examples: dict[str, dict[str, int]] = {}
     checks: dict[str, list[str | None]] = {name: [] for name in CHECKS}
     units: set[str] = set()
-    wanted = ["id", "row", *NUMBERS, *CHECKS, "unit", "tokens", "special", "token_bits", "error_kind", "error"]
+    wanted = ["id", "row", *FIGURES, *CHECKS, "unit", "tokens", "special", "token_bits", "error_kind", "error"]
     for path in shards(folder):
         table = read_shard(path, wanted)
         ids += table["id"].to_pylist()
@@ -93,7 +75,7 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
         for name, verdicts in checks.items():
             verdicts += table[name].to_pylist()
         numbers = {
-            name: np.asarray(table[name].to_numpy(zero_copy_only=False), dtype=np.float64) for name in ("row", *NUMBERS)
+            name: np.asarray(table[name].to_numpy(zero_copy_only=False), dtype=np.float64) for name in ("row", *FIGURES)
         }
         parts.append({**numbers, "silent": _silent_share(table, tokens)})
         for kind, reason in zip(found, table["error"].to_pylist(), strict=True):
@@ -101,7 +83,7 @@ def read_figures(folder: str | os.PathLike[str]) -> Figures:
                 _count(examples.setdefault(kind, {}), _without_names(reason))
     joined = {
         name: np.concatenate([part[name] for part in parts]) if parts else np.zeros(0)
-        for name in ("row", "silent", *NUMBERS)
+        for name in ("row", "silent", *FIGURES)
     }
     rows, silent = joined.pop("row").astype(np.int64), joined.pop("silent")
     # Earlier releases wrote no unit: they knew bits alone.

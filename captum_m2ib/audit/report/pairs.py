@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from captum_m2ib.audit.report.figures import CHECKS, NUMBERS, Finding, pair_verdict
+from captum_m2ib.audit.report.figures import Finding, pair_verdict
+from captum_m2ib.audit.results import CHECKS, FIGURES
 from captum_m2ib.audit.writer import read_shard, shards
 from captum_m2ib.encoders.timelines import VideoTimeline, ensure_timeline
 from captum_m2ib.explanations.embedding import ramps
@@ -23,7 +24,7 @@ _COLUMNS = (
     "id",
     "row",
     "caption",
-    *NUMBERS,
+    *FIGURES,
     *CHECKS,
     "unit",
     "timeline",
@@ -67,7 +68,7 @@ def as_data(pair: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, Any]
         "row": pair["row"],
         "caption": caption if len(caption) <= _LONGEST_CAPTION else caption[: _LONGEST_CAPTION - 1] + "…",
         "found": dict(found),
-        **{name: _rounded(pair[name]) for name in NUMBERS},
+        **{name: _rounded(pair[name]) for name in FIGURES},
         **{name: pair[name] for name in CHECKS},
         "check": pair_verdict([pair[name] for name in CHECKS]),
         **explanation_data(pair),
