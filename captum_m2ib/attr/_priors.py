@@ -33,7 +33,7 @@ STANDARDISED = Defaults(
 )
 # The same where an input itself is gated.
 AT_INPUT = replace(
-    STANDARDISED, beta=1.2, variance=0.25, initial_gate=0.8, n_steps=4, n_samples=3, noiseless=0.7, reach=5.0
+    STANDARDISED, beta=0.6, variance=0.25, initial_gate=0.8, n_steps=4, n_samples=3, noiseless=0.7, reach=5.0
 )
 # Late layers that guide where the bits of an input lie; of how many steps and draws is the input's to say.
 GUIDE = STANDARDISED

@@ -19,10 +19,8 @@ from captum_m2ib.engine.gates import Gates, gates_of, unit_positions
 from captum_m2ib.engine.interception import borrowing
 from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.settings import Settings, check_count
-from captum_m2ib.engine.smoothing import over_neighbours
+from captum_m2ib.engine.smoothing import COLOUR, SHARE, over_neighbours
 from captum_m2ib.engine.suffix import Suffix, Tap
-
-_SMOOTHING = 1 / 14
 
 
 def check_maps(
@@ -52,7 +50,7 @@ def check_maps(
     layers, layouts = method.layers, method.layouts
     if internal_batch_size is not None:
         check_count("internal_batch_size", internal_batch_size)
-    settings = Settings(smoothing=_SMOOTHING, internal_batch_size=internal_batch_size)
+    settings = Settings(internal_batch_size=internal_batch_size)
     applied = settings.per_layer(defaults_of(layers, method.priors))
     count = len(layers)
     given = Explained.ensure(method.forward_func, arguments[:count], None, arguments[count:])
@@ -63,7 +61,7 @@ def check_maps(
             suffix = Suffix(given.forward, chunk, len(chunk[0]), [Tap(layer) for layer in layers])
             gate = gates_of(suffix, chunk, modality, method.priors[modality], layouts[modality], applied, modality)
             if layers[modality].argument is not None:
-                gate.filter = over_neighbours(_SMOOTHING, gate.hidden, chunk[modality])
+                gate.filter = over_neighbours(SHARE, COLOUR, gate.hidden, chunk[modality])
             stakes = measured_stakes(suffix, [gate], applied, start)
             for checks, bits in zip(found, maps, strict=True):
                 elements = _elements(bits[start : start + len(chunk[0])], gate, layouts[modality], chunk[modality])

@@ -32,7 +32,7 @@ from captum_m2ib.engine.layers import Layer, LayerLike
 from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.real_units import check_masks
 from captum_m2ib.engine.settings import MEMORY_BUDGET, LayerSettings, PerModality, ScoreRange, Settings
-from captum_m2ib.engine.smoothing import over_neighbours
+from captum_m2ib.engine.smoothing import COLOUR, SHARE, over_neighbours
 from captum_m2ib.engine.suffix import Tap
 
 
@@ -195,7 +195,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         show_progress: bool = False,
         initial_gate: PerModality | None = None,
         antithetic: bool | None = None,
-        smoothing: float = 1 / 14,
+        smoothing: float = SHARE,
+        smoothing_colour: float | None = COLOUR,
         score_range: ScoreRange | None = None,
         noiseless: PerModality | None = None,
         memory_budget: int = MEMORY_BUDGET,
@@ -215,7 +216,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         pair. Default: None
             beta (float or sequence, optional): Weight of the information per element, in nats, against the share of
                         the score that is kept; one number or one per modality. Larger keeps less. Default: None (0.25
-                        for the prior N(0, variance), 3.0 for the standardised prior, 1.2 where an input itself is
+                        for the prior N(0, variance), 3.0 for the standardised prior, 0.6 where an input itself is
                         gated; 0.1 for :meth:`published`)
             variance (float or sequence, optional): Variance of the prior and of the noise, in units of the
                         standardised prior's own where there is one. Default: None (1.0; 0.25 where an input itself is
@@ -245,7 +246,11 @@ class MultiModalInfoBottleneck(_captum.Attribution):
                         N(0, variance), True for the standardised prior)
             smoothing (float, optional): Standard deviation of the Gaussian kernel by which the gates of a picture's
                         pixels are smoothed while they are optimised, as a share of the picture's shorter side; 0 for
-                        none. Gates at layers are not smoothed. Default: 1 / 14
+                        none. Gates at layers are not smoothed. Default: 0.1
+            smoothing_colour (float, optional): Standard deviation of a second Gaussian, over colours, in standard
+                        deviations of the picture's own: gates are smoothed among pixels that look alike, as by a
+                        bilateral filter (Tomasi and Manduchi, ICCV 1998; :mod:`captum_m2ib.engine.bilateral`), so that
+                        maps end where colours do. None for pixels of whatever colour. Default: 1.0
             score_range (float or sequence, optional): What the score of a pair stands to lose, in the score's own unit,
                         one number or one per pair, (N,): the objective takes the score as a share of it, so that the
                         score's unit and zero do not matter. Default: None (measured for each pair with gates closed,
@@ -298,6 +303,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             seed=seed,
             joint=joint,
             smoothing=smoothing,
+            smoothing_colour=smoothing_colour,
             score_range=score_range,
             noiseless=noiseless,
             internal_batch_size=internal_batch_size,
@@ -336,9 +342,11 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """Not offered, as for most of Captum's methods."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
-    def _gate_filter(self, index: int, smoothing: float) -> Callable[[Tensor, Tensor], GateFilter | None]:
+    def _gate_filter(self, index: int, settings: Settings) -> Callable[[Tensor, Tensor], GateFilter | None]:
         """Makes, of a layer's hidden state and the explained input, what its gates go through."""
-        return _unsmoothed if self.layers[index].argument is None else partial(over_neighbours, smoothing)
+        if self.layers[index].argument is None:
+            return _unsmoothed
+        return partial(over_neighbours, settings.smoothing, settings.smoothing_colour)
 
     @property
     def _objective(self) -> Callable[..., Any]:
@@ -389,7 +397,7 @@ class MultiModalInfoBottleneck(_captum.Attribution):
             with_check,
             modalities=[*range(count), *guided],
             may_rise=self._may_rise,
-            filters=[self._gate_filter(index, applied.smoothing) for index in range(count)],
+            filters=[self._gate_filter(index, applied) for index in range(count)],
             guided=guided,
         )
         attributions = []

@@ -114,6 +114,7 @@ class Settings:
     seed: int = 0
     joint: bool = False
     smoothing: float = 0.0
+    smoothing_colour: float | None = None
     score_range: ScoreRange | None = None
     internal_batch_size: int | None = None
     memory_budget: int = MEMORY_BUDGET
@@ -131,6 +132,7 @@ class Settings:
             "precision": _check_precision(self.precision),
             "seed": check_count("seed", self.seed, 0),
             "smoothing": _check_share("smoothing", self.smoothing),
+            "smoothing_colour": _check_colour(self.smoothing_colour),
             "score_range": _check_range(self.score_range),
             "beta": _check_numbers("beta", self.beta, from_zero=True),
             "variance": _check_numbers("variance", self.variance),
@@ -258,6 +260,15 @@ def _check_share(name: str, value: float) -> float:
     if not isinstance(value, Real) or not 0 <= value < 1:
         raise ValueError(f"{name}: expected a share of the picture's shorter side, from 0 to 1, got {value!r}.")
     return float(value)
+
+
+def _check_colour(value: float | None) -> float | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, Real) or not 0 < value < float("inf")):
+        raise ValueError(
+            f"smoothing_colour: expected a finite number above 0, in standard deviations of the picture, or None for "
+            f"gates that are smoothed whatever the colours, got {value!r}."
+        )
+    return None if value is None else float(value)
 
 
 def _check_noiseless(value: PerModality | None) -> float | tuple[float, ...] | None:

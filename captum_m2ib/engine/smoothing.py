@@ -1,4 +1,4 @@
-"""Gates that neighbours share: a Gaussian kernel over the grid that they lie on."""
+"""Gates that neighbours share: a Gaussian kernel over the grid that they lie on, and over colours where asked for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ from functools import partial
 
 import torch
 from torch import Tensor
+
+from captum_m2ib.engine.bilateral import Bilateral
+
+SHARE = 0.1
+"""How far a picture's gates are smoothed: a standard deviation, as a share of the picture's shorter side."""
+
+COLOUR = 1.0
+"""Over which colours they are: a standard deviation, in standard deviations of the picture."""
 
 
 def smooth_logits(alpha: Tensor, sigma: float) -> Tensor:
@@ -57,16 +65,23 @@ def _mixing(maps: Tensor, axis: int, sigma: float) -> Tensor:
     return maps.new_zeros(last + 1, last + 1).scatter_add_(1, mirrored, kernel.expand(last + 1, -1))
 
 
-def over_neighbours(share: float, hidden: Tensor, inputs: Tensor) -> Callable[[Tensor], Tensor] | None:
-    r"""Smooth a picture's gates over neighbouring pixels.
+def over_neighbours(
+    share: float, colour: float | None, hidden: Tensor, inputs: Tensor
+) -> Callable[[Tensor], Tensor] | None:
+    r"""Smooth a picture's gates over neighbouring pixels, of like colour where asked for.
 
     Args:
 
         share (float): Standard deviation of the kernel as a share of the picture's shorter side; 0 for none.
+        colour (float or None): Standard deviation of colours, in standard deviations of the picture, by which pixels
+            share a gate; None for pixels of whatever colour.
         hidden (Tensor): What is gated, (N, C, h, w); nothing is smoothed where it has another number of dimensions.
         inputs (Tensor): Not read; the hidden state is the input itself.
 
     Returns:
         Callable or None: from logits, (N, 1, h, w), to those that are applied.
     """
-    return partial(blur, sigma=share * min(hidden.shape[2:])) if hidden.ndim == 4 and share > 0 else None
+    if hidden.ndim != 4 or share == 0:
+        return None
+    sigma = share * min(hidden.shape[2:])
+    return partial(blur, sigma=sigma) if colour is None else Bilateral(hidden, sigma, colour)

@@ -10,8 +10,11 @@ from captum_m2ib.encoders.dual_encoder import DualEncoder
 
 _SETTINGS: dict[str, dict[str, Any]] = {
     "unsmoothed": {"smoothing": 0.0},
-    "smoothed-half": {"smoothing": 1 / 28},
-    "smoothed-twice": {"smoothing": 1 / 7},
+    "smoothed-half": {"smoothing": 0.05},
+    "smoothed-twice": {"smoothing": 0.2},
+    "any-colour": {"smoothing_colour": None},
+    "half-colour": {"smoothing_colour": 0.5},
+    "twice-colour": {"smoothing_colour": 2.0},
     "own-variance": {"variance": 1.0},
     "tenth-variance": {"variance": 0.1},
     "not-antithetic": {"antithetic": False},
@@ -20,7 +23,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "all-noise": {"noiseless": 0.0},
     "half-rate": {"lr": 0.625},
     "beta-0.3": {"beta": 0.3},
-    "beta-2.4": {"beta": 2.4},
+    "beta-1.2": {"beta": 1.2},
     "fine": {"n_steps": 8, "n_samples": 9},
 }
 

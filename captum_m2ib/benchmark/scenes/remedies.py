@@ -18,6 +18,7 @@ from captum_m2ib.attr._priors import AT_INPUT
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.gates import GateFilter, unit_positions
 from captum_m2ib.engine.layouts import Layout
+from captum_m2ib.engine.settings import Settings
 
 CLOSED = -30.0
 """Logit of a gate that lets nothing through."""
@@ -55,7 +56,7 @@ class ClosedPrefix(LateLayers):
         tokenizer = getattr(encoder.processor, "tokenizer", encoder.processor)
         self._special = torch.tensor(tokenizer.all_special_ids)
 
-    def _gate_filter(self, index: int, smoothing: float) -> Callable[[Tensor, Tensor], GateFilter | None]:
+    def _gate_filter(self, index: int, settings: Settings) -> Callable[[Tensor, Tensor], GateFilter | None]:
         layout = self.layouts[index]
         if layout is None:
             raise ValueError(f"layouts: expected one for input {index}, got None; without it no unit is known.")

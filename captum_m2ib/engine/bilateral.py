@@ -1,0 +1,105 @@
+r"""Values that neighbours of like colour share: a bilateral filter of a picture (Tomasi and Manduchi, ICCV 1998).
+
+What a caption names mostly ends where colours change, so gates had better be common to pixels that lie near each other
+and look alike than to all that lie near. With pixels' places :math:`x`, colours :math:`c` in units of the picture's own
+standard deviation, and Gaussians in both, the value of a pixel becomes the mean of all values, weighed by ::
+
+    exp(-|x - x'|^2 / (2 sigma^2)) * exp(-mean over channels((c - c')^2) / (2 colour^2)).
+
+All pairs of pixels are too many. Each Gaussian is written as a sum over the cells that two pixels have in common: a
+grid of places half a standard deviation apart or so, and the picture's own :data:`COLOURS`. That is a matrix of low
+rank, positive and the same for any values.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+COLOURS = 8
+"""How many colours a picture is taken apart into; with more of them maps hardly change."""
+
+_MOST = 4096
+_ROUNDS = 4
+_LEAST = 1e-6
+
+
+class Bilateral:
+    r"""The filter of some pictures.
+
+    Args:
+
+        pictures (Tensor): (N, C, h, w).
+        sigma (float): Standard deviation of places, in cells, above 0.
+        colour (float): Standard deviation of colours, in standard deviations of the picture, above 0.
+    """
+
+    def __init__(self, pictures: Tensor, sigma: float, colour: float) -> None:
+        # As for a blur: steps that only go by a gradient's sign make much of rounding.
+        self._dtype = pictures.dtype if pictures.device.type == "mps" else torch.float64
+        wide = pictures.detach().to(self._dtype)
+        self._down, self._across = (_cells(wide, axis, sigma) for axis in (2, 3))
+        # One by one, so that no picture depends on others.
+        self._shares = [_colour_shares(picture, colour).to(pictures.dtype) for picture in wide]
+        ones = wide.new_ones(1, *pictures.shape[2:])
+        self._weights = [self._gathered(ones, shares) for shares in self._shares]
+
+    def __call__(self, values: Tensor) -> Tensor:
+        r"""Values smoothed.
+
+        Args:
+
+            values (Tensor): (N, 1, h, w).
+
+        Returns:
+            Tensor: (N, 1, h, w); constant ones stay what they are.
+        """
+        wide = values.to(self._dtype)
+        pairs = zip(wide, self._shares, self._weights, strict=True)
+        return torch.stack([self._gathered(one, shares) / weight for one, shares, weight in pairs]).to(values.dtype)
+
+    def _gathered(self, values: Tensor, shares: Tensor) -> Tensor:
+        """The sum over cells of what each holds, for each pixel of a picture, (1, h, w)."""
+        wide = shares.to(self._dtype)
+        held = self._down.T @ (wide * values) @ self._across
+        return (self._down @ held @ self._across.T * wide).sum(0, keepdim=True)
+
+
+def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
+    """What each pixel along an axis has in common with each cell, (pixels, cells)."""
+    # The product of two Gaussians, summed over the cells between, is one that is wider by the root of 2.
+    width, last = sigma / math.sqrt(2), pictures.shape[axis] - 1
+    cells = torch.linspace(0, last, max(2, math.ceil(last / width) + 1), dtype=pictures.dtype)
+    pixels = torch.arange(last + 1, dtype=pictures.dtype)
+    return torch.exp(-(pixels.unsqueeze(1) - cells).square() / (2 * width**2)).to(pictures.device)
+
+
+def _colour_shares(picture: Tensor, colour: float) -> Tensor:
+    """How much of each pixel of one picture, (C, h, w), belongs to each of its colours, (colours, h, w), 1 in all."""
+    values = picture.flatten(1)
+    # Of a picture of one colour nothing is left but rounding.
+    least = _LEAST * values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
+    pixels = (values / values.var(1, correction=0).mean().sqrt().maximum(least)).T
+    distances = _distances(pixels, _colours_of(pixels)).square() / len(picture)
+    # Half the variance, as with places.
+    return torch.softmax(-distances / colour**2, 1).T.unflatten(1, picture.shape[1:])
+
+
+def _colours_of(pixels: Tensor) -> Tensor:
+    """The means of groups of pixels, (pixels, C), of like colour, (colours, C): k-means from pixels far apart."""
+    some = pixels[:: math.ceil(len(pixels) / _MOST)]
+    found = some[(some - some.mean(0)).square().sum(1).argmin()].unsqueeze(0)
+    for _ in range(COLOURS - 1):
+        found = torch.cat([found, some[_distances(some, found).amin(1).argmax()].unsqueeze(0)])
+    for _ in range(_ROUNDS):
+        nearest = _distances(some, found).argmin(1)
+        members = torch.nn.functional.one_hot(nearest, COLOURS).to(some.dtype)
+        counts = members.sum(0).unsqueeze(1)
+        found = torch.where(counts > 0, members.T @ some / counts.clamp(min=1), found)
+    return found
+
+
+def _distances(pixels: Tensor, colours: Tensor) -> Tensor:
+    return torch.cdist(pixels, colours, compute_mode="donot_use_mm_for_euclid_dist")
