@@ -60,7 +60,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
 
     By default pictures are gated themselves, pixel by pixel, and captions where their tokens are embedded: there,
     nothing can go round the gates. A picture's gates are common to a pixel's channels, and their logits are smoothed
-    over its neighbours while they are optimised; IBA (arXiv 2001.00396) smooths gates likewise.
+    over its neighbours of like colour while they are optimised; IBA (arXiv 2001.00396) smooths gates over all
+    neighbours.
 
     Wang, Rudner and Wilson, "Visual Explanations of Image-Text Representations via Multi-Modal Information Bottleneck
     Attribution", NeurIPS 2023, https://arxiv.org/abs/2312.17174
