@@ -82,22 +82,24 @@ def _colour_shares(picture: Tensor, colour: float) -> Tensor:
     # Of a picture of one colour nothing is left but rounding.
     least = _LEAST * values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
     pixels = (values / values.var(1, correction=0).mean().sqrt().maximum(least)).T
-    distances = _distances(pixels, _colours_of(pixels)).square() / len(picture)
+    # Along both axes: every so many of all in a row would leave out whole columns.
+    step = math.ceil(math.sqrt(len(pixels) / _MOST))
+    some = pixels.unflatten(0, picture.shape[1:])[::step, ::step].flatten(0, 1)
+    distances = _distances(pixels, _colours_of(some)).square() / len(picture)
     # Half the variance, as with places.
     return torch.softmax(-distances / colour**2, 1).T.unflatten(1, picture.shape[1:])
 
 
 def _colours_of(pixels: Tensor) -> Tensor:
     """The means of groups of pixels, (pixels, C), of like colour, (colours, C): k-means from pixels far apart."""
-    some = pixels[:: math.ceil(len(pixels) / _MOST)]
-    found = some[(some - some.mean(0)).square().sum(1).argmin()].unsqueeze(0)
+    found = pixels[(pixels - pixels.mean(0)).square().sum(1).argmin()].unsqueeze(0)
     for _ in range(COLOURS - 1):
-        found = torch.cat([found, some[_distances(some, found).amin(1).argmax()].unsqueeze(0)])
+        found = torch.cat([found, pixels[_distances(pixels, found).amin(1).argmax()].unsqueeze(0)])
     for _ in range(_ROUNDS):
-        nearest = _distances(some, found).argmin(1)
-        members = torch.nn.functional.one_hot(nearest, COLOURS).to(some.dtype)
+        nearest = _distances(pixels, found).argmin(1)
+        members = torch.nn.functional.one_hot(nearest, COLOURS).to(pixels.dtype)
         counts = members.sum(0).unsqueeze(1)
-        found = torch.where(counts > 0, members.T @ some / counts.clamp(min=1), found)
+        found = torch.where(counts > 0, members.T @ pixels / counts.clamp(min=1), found)
     return found
 
 
