@@ -94,10 +94,14 @@ def _colours_of(pixels: Tensor) -> Tensor:
     """The means of groups of pixels, (pixels, C), of like colour, (colours, C): k-means from pixels far apart."""
     found = pixels[(pixels - pixels.mean(0)).square().sum(1).argmin()].unsqueeze(0)
     for _ in range(COLOURS - 1):
-        found = torch.cat([found, pixels[_distances(pixels, found).amin(1).argmax()].unsqueeze(0)])
+        distances = _distances(pixels, found).amin(1)
+        # A colour that is there twice would count for less with its own pixels, and for more with all others.
+        if float(distances.max()) < _LEAST:
+            break
+        found = torch.cat([found, pixels[distances.argmax()].unsqueeze(0)])
     for _ in range(_ROUNDS):
         nearest = _distances(pixels, found).argmin(1)
-        members = torch.nn.functional.one_hot(nearest, COLOURS).to(pixels.dtype)
+        members = torch.nn.functional.one_hot(nearest, len(found)).to(pixels.dtype)
         counts = members.sum(0).unsqueeze(1)
         found = torch.where(counts > 0, members.T @ pixels / counts.clamp(min=1), found)
     return found
