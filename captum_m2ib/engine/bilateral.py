@@ -2,7 +2,8 @@ r"""Values that neighbours of like colour share: a bilateral filter of a picture
 
 What a caption names mostly ends where colours change, so gates had better be common to pixels that lie near each other
 and look alike than to all that lie near. With pixels' places :math:`x`, colours :math:`c` in units of the picture's own
-standard deviation, and Gaussians in both, the value of a pixel becomes the mean of all values, weighed by ::
+standard deviation in each channel, and Gaussians in both, the value of a pixel becomes the mean of all values, weighed
+by ::
 
     exp(-|x - x'|^2 / (2 sigma^2)) * exp(-mean over channels((c - c')^2) / (2 colour^2)).
 
@@ -79,9 +80,9 @@ def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
 def _colour_shares(picture: Tensor, colour: float) -> Tensor:
     """How much of each pixel of one picture, (C, h, w), belongs to each of its colours, (colours, h, w), 1 in all."""
     values = picture.flatten(1)
-    # Of a picture of one colour nothing is left but rounding.
-    least = _LEAST * values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
-    pixels = (values / values.var(1, correction=0).mean().sqrt().maximum(least)).T
+    # Of a channel of one value nothing is left but rounding.
+    least = _LEAST * values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    pixels = (values / values.std(1, correction=0, keepdim=True).maximum(least)).T
     # Along both axes: every so many of all in a row would leave out whole columns.
     step = math.ceil(math.sqrt(len(pixels) / _MOST))
     some = pixels.unflatten(0, picture.shape[1:])[::step, ::step].flatten(0, 1)
