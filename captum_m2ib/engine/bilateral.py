@@ -72,7 +72,9 @@ def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
     """What each pixel along an axis has in common with each cell, (pixels, cells)."""
     # The product of two Gaussians, summed over the cells between, is one that is wider by the root of 2.
     width, last = sigma / math.sqrt(2), pictures.shape[axis] - 1
-    cells = torch.linspace(0, last, max(2, math.ceil(last / width) + 1), dtype=pictures.dtype)
+    # Between any two pixels lies a cell where they are half a pixel apart; more would only cost.
+    count = min(max(2, math.ceil(last / width) + 1), 2 * last + 1)
+    cells = torch.linspace(0, last, count, dtype=pictures.dtype)
     pixels = torch.arange(last + 1, dtype=pictures.dtype)
     return torch.exp(-(pixels.unsqueeze(1) - cells).square() / (2 * width**2)).to(pictures.device)
 
