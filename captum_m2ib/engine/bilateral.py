@@ -2,7 +2,8 @@ r"""Values that neighbours of like colour share: a bilateral filter of a picture
 
 What a caption names mostly ends where colours change, so gates had better be common to pixels that lie near each other
 and look alike than to all that lie near. With pixels' places :math:`x`, colours :math:`c` in units of the picture's own
-standard deviation, and Gaussians in both, the value of a pixel becomes the mean of all values, weighed by ::
+standard deviation in each channel, and Gaussians in both, the value of a pixel becomes the mean of all values, weighed
+by ::
 
     exp(-|x - x'|^2 / (2 sigma^2)) * exp(-mean over channels((c - c')^2) / (2 colour^2)).
 
@@ -71,7 +72,9 @@ def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
     """What each pixel along an axis has in common with each cell, (pixels, cells)."""
     # The product of two Gaussians, summed over the cells between, is one that is wider by the root of 2.
     width, last = sigma / math.sqrt(2), pictures.shape[axis] - 1
-    cells = torch.linspace(0, last, max(2, math.ceil(last / width) + 1), dtype=pictures.dtype)
+    # Between any two pixels lies a cell where they are half a pixel apart; more would only cost.
+    count = min(max(2, math.ceil(last / width) + 1), 2 * last + 1)
+    cells = torch.linspace(0, last, count, dtype=pictures.dtype)
     pixels = torch.arange(last + 1, dtype=pictures.dtype)
     return torch.exp(-(pixels.unsqueeze(1) - cells).square() / (2 * width**2)).to(pictures.device)
 
@@ -79,25 +82,31 @@ def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
 def _colour_shares(picture: Tensor, colour: float) -> Tensor:
     """How much of each pixel of one picture, (C, h, w), belongs to each of its colours, (colours, h, w), 1 in all."""
     values = picture.flatten(1)
-    # Of a picture of one colour nothing is left but rounding.
-    least = _LEAST * values.abs().max().clamp(min=torch.finfo(values.dtype).tiny)
-    pixels = (values / values.var(1, correction=0).mean().sqrt().maximum(least)).T
-    distances = _distances(pixels, _colours_of(pixels)).square() / len(picture)
+    # Of a channel of one value nothing is left but rounding.
+    least = _LEAST * values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
+    pixels = (values / values.std(1, correction=0, keepdim=True).maximum(least)).T
+    # Along both axes: every so many of all in a row would leave out whole columns.
+    step = math.ceil(math.sqrt(len(pixels) / _MOST))
+    some = pixels.unflatten(0, picture.shape[1:])[::step, ::step].flatten(0, 1)
+    distances = _distances(pixels, _colours_of(some)).square() / len(picture)
     # Half the variance, as with places.
     return torch.softmax(-distances / colour**2, 1).T.unflatten(1, picture.shape[1:])
 
 
 def _colours_of(pixels: Tensor) -> Tensor:
     """The means of groups of pixels, (pixels, C), of like colour, (colours, C): k-means from pixels far apart."""
-    some = pixels[:: math.ceil(len(pixels) / _MOST)]
-    found = some[(some - some.mean(0)).square().sum(1).argmin()].unsqueeze(0)
+    found = pixels[(pixels - pixels.mean(0)).square().sum(1).argmin()].unsqueeze(0)
     for _ in range(COLOURS - 1):
-        found = torch.cat([found, some[_distances(some, found).amin(1).argmax()].unsqueeze(0)])
+        distances = _distances(pixels, found).amin(1)
+        # A colour that is there twice would count for less with its own pixels, and for more with all others.
+        if float(distances.max()) < _LEAST:
+            break
+        found = torch.cat([found, pixels[distances.argmax()].unsqueeze(0)])
     for _ in range(_ROUNDS):
-        nearest = _distances(some, found).argmin(1)
-        members = torch.nn.functional.one_hot(nearest, COLOURS).to(some.dtype)
+        nearest = _distances(pixels, found).argmin(1)
+        members = torch.nn.functional.one_hot(nearest, len(found)).to(pixels.dtype)
         counts = members.sum(0).unsqueeze(1)
-        found = torch.where(counts > 0, members.T @ some / counts.clamp(min=1), found)
+        found = torch.where(counts > 0, members.T @ pixels / counts.clamp(min=1), found)
     return found
 
 
