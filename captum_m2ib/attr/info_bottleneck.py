@@ -241,7 +241,9 @@ class _Total:
         return self.forward_func(*arguments).flatten(1).sum(1)
 
 
-def _smoothing(layout: Layout | None, sigma: float, hidden: Tensor, inputs: Tensor) -> GateFilter | None:
+def _smoothing(
+    layout: Layout | None, sigma: float, hidden: Tensor, inputs: Tensor, real: Tensor | None
+) -> GateFilter | None:
     """The smoothing of the gates of one hidden state, or None where it has no grid of two axes."""
     if not isinstance(layout, PatchLayout) or inputs.ndim <= len(layout.patch_size):
         return None

@@ -61,7 +61,7 @@ def check_maps(
             suffix = Suffix(given.forward, chunk, len(chunk[0]), [Tap(layer) for layer in layers])
             gate = gates_of(suffix, chunk, modality, method.priors[modality], layouts[modality], applied, modality)
             if layers[modality].argument is not None:
-                gate.filter = over_neighbours(SHARE, COLOUR, gate.hidden, chunk[modality])
+                gate.filter = over_neighbours(SHARE, COLOUR, gate.hidden, chunk[modality], gate.real)
             stakes = measured_stakes(suffix, [gate], applied, start)
             for checks, bits in zip(found, maps, strict=True):
                 elements = _elements(bits[start : start + len(chunk[0])], gate, layouts[modality], chunk[modality])

@@ -27,7 +27,7 @@ from captum_m2ib.attr._scoring import as_forward_func, roots_of
 from captum_m2ib.attr._units import to_pixels_and_input, to_units_and_input
 from captum_m2ib.encoders.dual_encoder import DualEncoder
 from captum_m2ib.engine.descent import LayerRecord, optimise
-from captum_m2ib.engine.gates import GateFilter, Prior
+from captum_m2ib.engine.gates import FilterMaker, Prior
 from captum_m2ib.engine.layers import Layer, LayerLike
 from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.real_units import check_masks
@@ -343,8 +343,8 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         """Not offered, as for most of Captum's methods."""
         raise NotImplementedError(f"attribute_future is not implemented for {type(self).__name__}")
 
-    def _gate_filter(self, index: int, settings: Settings) -> Callable[[Tensor, Tensor], GateFilter | None]:
-        """Makes, of a layer's hidden state and the explained input, what its gates go through."""
+    def _gate_filter(self, index: int, settings: Settings) -> FilterMaker:
+        """Makes, of a layer's hidden state, the explained input and what is real, what its gates go through."""
         if self.layers[index].argument is None:
             return _unsmoothed
         return partial(over_neighbours, settings.smoothing, settings.smoothing_colour)
@@ -416,6 +416,6 @@ class MultiModalInfoBottleneck(_captum.Attribution):
         return formed, OptimizationRecord(records, applied)
 
 
-def _unsmoothed(hidden: Tensor, inputs: Tensor) -> None:
+def _unsmoothed(hidden: Tensor, inputs: Tensor, real: Tensor | None) -> None:
     """Gates at a layer are each for itself."""
     return None

@@ -35,17 +35,26 @@ class Bilateral:
         pictures (Tensor): (N, C, h, w).
         sigma (float): Standard deviation of places, in cells, above 0.
         colour (float): Standard deviation of colours, in standard deviations of the picture, above 0.
+        real (Tensor, optional): Boolean, broadcastable to (N, 1, h, w): pixels that are neither padding nor in a margin
+            that no tower sees. The others take no part, whatever they hold. Default: None (all are)
     """
 
-    def __init__(self, pictures: Tensor, sigma: float, colour: float) -> None:
+    def __init__(self, pictures: Tensor, sigma: float, colour: float, real: Tensor | None = None) -> None:
         # As for a blur: steps that only go by a gradient's sign make much of rounding.
         self._dtype = pictures.dtype if pictures.device.type == "mps" else torch.float64
         wide = pictures.detach().to(self._dtype)
         self._down, self._across = (_cells(wide, axis, sigma) for axis in (2, 3))
+        kept = torch.ones_like(wide[:, 0], dtype=torch.bool)
+        kept = kept if real is None else kept & real[:, 0]
         # One by one, so that no picture depends on others.
-        self._shares = [_colour_shares(picture, colour).to(pictures.dtype) for picture in wide]
-        ones = wide.new_ones(1, *pictures.shape[2:])
-        self._weights = [self._gathered(ones, shares) for shares in self._shares]
+        self._shares = [
+            (_colour_shares(picture, some, colour) * some).to(pictures.dtype)
+            for picture, some in zip(wide, kept, strict=True)
+        ]
+        ones = torch.ones_like(wide[0, :1])
+        weights = (self._gathered(ones, shares) for shares in self._shares)
+        # Where nothing takes part nothing is shared out either.
+        self._weights = [weight.where(some, ones) for weight, some in zip(weights, kept, strict=True)]
 
     def __call__(self, values: Tensor) -> Tensor:
         r"""Values smoothed.
@@ -55,7 +64,7 @@ class Bilateral:
             values (Tensor): (N, 1, h, w).
 
         Returns:
-            Tensor: (N, 1, h, w); constant ones stay what they are.
+            Tensor: (N, 1, h, w); constant ones stay what they are, and those of pixels that are not real become 0.
         """
         wide = values.to(self._dtype)
         pairs = zip(wide, self._shares, self._weights, strict=True)
@@ -79,16 +88,19 @@ def _cells(pictures: Tensor, axis: int, sigma: float) -> Tensor:
     return torch.exp(-(pixels.unsqueeze(1) - cells).square() / (2 * width**2)).to(pictures.device)
 
 
-def _colour_shares(picture: Tensor, colour: float) -> Tensor:
+def _colour_shares(picture: Tensor, real: Tensor, colour: float) -> Tensor:
     """How much of each pixel of one picture, (C, h, w), belongs to each of its colours, (colours, h, w), 1 in all."""
-    values = picture.flatten(1)
+    real = real if bool(real.any()) else torch.ones_like(real)
+    known = picture[:, real]
     # Of a channel of one value nothing is left but rounding.
-    least = _LEAST * values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny)
-    pixels = (values / values.std(1, correction=0, keepdim=True).maximum(least)).T
+    least = _LEAST * known.abs().amax(1, keepdim=True).clamp(min=torch.finfo(known.dtype).tiny)
+    scale = known.std(1, correction=0, keepdim=True).maximum(least).unsqueeze(2)
+    pixels = (picture / scale).movedim(0, 2)
     # Along both axes: every so many of all in a row would leave out whole columns.
-    step = math.ceil(math.sqrt(len(pixels) / _MOST))
-    some = pixels.unflatten(0, picture.shape[1:])[::step, ::step].flatten(0, 1)
-    distances = _distances(pixels, _colours_of(some)).square() / len(picture)
+    step = math.ceil(math.sqrt(len(known[0]) / _MOST))
+    some = pixels[::step, ::step][real[::step, ::step]]
+    some = some if len(some) else pixels[real]
+    distances = _distances(pixels.flatten(0, 1), _colours_of(some)).square() / len(picture)
     # Half the variance, as with places.
     return torch.softmax(-distances / colour**2, 1).T.unflatten(1, picture.shape[1:])
 

@@ -23,7 +23,7 @@ from captum_m2ib.engine.batch_axis import BatchAxis
 from captum_m2ib.engine.callers import frames_within
 from captum_m2ib.engine.check import Check, joined
 from captum_m2ib.engine.closing import check_of, measured_stakes, stakes_of, through
-from captum_m2ib.engine.gates import GateFilter, Gates, Prior, check_finite, gates_of, noise
+from captum_m2ib.engine.gates import FilterMaker, Gates, Prior, check_finite, gates_of, noise
 from captum_m2ib.engine.guidance import moved
 from captum_m2ib.engine.information import NATS_PER_BIT, mean_information
 from captum_m2ib.engine.interception import borrowing
@@ -96,7 +96,7 @@ def optimise(
     with_check: bool = False,
     modalities: Sequence[int] | None = None,
     may_rise: Sequence[int] = (),
-    filters: Sequence[Callable[[Tensor, Tensor], GateFilter | None]] | None = None,
+    filters: Sequence[FilterMaker] | None = None,
     guided: Sequence[int] = (),
 ) -> list[Gated]:
     r"""Optimise the gates of every tap for every pair.
@@ -118,9 +118,9 @@ def optimise(
             argument ``i``)
         may_rise (sequence of int, optional): Taps that may raise the score by closing, and are not warned of.
             Default: ()
-        filters (sequence of callable, optional): Per tap what makes, of the hidden state and the explained input, the
-            function from gate logits to the logits of the gates that are applied, or None. Default: None (gates are
-            applied as they are)
+        filters (sequence of callable, optional): Per tap what makes, of the hidden state, the explained input and what
+            of the hidden state is real (None for all), the function from gate logits to the logits of the gates that
+            are applied, or None. Default: None (gates are applied as they are)
         guided (sequence of int, optional): Per tap of the last ones, which guide others, the tap of a picture's pixels
             that it guides; see :mod:`captum_m2ib.engine.guidance`. Default: ()
 
@@ -162,7 +162,7 @@ def optimise(
                 for i in range(len(taps))
             ]
             for gate, make in zip(gates, filters or (), strict=False):
-                gate.filter = make(gate.hidden, chunk[explains[gate.index]])
+                gate.filter = make(gate.hidden, chunk[explains[gate.index]], gate.real)
             limits = dict(zip(objectives + late, portion.settings, strict=True))
             for objective in objectives:
                 within = limits[objective]

@@ -26,6 +26,7 @@ from captum_m2ib.engine.units import to_units
 
 Prior: TypeAlias = ChannelStatistics | Literal["pair"] | None
 GateFilter: TypeAlias = Callable[[Tensor], Tensor]
+FilterMaker: TypeAlias = "Callable[[Tensor, Tensor, Tensor | None], GateFilter | None]"
 
 
 def noise(

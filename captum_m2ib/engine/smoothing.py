@@ -66,7 +66,7 @@ def _mixing(maps: Tensor, axis: int, sigma: float) -> Tensor:
 
 
 def over_neighbours(
-    share: float, colour: float | None, hidden: Tensor, inputs: Tensor
+    share: float, colour: float | None, hidden: Tensor, inputs: Tensor, real: Tensor | None
 ) -> Callable[[Tensor], Tensor] | None:
     r"""Smooth a picture's gates over neighbouring pixels, of like colour where asked for.
 
@@ -77,6 +77,8 @@ def over_neighbours(
             share a gate; None for pixels of whatever colour.
         hidden (Tensor): What is gated, (N, C, h, w); nothing is smoothed where it has another number of dimensions.
         inputs (Tensor): Not read; the hidden state is the input itself.
+        real (Tensor or None): Which pixels are neither padding nor in a margin that no tower sees, broadcastable to the
+            hidden state: the others' colours do not matter. None if all are.
 
     Returns:
         Callable or None: from logits, (N, 1, h, w), to those that are applied.
@@ -84,4 +86,4 @@ def over_neighbours(
     if hidden.ndim != 4 or share == 0:
         return None
     sigma = share * min(hidden.shape[2:])
-    return partial(blur, sigma=sigma) if colour is None else Bilateral(hidden, sigma, colour)
+    return partial(blur, sigma=sigma) if colour is None else Bilateral(hidden, sigma, colour, real)

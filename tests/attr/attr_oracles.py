@@ -4,6 +4,7 @@ information bottlenecks measure of a pair before they descend and do to its gate
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,36 @@ def range_of(before: float, closed: Sequence[float], halves: Sequence[float]) ->
     mean = sum(halves) / len(halves)
     spread = (sum((value - mean) ** 2 for value in halves) / (len(halves) - 1)) ** 0.5
     return max(before - sum(closed) / len(closed), 2 * spread)
+
+
+def bilateral(picture: Tensor, sigma: float, colour: float, colours: int = 8) -> Tensor:
+    """What each pixel of a picture, (C, h, w), takes of each, (pixels, pixels): the filter of low rank, dense."""
+    high, wide = picture.shape[1:]
+    stds, means = torch.std_mean(picture, (1, 2), correction=0, keepdim=True)
+    pixels = ((picture - means) / stds).flatten(1).T
+    assert len(pixels) <= 4096, "of larger pictures only some pixels are looked at"
+    chosen = [pixels[pixels.norm(dim=1).argmin()]]
+    while len(chosen) < colours:
+        nearest = torch.stack([(pixels - one).norm(dim=1) for one in chosen]).min(0).values
+        if float(nearest.max()) < 1e-6:
+            break
+        chosen.append(pixels[nearest.argmax()])
+    for _ in range(4):
+        groups = torch.stack([(pixels - one).norm(dim=1) for one in chosen]).argmin(0)
+        chosen = [pixels[groups == i].mean(0) if bool((groups == i).any()) else one for i, one in enumerate(chosen)]
+    likeness = torch.stack([torch.exp(-(pixels - one).square().mean(1) / colour**2) for one in chosen], 1)
+    shares = likeness / likeness.sum(1, keepdim=True)
+
+    def along(side: int) -> Tensor:
+        cells = min(max(1, math.ceil((side - 1) * math.sqrt(2) / sigma)), 2 * (side - 1)) + 1
+        near = torch.arange(side, dtype=torch.float64).unsqueeze(1) - torch.linspace(
+            0, side - 1, cells, dtype=torch.float64
+        )
+        held = torch.exp(-near.square() / sigma**2)
+        return held @ held.T
+
+    kernel = torch.kron(along(high), along(wide)) * (shares @ shares.T)
+    return kernel / kernel.sum(1, keepdim=True)
 
 
 def measure_range(

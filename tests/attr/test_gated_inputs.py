@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from attr_oracles import draw_counts, draw_shares, draws_of, ground, measure_range, shut
+from attr_oracles import bilateral, draw_counts, draw_shares, draws_of, ground, measure_range, shut
 from families import family_named
 from torch import Tensor, nn
 
@@ -56,6 +58,15 @@ def mirrored(maps: Tensor, sigma: float) -> Tensor:
     return maps
 
 
+def smoothing_of(picture: Tensor, sigma: float, colour: float | None) -> Callable[[Tensor], Tensor]:
+    if not sigma:
+        return lambda logits: logits
+    if colour is None:
+        return lambda logits: mirrored(logits, sigma)
+    kernel = bilateral(picture, sigma, colour)
+    return lambda logits: (kernel @ logits.flatten()).view_as(logits)
+
+
 def second_implementation(
     score,
     pixels: Tensor,
@@ -63,7 +74,7 @@ def second_implementation(
     variance: float,
     lr: float,
     start: float,
-    sigma: float,
+    smoothed: Callable[[Tensor], Tensor],
     n_steps: int,
     n_samples: int,
     noiseless: float,
@@ -83,7 +94,7 @@ def second_implementation(
         [0],
         [pixels.shape],
         [0],
-        (lambda field: mirrored(field[0], sigma)[None]) if sigma else (lambda field: field),
+        lambda field: smoothed(field[0])[None],
         count=4,
     )[0]
 
@@ -94,7 +105,7 @@ def second_implementation(
     idle = logits.detach().clone().requires_grad_()
     adam, adrift = torch.optim.Adam([logits], lr=lr), torch.optim.Adam([idle], lr=lr)
     for step, draws in enumerate(draw_counts(n_steps, n_samples, noiseless)):
-        gate = torch.sigmoid(mirrored(logits, sigma) if sigma else logits)
+        gate = torch.sigmoid(smoothed(logits))
         drawn = draws_of(0, step, draws, pixels.shape, noiseless)
         values = [through(gate, eps)[0] for eps in drawn]
         kept = sum(share * value for share, value in zip(draw_shares(draws, noiseless), values, strict=True))
@@ -102,19 +113,27 @@ def second_implementation(
         (beta * nats(gate).mean() - kept / range_).backward()
         adam.step()
         adrift.zero_grad()
-        (beta * nats(torch.sigmoid(mirrored(idle, sigma) if sigma else idle)).mean()).backward()
+        (beta * nats(torch.sigmoid(smoothed(idle))).mean()).backward()
         adrift.step()
-    gate = shut(*(torch.sigmoid(mirrored(one, sigma) if sigma else one) for one in (logits, idle)))
+    gate = shut(*(torch.sigmoid(smoothed(one)) for one in (logits, idle)))
     return nats(gate).sum(0).detach() / math.log(2)
 
 
 @pytest.mark.parametrize(
     ("smoothing", "variance", "beta", "lr", "noiseless", "steps", "closes"),
     [(0.0, 0.25, 0.3, 0.2, 0.0, 3, False), (1 / 14, 0.25, 0.3, 0.2, 0.6, 5, False), (0.2, 1.0, 0.3, 0.2, 1.0, 3, False)]
-    + [(smoothing, 0.25, 1.2, 1.5, 0.3, 3, True) for smoothing in (0.0, 1 / 14)],
+    + [(smoothing, 0.25, 1.2, 1.5, 0.3, 3, True) for smoothing in (0.0, 1 / 14, 0.1)],
 )
+@pytest.mark.parametrize("colour", [None, 1.0, 0.4])
 def test_equals_a_second_implementation(
-    smoothing: float, variance: float, beta: float, lr: float, noiseless: float, steps: int, closes: bool
+    smoothing: float,
+    colour: float | None,
+    variance: float,
+    beta: float,
+    lr: float,
+    noiseless: float,
+    steps: int,
+    closes: bool,
 ):
     torch.manual_seed(0)
     score = reader(slice(2, 9), slice(3, 10)).double()
@@ -124,10 +143,11 @@ def test_equals_a_second_implementation(
     assert ground(pixels[1]).tolist() == pytest.approx([0.9, -0.2, 0.4])
     assert torch.equal(ground(pixels[0]), pixels[0].flatten(1).median(1).values)
     settings = {"beta": beta, "variance": variance, "lr": lr, "initial_gate": 0.6, "noiseless": noiseless}
-    settings |= {"n_steps": steps, "n_samples": 4}
-    bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, smoothing=smoothing, **settings)
+    settings |= {"n_steps": steps, "n_samples": 4, "smoothing": smoothing, "smoothing_colour": colour}
+    bits = MultiModalInfoBottleneck(score, [None]).attribute(pixels, **settings)
     for one, picture in zip(bits, pixels, strict=True):
-        expected = second_implementation(score, picture, beta, variance, lr, 0.6, 16 * smoothing, steps, 4, noiseless)
+        smoothed = smoothing_of(picture, 16 * smoothing, colour)
+        expected = second_implementation(score, picture, beta, variance, lr, 0.6, smoothed, steps, 4, noiseless)
         torch.testing.assert_close(one.sum(0), expected, rtol=0, atol=1e-6 * float(expected.max()))
         for channel in one:
             torch.testing.assert_close(channel, one.mean(0))
@@ -138,16 +158,17 @@ def test_defaults_of_gated_inputs():
     score = reader(slice(2, 9), slice(3, 10))
     pixels = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     method = MultiModalInfoBottleneck(score, [None])
-    told = {"beta": 1.2, "variance": 0.25, "initial_gate": 0.8, "antithetic": True, "smoothing": 1 / 14}
-    told |= {"noiseless": 0.7, "lr": 5 / 4}
+    told = {"beta": 0.6, "variance": 0.25, "initial_gate": 0.8, "antithetic": True, "smoothing": 0.1}
+    told |= {"smoothing_colour": 1.0, "noiseless": 0.7, "lr": 5 / 4}
     assert method.priors == ("pair",) and method.layers[0].name == "inputs[0]"
     assert torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **told))
     assert torch.equal(method.attribute(pixels), method.attribute(pixels, n_steps=4, n_samples=3, lr=1.25))
     assert torch.equal(method.attribute(pixels, n_steps=10), method.attribute(pixels, n_steps=10, lr=0.5))
-    others = {"beta": 1.4, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False, "smoothing": 0.1}
-    others["noiseless"] = 0.0
+    others: dict[str, Any] = {"beta": 0.7, "variance": 1.0, "lr": 0.2, "initial_gate": 0.5, "antithetic": False}
+    others |= {"noiseless": 0.0, "smoothing": 1 / 14, "smoothing_colour": 0.9}
     for name, other in others.items():
         assert not torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, **{name: other})), name
+    assert not torch.equal(method.attribute(pixels, **FEW), method.attribute(pixels, **FEW, smoothing_colour=None))
 
 
 def test_bits_lie_where_the_score_reads():
@@ -249,6 +270,24 @@ def test_smoothing_out_of_range(smoothing):
     case = family_named("clip").build()
     with pytest.raises(ValueError, match="smoothing: expected a share of the picture's shorter side"):
         case.attribute(MultiModalInfoBottleneck(case.forward), smoothing=smoothing)
+
+
+@pytest.mark.parametrize("colour", [0, 0.0, -1.0, float("nan"), float("inf"), "wide", True, False, (1.0, 1.0)])
+def test_colours_out_of_range(colour):
+    case = family_named("clip").build()
+    with pytest.raises(ValueError, match="smoothing_colour: expected a finite number above 0") as raised:
+        case.attribute(MultiModalInfoBottleneck(case.forward), smoothing_colour=colour)
+    assert f"got {colour!r}" in str(raised.value) and "None for gates that are smoothed whatever" in str(raised.value)
+
+
+def test_colours_are_no_matter_where_nothing_is_smoothed():
+    case = family_named("clip").build()
+    method = MultiModalInfoBottleneck(case.forward)
+    maps = [case.attribute(method, smoothing=0.0, smoothing_colour=colour, **FEW)[0] for colour in (None, 1, 0.2)]
+    assert torch.equal(maps[0], maps[1]) and torch.equal(maps[0], maps[2])
+    # Whole numbers are numbers.
+    one, other = (case.attribute(method, smoothing_colour=colour, **FEW) for colour in (1, 1.0))
+    assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_rivals_of_a_picture_are_gated_at_the_picture_too():

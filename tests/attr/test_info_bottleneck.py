@@ -206,13 +206,13 @@ def test_gates_of_patches_are_smoothed_over_their_grid_and_no_others():
     layout, given = PatchLayout((4, 4), prefix=1), torch.zeros(2, 3, 16, 24).double()
     hidden = torch.zeros(2, 25, 8).double()
     alpha = torch.randn(2, 25, 8, generator=torch.Generator().manual_seed(1)).double()
-    found = _smoothing(layout, 1.0, hidden, given)(alpha)
+    found = _smoothing(layout, 1.0, hidden, given, None)(alpha)
     torch.testing.assert_close(found[:, 0], alpha[:, 0], rtol=0, atol=0)
     grid = torch.sigmoid(alpha[:, 1:]).unflatten(1, (4, 6)).movedim(-1, 1)
     expected = torch.logit(blur(grid, 1.0)).movedim(1, -1).flatten(1, 2)
     torch.testing.assert_close(found[:, 1:], expected, rtol=0, atol=1e-9)
-    assert _smoothing(TextLayout(), 1.0, hidden, torch.zeros(2, 25).long()) is None
-    assert _smoothing(None, 1.0, hidden, given) is None
+    assert _smoothing(TextLayout(), 1.0, hidden, torch.zeros(2, 25).long(), None) is None
+    assert _smoothing(None, 1.0, hidden, given, None) is None
 
 
 def test_a_score_per_example_needs_no_target():

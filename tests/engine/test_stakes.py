@@ -289,7 +289,7 @@ def test_gates_that_a_pair_keeps_shut_stay_shut_where_half_are_open(count: int):
         """So many rows of each picture may open as its first value says."""
 
         def _gate_filter(self, index: int, settings: object):
-            def make(hidden: Tensor, inputs: Tensor):
+            def make(hidden: Tensor, inputs: Tensor, real: Tensor | None):
                 rows = torch.arange(8).view(1, 1, 8, 1) < inputs[:, :1, :1, :1]
                 return lambda alpha: torch.where(rows, alpha, -torch.inf)
 

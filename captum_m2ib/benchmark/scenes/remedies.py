@@ -16,7 +16,7 @@ from torch import Tensor
 from captum_m2ib.attr import MultiModalInfoBottleneck
 from captum_m2ib.attr._priors import AT_INPUT
 from captum_m2ib.encoders.dual_encoder import DualEncoder
-from captum_m2ib.engine.gates import GateFilter, unit_positions
+from captum_m2ib.engine.gates import FilterMaker, GateFilter, unit_positions
 from captum_m2ib.engine.layouts import Layout
 from captum_m2ib.engine.settings import Settings
 
@@ -56,14 +56,16 @@ class ClosedPrefix(LateLayers):
         tokenizer = getattr(encoder.processor, "tokenizer", encoder.processor)
         self._special = torch.tensor(tokenizer.all_special_ids)
 
-    def _gate_filter(self, index: int, settings: Settings) -> Callable[[Tensor, Tensor], GateFilter | None]:
+    def _gate_filter(self, index: int, settings: Settings) -> FilterMaker:
         layout = self.layouts[index]
         if layout is None:
             raise ValueError(f"layouts: expected one for input {index}, got None; without it no unit is known.")
         return partial(_close_all_but_units, layout, self._special)
 
 
-def _close_all_but_units(layout: Layout, special: Tensor, hidden: Tensor, inputs: Tensor) -> GateFilter:
+def _close_all_but_units(
+    layout: Layout, special: Tensor, hidden: Tensor, inputs: Tensor, real: Tensor | None
+) -> GateFilter:
     units = torch.zeros(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
     positions = unit_positions(layout, hidden, inputs).flatten()
     units[:, positions] = True if inputs.is_floating_point() else ~torch.isin(inputs, special.to(inputs.device))

@@ -12,6 +12,7 @@ import torch
 
 from captum_m2ib import DualEncoder, MultiModalInfoBottleneck, Pairs
 from captum_m2ib.benchmark.scenes.remedies import BETAS, AgainstTheBatch, BetaOfEachPair, ClosedPrefix, LateLayers
+from captum_m2ib.engine.settings import Settings
 from captum_m2ib.scenes import image_probes
 
 QUICK: dict[str, Any] = {"n_steps": 2, "n_samples": 4}
@@ -34,7 +35,7 @@ def test_only_patches_and_words_are_open(encoder: DualEncoder, pairs: Pairs):
     patches, words = torch.zeros(3, 65, 4), torch.zeros(*ids.shape, 4)
     opened = []
     for index, (hidden, inputs) in enumerate(((patches, pixels), (words, ids))):
-        gates = method._gate_filter(index, 0.0)(hidden, inputs)
+        gates = method._gate_filter(index, Settings())(hidden, inputs, None)
         assert gates is not None
         opened.append(torch.sigmoid(gates(torch.ones_like(hidden))))
     assert bool((opened[0][:, 0] < 1e-12).all()) and bool((opened[0][:, 1:] > 0.7).all())
