@@ -97,7 +97,7 @@ def told(check: Mapping[str, Any], kind: str = "image", beside: str = "text") ->
 
     Examples::
 
-        >>> told(explain(encoder, images[0], captions[0])[0].check)[0].split(": ")[0]
+        >>> told(explain(encoder, images[1], captions[1])[0].check)[0].split(": ")[0]
         'image map holds'
     """
     names = zip((kind, beside), MODALITIES, strict=True)

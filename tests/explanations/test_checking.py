@@ -134,7 +134,7 @@ def test_a_map_that_leaves_out_most_of_the_score_is_weak():
     method = MultiModalInfoBottleneck(on_a_square, [None])
     _, record = method.attribute_with_record(pictures(), check=True, beta=1.2, **FEW)
     check = record.modalities[0].check
-    assert check is not None and bool((check.margin > 0.5).all()) and bool((check.kept < 0.5).all())
+    assert check is not None and bool((check.margin > 0.4).all()) and bool((check.kept < 0.5).all())
     assert check.verdicts() == ["weak"] * 3
     assert all("it keeps only" in line for line in told(pair_checks([check, check])[0]))
 

@@ -126,7 +126,7 @@ def test_settings_say_how_it_was_made(encoder: DualEncoder):
     expected = {**given, "beta": [0.1, 0.2], "variance": [2.0, 2.0], "lr": [0.5, 0.5]}
     expected |= {name: [value] * 2 for name, value in QUICK.items()}
     assert {name: one.settings[name] for name in given} == expected
-    assert plain.settings["beta"] == [1.2, 3.0]
+    assert plain.settings["beta"] == [0.6, 3.0]
     assert json.loads(json.dumps(one.settings)) == one.settings
 
 
