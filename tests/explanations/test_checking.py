@@ -132,9 +132,10 @@ def test_a_right_map_holds_and_a_moved_one_fails(planted: str):
 
 def test_a_map_that_leaves_out_most_of_the_score_is_weak():
     method = MultiModalInfoBottleneck(on_a_square, [None])
-    _, record = method.attribute_with_record(pictures(), check=True, beta=1.2, **FEW)
+    # Random orders that keep to colours close more of the square at once, so that no margin is so wide.
+    _, record = method.attribute_with_record(pictures(), check=True, beta=1.2, smoothing_colour=None, **FEW)
     check = record.modalities[0].check
-    assert check is not None and bool((check.margin > 0.4).all()) and bool((check.kept < 0.5).all())
+    assert check is not None and bool((check.margin > 0.5).all()) and bool((check.kept < 0.5).all())
     assert check.verdicts() == ["weak"] * 3
     assert all("it keeps only" in line for line in told(pair_checks([check, check])[0]))
 
