@@ -74,7 +74,7 @@ def draw_video(
 
     Args:
 
-        events (mapping): From a name of :data:`COLOURS` to the frame, the row and the column of patches, from 0.
+        events (mapping): From a name of ``COLOURS`` to the frame, the row and the column of patches, from 0.
         frames (int, optional): How many there are. Default: 6
         frames_per_second (float, optional): Default: 2.0
         seed (int, optional): Of the grey. Default: 0
